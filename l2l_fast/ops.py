@@ -1,0 +1,240 @@
+"""The library's operators: one schema each, beside its shape rule, its gradient and its typed wrapper.
+
+The dispatcher chooses the backend: the compiled CPU or CUDA kernel where one is loaded, otherwise the readable
+:mod:`l2l_fast.reference`, which is registered for every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from l2l_fast import reference
+from l2l_fast.reference import Config
+
+_CONFIG = (
+    "str features, int hidden_size, int num_layers, bool projection, str output, "
+    "float output_scale, float preprocess_p, float beta1, float beta2, float eps"
+)
+_LIBRARY = torch.library.Library("l2l_fast", "DEF")
+
+
+def _define(schema: str, implementation, fake) -> None:
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    name = schema.partition("(")[0]
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"l2l_fast::{name}", fake, lib=_LIBRARY)
+
+
+# ---------------------------------------------------------------- lstm_step_
+
+_define(
+    "lstm_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor weights, Tensor lr, Tensor[] steps, "
+    f"{_CONFIG}, float weight_decay, bool maximize) -> ()",
+    reference.lstm_step_,
+    lambda *args: None,
+)
+
+
+def lstm_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Tensor],
+    weights: Tensor,
+    lr: Tensor,
+    steps: Sequence[Tensor],
+    config: Config,
+    *,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    r"""Move every parameter by one step of the learned optimizer, in place, and advance its state.
+
+    theta <- theta - lr * weight_decay * theta + lr * u,   (u, state) <- m(grad, state; weights)
+
+    A coordinate whose gradient is not finite keeps its value and its state. No autograd: the optimizer's own path.
+
+    Args:
+        params: tensors of any shape, strides and floating dtype; changed in place.
+        grads: one a parameter, of its shape, any floating dtype.
+        states: one a parameter, ``(*param.shape, S)`` with ``S = state_size(config)``, float32, bfloat16 or float64;
+            changed in place. Fastest as :func:`new_state` lays it out.
+        weights: flat weight vector [W], float32 or float64; the arithmetic is done in its dtype.
+        lr: 0-dim tensor, multiplier of the update.
+        steps: one a parameter, 0-dim: the number of this step, counted from 1 (bias correction of the moments).
+        config: what the network computes.
+        weight_decay: decoupled weight decay, per unit of lr.
+        maximize: ascend instead of descend.
+
+    Example:
+        >>> import torch, l2l_fast as l2l
+        >>> network = l2l.CoordinatewiseLSTM(hidden_size=4, num_layers=1)
+        >>> theta, grad = torch.zeros(3), torch.ones(3)
+        >>> state = l2l.ops.new_state(theta, network.config)
+        >>> l2l.ops.lstm_step_([theta], [grad], [state], network.flat_weights().detach(), torch.tensor(1.0),
+        ...                    [torch.tensor(1.0)], network.config)
+        >>> bool((theta != 0).all())
+        True
+
+    References:
+        Andrychowicz et al. 2016, https://arxiv.org/abs/1606.04474
+    """
+    torch.ops.l2l_fast.lstm_step_(params, grads, states, weights, lr, steps, *config, weight_decay, maximize)
+
+
+# ---------------------------------------------------------------- lstm_unroll
+
+
+def _lstm_unroll_fake(grads, state, weights, step, *args):
+    torch._check(grads.dim() == 2, lambda: f"grads must be [T, N], got shape {tuple(grads.shape)}")
+    torch._check(state.dim() == 2, lambda: f"state must be [N, S], got shape {tuple(state.shape)}")
+    return torch.empty_like(grads), reference.new_state_like(state)
+
+
+_define(
+    f"lstm_unroll(Tensor grads, Tensor state, Tensor weights, Tensor step, {_CONFIG}) -> (Tensor, Tensor)",
+    reference.lstm_unroll_forward,
+    _lstm_unroll_fake,
+)
+
+
+def lstm_unroll(
+    grads: Tensor, state: Tensor, weights: Tensor, config: Config, step: Tensor | int = 1
+) -> tuple[Tensor, Tensor]:
+    r"""Updates that the learned optimizer makes of a sequence of gradients; differentiable once.
+
+    (u[t], state[t+1]) = m(grads[t], state[t]; weights),  t = 0 .. T-1
+
+    Args:
+        grads: [T, N], of the dtype of ``weights``.
+        state: [N, S] before the first step.
+        weights: flat weight vector [W], float32 or float64.
+        config: what the network computes.
+        step: number of the first step, counted from 1.
+
+    Returns:
+        updates [T, N] and the state [N, S] after the last step.
+
+    Raises:
+        NotImplementedError: when differentiated twice.
+
+    Example:
+        >>> import torch, l2l_fast as l2l
+        >>> network = l2l.CoordinatewiseLSTM(hidden_size=4, num_layers=1)
+        >>> state = l2l.ops.new_state(torch.empty(5), network.config)
+        >>> updates, last = l2l.ops.lstm_unroll(torch.randn(3, 5), state, network.flat_weights(), network.config)
+        >>> updates.shape, last.shape
+        (torch.Size([3, 5]), torch.Size([5, 8]))
+    """
+    step = step if isinstance(step, Tensor) else torch.full((), float(step), device=grads.device)
+    return torch.ops.l2l_fast.lstm_unroll(grads, state, weights, step, *config)
+
+
+# ---------------------------------------------------------------- lstm_unroll_backward
+
+
+def _lstm_unroll_backward_fake(d_updates, d_last, grads, state, weights, step, *args):
+    need_grads, need_state, need_weights = args[-3:]
+    return (
+        torch.empty_like(grads) if need_grads else grads.new_empty(0),
+        reference.new_state_like(state) if need_state else state.new_empty(0),
+        torch.empty_like(weights) if need_weights else weights.new_empty(0),
+    )
+
+
+_define(
+    "lstm_unroll_backward(Tensor d_updates, Tensor? d_last, Tensor grads, Tensor state, Tensor weights, Tensor step, "
+    f"{_CONFIG}, bool need_grads, bool need_state, bool need_weights) -> (Tensor, Tensor, Tensor)",
+    reference.lstm_unroll_backward,
+    _lstm_unroll_backward_fake,
+)
+
+
+def lstm_unroll_backward(
+    d_updates: Tensor,
+    d_last: Tensor | None,
+    grads: Tensor,
+    state: Tensor,
+    weights: Tensor,
+    config: Config,
+    step: Tensor,
+    *,
+    need_grads: bool = False,
+    need_state: bool = False,
+    need_weights: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Backward through time of :func:`lstm_unroll`, callable by itself.
+
+    It stores nothing of the forward run but its inputs: each tile of coordinates is run forward again from its first
+    state, then backward, so the extra memory is one tile's activations.
+
+    Args:
+        d_updates: gradient of the updates, [T, N].
+        d_last: gradient of the last state, [N, S], or None for zero.
+        grads, state, weights, config, step: as :func:`lstm_unroll` had them.
+        need_grads, need_state, need_weights: which gradients to form.
+
+    Returns:
+        gradients of grads [T, N], state [N, S] and weights [W]; an empty tensor for each that is not needed.
+    """
+    return torch.ops.l2l_fast.lstm_unroll_backward(
+        d_updates, d_last, grads, state, weights, step, *config, need_grads, need_state, need_weights
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    grads, state, weights, step, *config = inputs
+    ctx.save_for_backward(grads, state, weights, step)
+    ctx.config = Config(*config)
+
+
+def _lstm_unroll_autograd(ctx, d_updates, d_last):
+    grads, state, weights, step = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:3]
+    results = lstm_unroll_backward(
+        d_updates.contiguous(), d_last, grads, state, weights, ctx.config, step,
+        need_grads=needed[0], need_state=needed[1], need_weights=needed[2],
+    )  # fmt: skip
+    found = [result if need else None for result, need in zip(results, needed, strict=True)]
+    return (*found, None, *[None] * len(ctx.config))
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise NotImplementedError(
+        "lstm_unroll is differentiable once; for second derivatives of the optimizer's own weights differentiate "
+        "l2l_fast.reference.lstm_unroll, which is plain PyTorch"
+    )
+
+
+torch.library.register_autograd("l2l_fast::lstm_unroll", _lstm_unroll_autograd, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd("l2l_fast::lstm_unroll_backward", _refuse_double_backward, lib=_LIBRARY)
+
+
+# ---------------------------------------------------------------- state
+
+
+def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zero state of a parameter: shape ``(*param.shape, S)``, each of the S rows contiguous over the coordinates.
+
+    The shape is canonical, so the state slices and shards as its parameter does; the layout is only strides. Coordinates
+    stand in the parameter's own memory order, and a row is padded to an odd number of 64-byte lines, so that rows of a
+    power-of-two parameter do not all fall on one cache set.
+
+    Args:
+        param: of any shape and strides, real.
+        config: what the network computes.
+        dtype: float32, bfloat16 or float64.
+
+    Example:
+        >>> import torch, l2l_fast as l2l
+        >>> network = l2l.CoordinatewiseLSTM(hidden_size=20, num_layers=2)
+        >>> l2l.ops.new_state(torch.empty(3, 5), network.config).shape
+        torch.Size([3, 5, 80])
+    """
+    size, line = reference.state_size(config), 64 // dtype.itemsize
+    row = (-(-param.numel() // line) | 1) * line
+    strides = torch.empty_like(param, device="meta").stride()
+    storage = torch.zeros(size * row, dtype=dtype, device=param.device)
+    return storage.as_strided((*param.shape, size), (*strides, row))

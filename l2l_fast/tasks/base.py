@@ -1,0 +1,111 @@
+"""What a task is: three pure functions, and the one place that runs many instances of it at once.
+
+A task describes a family of optimization problems. ``init`` draws a start, ``sample`` draws what the loss is computed on,
+``loss`` maps both to a scalar. All randomness comes from the generator handed in, so an instance is its seed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+Params = dict[str, Tensor]
+Batch = Any  # a tensor, or a nested tuple, list or dictionary of tensors
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A family of optimizees.
+
+    Attributes:
+        name: what tables and file names call it.
+        resample: True where every step sees a new batch (minibatches); False where one batch, drawn at the start, is the
+            function itself (quadratics).
+    """
+
+    name: str
+    resample: bool
+
+    def init(self, generator: torch.Generator) -> Params:
+        """Start of one trajectory."""
+        ...
+
+    def sample(self, generator: torch.Generator) -> Batch:
+        """What one step's loss is computed on."""
+        ...
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """0-dim loss; pure, and made of operations that ``torch.vmap`` can batch."""
+        ...
+
+
+class Instances:
+    """B instances of a task, side by side: one row of coordinates and one generator each.
+
+    Args:
+        task: the task.
+        seeds: B integers; instance i depends on ``seeds[i]`` alone, so it is the same in any company.
+        device: where to run.
+
+    Example:
+        >>> import l2l_fast as l2l
+        >>> instances = l2l.tasks.Instances(l2l.tasks.Quadratic(), seeds=[1, 2, 3])
+        >>> theta = instances.start()
+        >>> losses, grads = instances.evaluate(theta, instances.draw())
+        >>> theta.shape, losses.shape, grads.shape
+        (torch.Size([3, 10]), torch.Size([3]), torch.Size([3, 10]))
+    """
+
+    def __init__(self, task: Task, seeds, device: torch.device | str = "cpu") -> None:
+        self.task, self.device = task, torch.device(device)
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self._starts = [task.init(generator) for generator in self.generators]
+        self.shapes = {name: param.shape for name, param in self._starts[0].items()}
+        self._fixed = None if task.resample else self._draw()
+
+    def start(self) -> Tensor:
+        """Flat starting parameters [B, N]."""
+        rows = [torch.cat([param.reshape(-1) for param in start.values()]) for start in self._starts]
+        return torch.stack(rows).to(self.device)
+
+    def draw(self) -> Batch:
+        """The next step's stacked batch."""
+        return self._draw() if self.task.resample else self._fixed
+
+    def unflatten(self, theta: Tensor) -> Params:
+        """Views of flat parameters [B, N] as a dictionary of [B, *shape]."""
+        pieces = theta.split([math.prod(shape) for shape in self.shapes.values()], dim=1)
+        return {
+            name: piece.view(theta.shape[0], *shape)
+            for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
+        }
+
+    def losses(self, params: Params, batch: Batch) -> Tensor:
+        """Loss of every instance, [B], for stacked parameters."""
+        return torch.vmap(self.task.loss)(params, batch)
+
+    def evaluate(self, theta: Tensor, batch: Batch, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+        """Losses [B] and their gradients [B, N] with respect to ``theta`` [B, N]."""
+        with torch.enable_grad():
+            params = self.unflatten(theta)
+            if not create_graph:
+                params = {name: param.detach().requires_grad_() for name, param in params.items()}
+            losses = self.losses(params, batch)
+            grads = torch.autograd.grad(losses.sum(), list(params.values()), create_graph=create_graph)
+        flat = torch.cat([grad.reshape(grad.shape[0], -1) for grad in grads], dim=1)
+        return (losses, flat) if create_graph else (losses.detach(), flat)
+
+    def state_dict(self) -> dict:
+        return {"generators": [generator.get_state() for generator in self.generators]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for generator, saved in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(saved)
+
+    def _draw(self) -> Batch:
+        batches = [self.task.sample(generator) for generator in self.generators]
+        return tree_map(lambda *leaves: torch.stack(leaves).to(self.device), *batches)

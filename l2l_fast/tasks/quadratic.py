@@ -1,0 +1,50 @@
+"""The paper's quadratics: f(x) = ||W x - y||^2 with random W and y."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Quadratic:
+    r"""Random least-squares functions.
+
+    f(x) = ||W x - y||_2^2,   W ~ N(0, 1)^{d x d},  y ~ N(0, 1)^d,  x_0 ~ N(0, start_scale^2)^d
+
+    Args:
+        dimension: d, 10 in the paper.
+        start_scale: standard deviation of the start; 0 starts at the origin.
+        name: what tables call it.
+
+    Raises:
+        ValueError: if ``dimension`` is not positive or ``start_scale`` is negative.
+
+    Example:
+        >>> import torch, l2l_fast as l2l
+        >>> task, generator = l2l.tasks.Quadratic(dimension=4), torch.Generator().manual_seed(0)
+        >>> task.loss(task.init(generator), task.sample(generator)).shape
+        torch.Size([])
+
+    References:
+        Andrychowicz et al. 2016, section 3.1, https://arxiv.org/abs/1606.04474
+    """
+
+    resample = False  # W and y are the function, drawn once a trajectory
+
+    def __init__(self, dimension: int = 10, *, start_scale: float = 1.0, name: str = "quadratic") -> None:
+        if dimension < 1:
+            raise ValueError(f"dimension must be at least 1, got {dimension}")
+        if start_scale < 0:
+            raise ValueError(f"start_scale must not be negative, got {start_scale}")
+        self.dimension, self.start_scale, self.name = dimension, start_scale, name
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"x": self.start_scale * torch.randn(self.dimension, generator=generator)}
+
+    def sample(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        matrix = torch.randn(self.dimension, self.dimension, generator=generator)
+        return matrix, torch.randn(self.dimension, generator=generator)
+
+    def loss(self, params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        matrix, target = batch
+        return (matrix @ params["x"] - target).square().sum()
