@@ -26,7 +26,7 @@ class Classifier:
 
     ``mlp``: flattened pixels, a linear layer and the activation per entry of ``hidden``, a last linear layer.
     ``conv``: a 3x3 convolution of stride 2 and the activation per entry of ``hidden`` (its channels), a linear layer.
-    The stride stands in for pooling: many networks at once then cost a sixth of what pooled ones do on a CPU.
+    The stride stands in for pooling: many networks at once then cost a fraction of what pooled ones do on a CPU.
 
     Args:
         dataset: "digits", "mnist", or a :class:`~l2l_fast.data.Dataset` of your own, for "conv" with images
@@ -125,7 +125,7 @@ class Classifier:
             x = activation(x)
         last = len(self.hidden)
         logits = F.linear(x.flatten(1), params[f"{last}.weight"], params[f"{last}.bias"])
-        # cross_entropy itself is slower under vmap than the gather that it stands for.
+        # Under vmap cross_entropy itself costs a little more than this gather, which is the same.
         return -F.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).mean()
 
     @functools.cached_property
