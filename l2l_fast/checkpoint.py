@@ -81,9 +81,13 @@ def _load(folder: Path) -> CoordinatewiseLSTM:
         config = json.loads(path.read_text())
         version, kind, options = config["format_version"], config["network"], config["options"]
     except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} holds no network: config.json is missing; save one with save_pretrained") from None
+        raise FileNotFoundError(
+            f"{folder} holds no network: config.json is missing; save one with save_pretrained"
+        ) from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a config written by save_pretrained: {error!r}; save the network again") from None
+        raise ValueError(
+            f"{path} is not a config written by save_pretrained: {error!r}; save the network again"
+        ) from None
     if version != FORMAT_VERSION or kind != "CoordinatewiseLSTM":
         raise ValueError(
             f"{path} is a {kind} of format {version}, and this l2l_fast reads CoordinatewiseLSTM of format "

@@ -62,7 +62,9 @@ class CoordinatewiseLSTM(nn.Module):
     ) -> None:
         super().__init__()
         _check(features in FEATURES, "features", features, f"one of {', '.join(map(repr, FEATURES))}")
-        _check(_is_int(hidden_size) and 1 <= hidden_size <= MAX_HIDDEN, "hidden_size", hidden_size, "an int from 1 to 64")
+        _check(
+            _is_int(hidden_size) and 1 <= hidden_size <= MAX_HIDDEN, "hidden_size", hidden_size, "an int from 1 to 64"
+        )
         _check(_is_int(num_layers) and num_layers >= 1, "num_layers", num_layers, "an int of at least 1")
         _check(isinstance(projection, bool), "projection", projection, "True or False")
         _check(output in OUTPUTS, "output", output, f"one of {', '.join(map(repr, OUTPUTS))}")
@@ -84,7 +86,7 @@ class CoordinatewiseLSTM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """``nn.LSTM``'s and ``nn.Linear``'s own initialisation, but for a head without bias: it starts with no drift."""
+        """``nn.LSTM``'s and ``nn.Linear``'s own initialisation, but for a zero head bias: no drift at the start."""
         bound = 1 / math.sqrt(self.config.hidden_size)
         for name, parameter in self.named_parameters(recurse=False):
             del name
@@ -125,7 +127,7 @@ class CoordinatewiseLSTM(nn.Module):
         """The same optimizer from weights made with ``nn.LSTM`` and ``nn.Linear``.
 
         Args:
-            lstm: one direction, with biases, without ``proj_size`` and dropout; ``input_size`` is the number of features.
+            lstm: one direction, with biases, without ``proj_size`` and dropout; ``input_size`` = number of features.
             head: ``nn.Linear(hidden_size, 1)``.
             options: the remaining options of the constructor; ``hidden_size`` and ``num_layers`` are the LSTM's.
 

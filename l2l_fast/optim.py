@@ -28,14 +28,14 @@ class LSTMOptimizer(Optimizer):
     made: training it further does not change this optimizer.
 
     Args:
-        params: parameters, or param groups; a group may have its own ``lr``, ``weight_decay``, ``maximize`` and ``network``.
+        params: parameters, or param groups, each with its own ``lr``, ``weight_decay``, ``maximize`` or ``network``.
         network: a :class:`CoordinatewiseLSTM`, a shipped name, a folder or a hub id.
         lr: multiplier of the learned update, a float or a 0-dim tensor; 1 is what the network was trained for.
         weight_decay: decoupled weight decay, per unit of lr.
         maximize: ascend instead of descend.
         state_dtype: float32 or bfloat16 (half the memory; the arithmetic stays float32). float64 computes in float64.
-        fused: None: the compiled kernel where there is one; False: always the plain PyTorch reference; True: the compiled
-            kernel, or an error that says why there is none.
+        fused: None: the compiled kernel where there is one; False: always the plain PyTorch reference; True: the
+            compiled kernel, or an error that says why there is none.
         error_if_nonfinite: raise on a gradient that is not finite, before anything is changed.
 
     Raises:
@@ -98,7 +98,9 @@ class LSTMOptimizer(Optimizer):
         for index, entry in enumerate(group["params"]):
             label, param = entry if isinstance(entry, tuple) else (f"number {index} of its group", entry)
             if isinstance(param, Tensor) and param.dtype not in PARAM_DTYPES:
-                raise TypeError(f"parameter {label} is {param.dtype}; LSTMOptimizer takes floating and complex parameters")
+                raise TypeError(
+                    f"parameter {label} is {param.dtype}; LSTMOptimizer takes floating and complex parameters"
+                )
         super().add_param_group(group)
 
     def _adopt(self, network) -> str:
@@ -150,7 +152,9 @@ class LSTMOptimizer(Optimizer):
                     "(for nn.Embedding: sparse=False)"
                 )
             if self.error_if_nonfinite and not grad.isfinite().all():
-                raise RuntimeError(f"{self._label(group, param)} has a gradient that is not finite (error_if_nonfinite=True)")
+                raise RuntimeError(
+                    f"{self._label(group, param)} has a gradient that is not finite (error_if_nonfinite=True)"
+                )
         return params
 
     def _step_device(self, group: dict, config: Config, device: torch.device, params: list[Tensor]) -> None:
@@ -233,8 +237,8 @@ class LSTMOptimizer(Optimizer):
         for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
             if saved.get("network") != group["network"]:
                 raise ValueError(
-                    f"the state_dict's param group {index} belongs to network {saved.get('network')!r}, and this optimizer's "
-                    f"to {group['network']!r}: make the optimizer with the network that the state_dict was saved with"
+                    f"the state_dict's param group {index} belongs to network {saved.get('network')!r}, and this "
+                    f"optimizer's to {group['network']!r}: make the optimizer with the network that the state_dict was saved with"
                 )
         for param, saved in self._paired(state_dict):
             config, _ = self._networks[self._group_of(param)["network"]]
@@ -242,8 +246,8 @@ class LSTMOptimizer(Optimizer):
             found = tuple(saved["lstm"].shape) if "lstm" in saved and "step" in saved else None
             if found != shape:
                 raise ValueError(
-                    f"the state_dict's state of {self._label(self._group_of(param), param)} has shape {found}, needed is "
-                    f"{shape}: it was saved for other parameters"
+                    f"the state_dict's state of {self._label(self._group_of(param), param)} has shape {found}, "
+                    f"needed is {shape}: it was saved for other parameters"
                 )
 
     def _group_of(self, param: Tensor) -> dict:

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from .dataset import Dataset, fixed_order
+from l2l_fast.data.dataset import Dataset, fixed_order
 
 
 @functools.cache

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .dataset import Dataset, fixed_order
-from .idx import IdxError, read_idx
+from l2l_fast.data.dataset import Dataset, fixed_order
+from l2l_fast.data.idx import IdxError, read_idx
 
 # sha256 of the unzipped content: the .gz files differ between mirrors in their headers.
 _SHA256 = {

@@ -68,8 +68,8 @@ class MetaTrainer:
 
     phi <- phi - meta_optimizer(d/dphi sum_{t in window} w[t] f_t(theta[t])),   theta[t+1] = theta[t] + u[t](phi)
 
-    One meta-step is one window of ``unroll`` steps on each of ``parallel`` trajectories. Under ``torchrun`` every rank runs
-    its own ``instances`` of each trajectory and the gradients are averaged: W ranks of B instances equal one of W * B.
+    One meta-step is one window of ``unroll`` steps on each of ``parallel`` trajectories. Under ``torchrun`` every rank
+    runs its own ``instances`` of each trajectory and the gradients are averaged: W ranks of B instances equal one of W * B.
 
     Args:
         network: the :class:`CoordinatewiseLSTM`; trained in place.
@@ -79,7 +79,7 @@ class MetaTrainer:
         instances: of the task, side by side in one trajectory, B.
         parallel: trajectories, each with its own task and horizon, that one meta-step averages over.
         meta_lr: learning rate of the meta-optimizer.
-        meta_optimizer: makes the meta-optimizer from the network's parameters; ``torch.optim.Adam(lr=meta_lr)`` if None.
+        meta_optimizer: made from the network's parameters; ``torch.optim.Adam(lr=meta_lr)`` if None.
         schedule: of the meta learning rate over ``fit``'s steps: "constant", or "cosine" down to a hundredth.
         objective: "sum", "relative" (f_t / f_0) or "log".
         loss_weights: w, ``unroll`` numbers; ones if None.
@@ -100,7 +100,7 @@ class MetaTrainer:
         progress: show a progress bar (needs rich).
 
     Raises:
-        ValueError: an option out of its range, or a checkpoint of a run with other options; the message names the option.
+        ValueError: an option out of its range, or a checkpoint of a run with other options; the message names it.
 
     Example:
         >>> import l2l_fast as l2l
@@ -219,7 +219,9 @@ class MetaTrainer:
                 bar(self.meta_step, self.history.meta_losses[-1], self.history.best_score)
         if writer:
             writer.close()
-        if not self.history.validations or self.history.validations[-1][0] != self.meta_step and not interrupt.requested:
+        if not self.history.validations or (
+            self.history.validations[-1][0] != self.meta_step and not interrupt.requested
+        ):
             self._validate()
         if self.checkpoint is not None:
             self._save()
@@ -374,11 +376,15 @@ class MetaTrainer:
             saved = torch.load(path, map_location=self.device, weights_only=True)
             version, theirs = saved["format_version"], saved["settings"]
         except Exception as error:
-            raise ValueError(f"{path} is not a checkpoint of MetaTrainer ({error}); give another checkpoint folder") from None
+            raise ValueError(
+                f"{path} is not a checkpoint of MetaTrainer ({error}); give another checkpoint folder"
+            ) from None
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format {version}, this l2l_fast reads {FORMAT_VERSION}: give another folder")
         ours = self._settings()
-        differing = [f"{name}={theirs.get(name)!r} (now {ours[name]!r})" for name in ours if theirs.get(name) != ours[name]]
+        differing = [
+            f"{name}={theirs.get(name)!r} (now {ours[name]!r})" for name in ours if theirs.get(name) != ours[name]
+        ]
         if differing:
             raise ValueError(
                 f"{path} belongs to a run with {', '.join(differing)}: use the same options to go on with it, "

@@ -1,8 +1,8 @@
 r"""One truncation of the meta-training loop, and its gradient without a second graph.
 
 Along a trajectory theta[t+1] = a theta[t] + lr u[t] with a = 1 - lr * weight_decay, and the meta-loss is
-L = sum_t w[t] f_t(theta[t]), t = 1 .. T. Taking d grad_t / d phi = 0 (Andrychowicz et al. 2016, section 2.1), each update
-reaches the later losses through that recurrence alone:
+L = sum_t w[t] f_t(theta[t]), t = 1 .. T. Taking d grad_t / d phi = 0 (Andrychowicz et al. 2016, section 2.1), each
+update reaches the later losses through that recurrence alone:
 
     dL/du[t] = lr * sum_{s=t+1..T} a^(s-t-1) * w[s] * grad f_s(theta[s])
 
@@ -45,7 +45,9 @@ class Trajectory:
         scaling: optional [B, N] factors c: the optimizer sees theta / c and minimises f(c * theta) (Lv et al. 2017).
     """
 
-    def __init__(self, instances: Instances, config: Config, dtype=torch.float32, scaling: Tensor | None = None) -> None:
+    def __init__(
+        self, instances: Instances, config: Config, dtype=torch.float32, scaling: Tensor | None = None
+    ) -> None:
         self.instances, self.scaling = instances, scaling
         self.theta = instances.start().to(dtype)
         if scaling is not None:
@@ -72,7 +74,9 @@ class Trajectory:
         self.__dict__.update(saved)
 
 
-def loss_weights(objective: str, losses: Tensor, first_losses: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def loss_weights(
+    objective: str, losses: Tensor, first_losses: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Meta-loss of a truncation and its derivative in every loss.
 
     ``sum``: L = sum_t w[t] f_t;  ``relative``: sum_t w[t] f_t / f_0;  ``log``: sum_t w[t] log(f_t + 1e-6);
@@ -165,7 +169,7 @@ def unroll(
 def unroll_second_derivatives(
     trajectory: Trajectory, rule: Rule, length: int, *, objective: str = "sum", weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`unroll` with the gradients' dependence on theta kept: the paper's slower option, by autograd throughout."""
+    """:func:`unroll` with the gradients' dependence on theta kept: the paper's slower option, all by autograd."""
     phi = rule.weights.detach().requires_grad_()
     theta, grad, state = trajectory.theta, trajectory.grad, trajectory.state.view(trajectory.theta.numel(), -1)
     losses = []
@@ -186,7 +190,9 @@ def unroll_second_derivatives(
     return losses.detach(), meta_loss.detach(), d_weights
 
 
-def imitate(trajectory: Trajectory, rule: Rule, length: int, teacher: torch.optim.Optimizer) -> tuple[Tensor, Tensor, Tensor]:
+def imitate(
+    trajectory: Trajectory, rule: Rule, length: int, teacher: torch.optim.Optimizer
+) -> tuple[Tensor, Tensor, Tensor]:
     """Let a hand-designed optimizer lead, and fit its updates.
 
     L = 1 / (2 n) * sum_t ||u[t] - u_teacher[t]||^2 over n = B * N coordinates (Chen et al. 2020).

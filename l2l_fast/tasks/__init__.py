@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 
-from .base import Instances, Task
-from .classifier import Classifier
-from .module import ModuleTask
-from .quadratic import Quadratic
+from l2l_fast.tasks.base import Instances, Task
+from l2l_fast.tasks.classifier import Classifier
+from l2l_fast.tasks.module import ModuleTask
+from l2l_fast.tasks.quadratic import Quadratic
 
 __all__ = ["Classifier", "Instances", "ModuleTask", "Quadratic", "Task", "get", "names"]
 
