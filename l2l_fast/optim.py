@@ -238,7 +238,7 @@ class LSTMOptimizer(Optimizer):
             if saved.get("network") != group["network"]:
                 raise ValueError(
                     f"the state_dict's param group {index} belongs to network {saved.get('network')!r}, and this "
-                    f"optimizer's to {group['network']!r}: make the optimizer with the network that the state_dict was saved with"
+                    f"optimizer's to {group['network']!r}: make it with the network of the state_dict"
                 )
         for param, saved in self._paired(state_dict):
             config, _ = self._networks[self._group_of(param)["network"]]

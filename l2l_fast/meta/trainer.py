@@ -69,7 +69,7 @@ class MetaTrainer:
     phi <- phi - meta_optimizer(d/dphi sum_{t in window} w[t] f_t(theta[t])),   theta[t+1] = theta[t] + u[t](phi)
 
     One meta-step is one window of ``unroll`` steps on each of ``parallel`` trajectories. Under ``torchrun`` every rank
-    runs its own ``instances`` of each trajectory and the gradients are averaged: W ranks of B instances equal one of W * B.
+    runs its own ``instances`` of each trajectory and the gradients are averaged: W ranks of B equal one of W * B.
 
     Args:
         network: the :class:`CoordinatewiseLSTM`; trained in place.

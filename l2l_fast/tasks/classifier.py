@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data import HALVES, Dataset, digits, halves, mnist
+from l2l_fast.data import HALVES, Dataset, digits, halves, mnist
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu}
 DATASETS = ("digits", "mnist")

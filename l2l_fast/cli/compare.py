@@ -1,0 +1,49 @@
+"""``l2l-fast compare``: a learned optimizer beside tuned hand-designed ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from l2l_fast import evaluate
+from l2l_fast import tasks as library
+from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, report, stages
+
+
+def compare(
+    task: Annotated[str, typer.Argument(help="A task's name; see l2l-fast tasks.", show_default=False)],
+    network: Annotated[str, typer.Option(help="A network: shipped name, folder or hub id.")] = "l2l-base",
+    horizon: Annotated[int, typer.Option(help="Steps a trajectory.", min=1)] = 100,
+    seeds: Annotated[int, typer.Option(help="Held-out seeds.", min=1)] = 10,
+    baselines: Annotated[str, typer.Option(help="Which baselines, separated by commas.")] = ",".join(
+        evaluate.BASELINES
+    ),
+    device: Device = "cpu",
+    seed: Seed = 0,
+    out: Out = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a network with tuned baselines on TASK.
+
+    Every baseline's learning rate is tuned for this horizon on other seeds; then all run from the same starts on the
+    same minibatches. Writes comparison.json and comparison.png into --out.
+
+    \b
+    Examples:
+        l2l-fast compare quadratic --network runs/meta-train-quadratic/network
+        l2l-fast compare mnist-mlp --network runs/mnist/network --horizon 200 --baselines adam,nesterov
+    """
+    out = out or Path("runs") / f"compare-{task}"
+    with stages() as progress:
+        comparison = evaluate.compare(
+            library.get(task), network, horizon=horizon, seeds=seeds, baselines=baselines.split(","), seed=seed,
+            device=device, progress=progress,
+        )  # fmt: skip
+    comparison.to_json(out / "comparison.json")
+    comparison.plot(out / "comparison.png")
+    note(f"comparison.json and comparison.png are in {out}")
+    report(json.loads((out / "comparison.json").read_text()), comparison.table(), as_json)

@@ -1,0 +1,40 @@
+"""``l2l-fast info``: what is installed, what was compiled, what runs."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+
+import torch
+
+from l2l_fast import build_info
+from l2l_fast.checkpoint import shipped
+from l2l_fast.cli.options import Json, report
+
+
+def info(as_json: Json = False) -> None:
+    """Say what was built, what runs, and why not.
+
+    \b
+    Examples:
+        l2l-fast info
+        l2l-fast info --json
+    """
+    facts = {
+        "l2l_fast": metadata.version("l2l_fast"),
+        **build_info(),
+        "threads": torch.get_num_threads(),
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "shipped_networks": shipped(),
+        "data_folder": os.environ.get("L2L_FAST_DATA"),
+    }
+    width = max(map(len, facts))
+    report(facts, "\n".join(f"{name:<{width}}  {_plain(value)}" for name, value in facts.items()), as_json)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,119 @@
+"""``l2l-fast meta-train``: train a learned optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from l2l_fast import tasks as library
+from l2l_fast.cli.options import HORIZONS, Data, Device, Json, Out, Seed, note, parse_horizon, report
+from l2l_fast.evaluate import plot_curves
+from l2l_fast.meta import MetaTrainer, recipes
+from l2l_fast.networks import CoordinatewiseLSTM
+
+Choice = typer.Option  # short, for the long list below
+
+
+def meta_train(
+    tasks: Annotated[
+        list[str], typer.Argument(metavar="TASK...", help="One or several.", show_default=False)
+    ],
+    meta_steps: Annotated[int | None, Choice(help="Meta-updates.", min=1, show_default="by task")] = None,
+    max_minutes: Annotated[float, Choice(help="Stop earlier after this time.", min=0)] = math.inf,
+    network: Annotated[str | None, Choice(help="Start from this network: name, folder or hub id.")] = None,
+    features: Annotated[str | None, Choice(help="identity, log_sign, moments or both.", show_default="by task")] = None,
+    hidden_size: Annotated[int | None, Choice(help="Units a layer.", show_default="by task")] = None,
+    num_layers: Annotated[int | None, Choice(help="LSTM layers.", show_default="by task")] = None,
+    projection: Annotated[bool | None, Choice(help="ELU projection before the LSTM.", show_default="by task")] = None,
+    output: Annotated[str | None, Choice(help="linear or tanh.", show_default="by task")] = None,
+    output_scale: Annotated[float | None, Choice(help="Factor of the update.", show_default="by task")] = None,
+    unroll: Annotated[int, Choice(help="Steps between meta-updates.", min=1)] = 20,
+    horizon: Annotated[str | None, Choice(help=HORIZONS, show_default="by task")] = None,
+    instances: Annotated[int | None, Choice(help="Instances side by side.", min=1, show_default="by task")] = None,
+    parallel: Annotated[int | None, Choice(help="Trajectories a meta-update.", min=1, show_default="by task")] = None,
+    meta_lr: Annotated[
+        float | None, Choice(help="Learning rate of Adam on the network.", show_default="by task")
+    ] = None,
+    schedule: Annotated[str | None, Choice(help="constant or cosine.", show_default="by task")] = None,
+    objective: Annotated[str | None, Choice(help="sum, relative or log.", show_default="by task")] = None,
+    scaling: Annotated[float | None, Choice(help="Range r of random scaling.", show_default="by task")] = None,
+    imitation: Annotated[float, Choice(help="Share of trajectories led by Adam.", min=0, max=1)] = 0.0,
+    second_derivatives: Annotated[bool, Choice("--second-derivatives", help="Keep them.")] = False,
+    init_scale: Annotated[str | None, Choice(help="Start std of classifiers: 0.01, or LOW:HIGH.")] = None,
+    tensorboard: Annotated[bool, Choice("--tensorboard", help="Write logs for TensorBoard.")] = False,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    out: Out = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Train an optimizer on TASK, or on several in turn.
+
+    Writes the network, a checkpoint, history.json and meta_training.png into --out. Run the same command again to go on
+    after an interruption. What is not given follows the recipe for the kind of task.
+
+    \b
+    Examples:
+        l2l-fast meta-train quadratic
+        l2l-fast meta-train mnist-mlp --meta-steps 4000 --seed 1 --out runs/mnist
+        l2l-fast meta-train digits-mlp digits-mlp-2layer --horizon 50:300 --init-scale 0.003:0.3
+    """
+    overrides = {} if init_scale is None else {"init_scale": _init_scale(init_scale)}
+    mixture = [library.get(name, **({} if name == "quadratic" else overrides)) for name in tasks]
+    recipe = recipes.for_task(mixture[0])
+    shape = _given(features=features, hidden_size=hidden_size, num_layers=num_layers, projection=projection,
+                   output=output, output_scale=output_scale)  # fmt: skip
+    if network is not None and shape:
+        raise typer.BadParameter(f"--network already has its own {', '.join(shape)}; leave them out")
+    torch.manual_seed(seed)
+    learned = CoordinatewiseLSTM.from_pretrained(network) if network else CoordinatewiseLSTM(**recipe.network | shape)
+    training = recipe.training | _given(
+        instances=instances, parallel=parallel,
+        meta_lr=meta_lr, schedule=schedule, objective=objective, scaling=scaling,
+        horizon=None if horizon is None else parse_horizon(horizon),
+    )  # fmt: skip
+    out = out or Path("runs") / f"meta-train-{'-'.join(tasks)}"
+    trainer = MetaTrainer(
+        learned, mixture, unroll=unroll, imitation=imitation, second_derivatives=second_derivatives, device=device,
+        seed=seed, checkpoint=out / "checkpoint", log_dir=out / "tensorboard" if tensorboard else None, **training,
+    )  # fmt: skip
+    begun = time.monotonic()
+    try:
+        history = trainer.fit(meta_steps or recipe.meta_steps, max_seconds=60 * max_minutes)
+    finally:
+        learned.save_pretrained(out / "network")  # the best weights so far, after Ctrl-C too
+    seconds = time.monotonic() - begun
+    (out / "history.json").write_text(json.dumps(dataclasses.asdict(history)) + "\n")
+    plot_curves(
+        {"meta-loss": torch.tensor(history.meta_losses)}, out / "meta_training.png", f"meta-training on {', '.join(tasks)}",
+        xlabel="meta-step (meta-updates)", ylabel=f"meta-loss of a window ({trainer.objective})",
+        log=min(history.meta_losses) > 0,
+    )  # fmt: skip
+    note(f"network, history and picture are in {out}")
+    result = {"tasks": tasks, "meta_steps": trainer.meta_step, "seconds": seconds, "best_score": history.best_score,
+              "skipped": history.skipped, "network": str(out / "network")}  # fmt: skip
+    text = (
+        f"{trainer.meta_step} meta-steps in {seconds:.0f} s; best validation {history.best_score:.4g} (mean of f_t / f_0)\n"
+        f"network: {out / 'network'}\n"
+        f"try it:  l2l-fast compare {tasks[0]} --network {out / 'network'}"
+    )
+    report(result, text, as_json)
+
+
+def _given(**options) -> dict:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _init_scale(text: str) -> float | tuple[float, float]:
+    try:
+        values = [float(part) for part in text.split(":")]
+        return values[0] if len(values) == 1 else (values[0], values[1])
+    except ValueError:
+        raise typer.BadParameter(f"--init-scale {text!r}: give 0.01 or 0.003:0.3") from None

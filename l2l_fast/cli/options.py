@@ -1,0 +1,95 @@
+"""Options that several commands share, and how they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from l2l_fast import meta
+
+
+def _device(name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"{name!r} is not a device that this torch can use ({reason}); try cpu") from None
+    return name
+
+
+def _data(folder: Path | None) -> Path | None:
+    if folder is not None:
+        os.environ["L2L_FAST_DATA"] = str(folder)
+    return folder
+
+
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...", callback=_device)]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=9999)]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for what is written.", file_okay=False, show_default="runs/COMMAND")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder of data sets, such as mnist/.", exists=True, file_okay=False, callback=_data),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+HORIZONS = "Steps a trajectory: 100, or LOW:HIGH for log-uniform, or A,B,C for stages."
+
+
+def parse_horizon(text: str) -> meta.Horizon:
+    """A curriculum from ``100``, ``50:300`` or ``100,200,500``."""
+    try:
+        if ":" in text:
+            return meta.LogUniform(*(int(part) for part in text.split(":")))
+        if "," in text:
+            return meta.Staged([int(part) for part in text.split(",")])
+        return meta.Horizon(int(text))
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(f"--horizon {text!r}: give 100, 50:300 or 100,200,500 ({error})") from None
+
+
+def parse_floats(text: str, option: str) -> list[float]:
+    """Numbers separated by commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text!r}: give numbers separated by commas, such as 0.1,0.01") from None
+
+
+def report(result: dict, text: str, as_json: bool) -> None:
+    """The result on stdout, for a program or for a person."""
+    print(json.dumps(result, indent=1) if as_json else text)
+
+
+def note(text: str) -> None:
+    """A line on stderr, beside the progress bars."""
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def stages():
+    """Progress bars, one a stage: yields ``update(description, done, total)``."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bars: dict[str, int] = {}
+
+        def update(description: str, done: int, total: int) -> None:
+            if description not in bars:
+                bars[description] = progress.add_task(description, total=total)
+            progress.update(bars[description], completed=done, total=total)
+
+        yield update
+
+
+ProgressUpdate = Callable[[str, int, int], None]

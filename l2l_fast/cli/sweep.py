@@ -1,0 +1,97 @@
+"""``l2l-fast sweep``: how the meta-optimizer's learning rate decides what is learned."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from l2l_fast import tasks as library
+from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, parse_floats, report, stages
+from l2l_fast.evaluate import plot_curves
+from l2l_fast.meta import MetaTrainer, recipes
+from l2l_fast.meta.unroll import Rule, Trajectory, step_
+from l2l_fast.networks import CoordinatewiseLSTM
+
+FIRST_TEST_SEED = 3_000_000_000  # apart from every seed of training and validation
+
+
+def sweep(
+    task: Annotated[str, typer.Argument(help="A task's name; see l2l-fast tasks.", show_default=False)],
+    meta_lr: Annotated[str, typer.Option(help="Learning rates of Adam on the network.")] = "0.1,0.03,0.01,0.003,0.001",
+    meta_steps: Annotated[int, typer.Option(help="Meta-updates for each.", min=1)] = 500,
+    horizon: Annotated[int, typer.Option(help="Steps of a trajectory.", min=1)] = 100,
+    seeds: Annotated[int, typer.Option(help="Held-out seeds.", min=1)] = 32,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    out: Out = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Train a network on TASK at each meta learning rate and run them all on held-out seeds.
+
+    Writes sweep.json and sweep.png, the loss against the number of steps, into --out, and names the best rate:
+    that of the lowest mean loss over the horizon.
+
+    \b
+    Examples:
+        l2l-fast sweep quadratic --meta-lr 0.1,0.03,0.01,0.003,0.001
+        l2l-fast sweep digits-mlp --meta-lr 0.01,0.003 --meta-steps 1000
+    """
+    rates = parse_floats(meta_lr, "--meta-lr")
+    problem = library.get(task)
+    held_out = problem.with_half("meta-test") if hasattr(problem, "with_half") else problem
+    recipe = recipes.for_task(problem)
+    out = out or Path("runs") / f"sweep-{task}"
+    curves = {}
+    with stages() as progress:
+        for rate in rates:
+            torch.manual_seed(seed)  # every rate starts from the same network and sees the same trajectories
+            network = CoordinatewiseLSTM(**recipe.network)
+            settings = recipe.training | {"meta_lr": rate, "horizon": horizon, "schedule": "constant"}
+            trainer = MetaTrainer(network, problem, seed=seed, device=device, progress=False, **settings)
+            for done in range(0, meta_steps, 10):
+                progress(f"meta-lr {rate:g}", done, meta_steps)
+                trainer.fit(min(done + 10, meta_steps))
+            progress(f"meta-lr {rate:g}", meta_steps, meta_steps)
+            curves[rate] = _run(held_out, network, horizon, seeds, device)
+    means = {rate: curve[:, 1:].mean().item() for rate, curve in curves.items()}
+    finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
+    if not finite:
+        raise RuntimeError("every meta learning rate diverged; try smaller ones")
+    best = min(finite, key=finite.get)
+    out.mkdir(parents=True, exist_ok=True)
+    labels = {rate: f"{rate:g}" + (" (best)" if rate == best else "") for rate in rates}
+    plot_curves(
+        {labels[rate]: curve for rate, curve in curves.items()}, out / "sweep.png",
+        f"{task}: learned optimizers by meta learning rate", emphasised=[labels[best]],
+    )  # fmt: skip
+    result = {
+        "task": task, "horizon": horizon, "seeds": seeds, "meta_steps": meta_steps, "best": best,
+        "meta_lrs": {f"{rate:g}": {"mean_loss": means[rate] if rate in finite else None,
+                                   "curve": _finite(curve.mean(0).tolist())} for rate, curve in curves.items()},
+    }  # fmt: skip
+    (out / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
+    note(f"sweep.json and sweep.png are in {out}")
+    lines = [f"{task}: mean loss over {horizon} steps by meta learning rate, {seeds} held-out seeds", ""]
+    lines += [f"{rate:>10g}  {means[rate]:>10.4g}{'  best' if rate == best else ''}" for rate in rates]
+    report(result, "\n".join(lines), as_json)
+
+
+def _run(task: library.Task, network: CoordinatewiseLSTM, horizon: int, seeds: int, device: str) -> torch.Tensor:
+    """Losses [seeds, horizon + 1] of the learned optimizer."""
+    instances = library.Instances(task, range(FIRST_TEST_SEED, FIRST_TEST_SEED + seeds), device)
+    trajectory = Trajectory(instances, network.config)
+    rule, losses = Rule(network.config, network.flat_weights().detach()), [trajectory.losses]
+    for _ in range(horizon):
+        step_(trajectory, rule)
+        losses.append(trajectory.losses)
+    return torch.stack(losses, dim=1).cpu()
+
+
+def _finite(values: list[float]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values]

@@ -1,0 +1,27 @@
+"""``l2l-fast tasks``: what can be trained on and compared on."""
+
+from __future__ import annotations
+
+from l2l_fast import tasks as library
+from l2l_fast.cli.options import Json, report
+
+
+def tasks(as_json: Json = False) -> None:
+    """List the tasks that have a name.
+
+    \b
+    Examples:
+        l2l-fast tasks
+        l2l-fast tasks --json
+    """
+    rows = {name: _describe(library.get(name)) for name in library.names()}
+    width = max(map(len, rows))
+    report(rows, "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items()), as_json)
+
+
+def _describe(task: library.Task) -> str:
+    if isinstance(task, library.Quadratic):
+        return f"||W x - y||^2 in {task.dimension} dimensions"
+    units = "-".join(map(str, task.hidden))
+    kind = "convolutions with channels" if task.kind == "conv" else "hidden layers of units"
+    return f"classifier, {kind} {units}, {task.activation}, minibatch {task.batch_size}"
