@@ -208,7 +208,9 @@ def _refuse_double_backward(ctx, *grads):
     )
 
 
-torch.library.register_autograd("l2l_fast::lstm_unroll", _lstm_unroll_autograd, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd(
+    "l2l_fast::lstm_unroll", _lstm_unroll_autograd, setup_context=_setup_context, lib=_LIBRARY
+)
 torch.library.register_autograd("l2l_fast::lstm_unroll_backward", _refuse_double_backward, lib=_LIBRARY)
 
 
@@ -218,9 +220,9 @@ torch.library.register_autograd("l2l_fast::lstm_unroll_backward", _refuse_double
 def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32) -> Tensor:
     """Zero state of a parameter: shape ``(*param.shape, S)``, each of the S rows contiguous over the coordinates.
 
-    The shape is canonical, so the state slices and shards as its parameter does; the layout is only strides. Coordinates
-    stand in the parameter's own memory order, and a row is padded to an odd number of 64-byte lines, so that rows of a
-    power-of-two parameter do not all fall on one cache set.
+    The shape is canonical, so the state slices and shards as its parameter does; the layout is only strides. The
+    coordinates stand in the parameter's own memory order, and a row is padded to an odd number of 64-byte lines, so
+    that the rows of a power-of-two parameter do not all fall on one cache set.
 
     Args:
         param: of any shape and strides, real.

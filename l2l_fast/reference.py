@@ -1,7 +1,7 @@
 """The mathematics of the optimizer in plain PyTorch: the ground truth every kernel is held to.
 
-It is also the implementation that runs wherever no kernel is registered. Everything is written for columns: a block of n
-coordinates is a matrix with one row per feature, so a layer is ``weight @ block`` and the rows of a gate are contiguous.
+It is also the implementation that runs wherever no kernel is registered. Everything is written for columns: a block of
+n coordinates is a matrix with one row per feature, so a layer is ``weight @ block`` and a gate's rows are contiguous.
 
 One coordinate's state is a column of ``state_size(config)`` rows::
 
@@ -122,7 +122,9 @@ def _moments_backward(d_ratios, d_m: Tensor, d_v: Tensor, grad: Tensor, step: Te
     return d_grad, config.beta1 * d_m, config.beta2 * d_v
 
 
-def cell(grad: Tensor, state: Tensor, step: Tensor, weights: dict[str, Tensor], config: Config, saved: dict | None = None):
+def cell(
+    grad: Tensor, state: Tensor, step: Tensor, weights: dict[str, Tensor], config: Config, saved: dict | None = None
+):
     """One step of the optimizer for a block of coordinates.
 
     (u, state') = m(grad, state; weights). A coordinate whose gradient is not finite gets u = 0 and keeps its state.
@@ -179,7 +181,12 @@ def cell(grad: Tensor, state: Tensor, step: Tensor, weights: dict[str, Tensor], 
 
 
 def cell_backward(
-    d_update: Tensor, d_state: Tensor, saved: dict, weights: dict[str, Tensor], d_weights: dict[str, Tensor], config: Config
+    d_update: Tensor,
+    d_state: Tensor,
+    saved: dict,
+    weights: dict[str, Tensor],
+    d_weights: dict[str, Tensor],
+    config: Config,
 ):
     """Backward of :func:`cell`; adds the weights' gradients into ``d_weights``.
 
@@ -310,7 +317,9 @@ def lstm_unroll_backward(
             _, columns = cell(grads[t, tile], columns, step + t, named, config, saved[t])
         d_columns = torch.zeros_like(columns) if d_last is None else d_last[tile].T.to(weights.dtype)
         for t in reversed(range(horizon)):
-            d_grad, d_columns = cell_backward(d_updates[t, tile], d_columns, saved.pop(), named, named_d_weights, config)
+            d_grad, d_columns = cell_backward(
+                d_updates[t, tile], d_columns, saved.pop(), named, named_d_weights, config
+            )
             if need_grads:
                 d_grads[t, tile] = d_grad
         if need_state:

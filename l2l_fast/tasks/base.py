@@ -1,7 +1,7 @@
 """What a task is: three pure functions, and the one place that runs many instances of it at once.
 
-A task describes a family of optimization problems. ``init`` draws a start, ``sample`` draws what the loss is computed on,
-``loss`` maps both to a scalar. All randomness comes from the generator handed in, so an instance is its seed.
+A task describes a family of optimization problems. ``init`` draws a start, ``sample`` draws what the loss is computed
+on, ``loss`` maps both to a scalar. All randomness comes from the generator handed in, so an instance is its seed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Task(Protocol):
 
     Attributes:
         name: what tables and file names call it.
-        resample: True where every step sees a new batch (minibatches); False where one batch, drawn at the start, is the
-            function itself (quadratics).
+        resample: True where every step sees a new batch (minibatches); False where one batch, drawn at the start, is
+            the function itself (quadratics).
     """
 
     name: str

@@ -1,0 +1,4 @@
+from l2l_fast.meta.curricula import Horizon, LogUniform, Staged
+from l2l_fast.meta.trainer import History, MetaTrainer
+
+__all__ = ["History", "Horizon", "LogUniform", "MetaTrainer", "Staged"]

@@ -1,0 +1,478 @@
+"""The meta-trainer: trains a learned optimizer by gradient descent on the losses of the trajectories it makes."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+
+from l2l_fast import reference
+from l2l_fast import tasks as task_names
+from l2l_fast.meta import progress as bars
+from l2l_fast.meta.curricula import Horizon
+from l2l_fast.meta.unroll import (
+    OBJECTIVES,
+    Rule,
+    Trajectory,
+    imitate,
+    step_,
+    unroll,
+    unroll_second_derivatives,
+)
+from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.tasks import Instances, Task
+
+FORMAT_VERSION = 1
+SCHEDULES = ("constant", "cosine")
+# What a seed is for; the first word of every seed sequence, so that no two purposes share random numbers.
+_INSTANCE, _SCALING, _TRAJECTORY, _VALIDATION = range(4)
+
+
+@dataclass
+class History:
+    """What a meta-training run saw.
+
+    Attributes:
+        meta_losses: one a meta-step, the mean over the parallel trajectories.
+        validations: (meta-step, score) pairs; lower is better.
+        best_score: the lowest score, that of the weights which ``fit`` leaves in the network.
+        skipped: meta-steps whose gradient was not finite and was not used.
+    """
+
+    meta_losses: list[float] = field(default_factory=list)
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    best_score: float = math.inf
+    skipped: int = 0
+
+
+class _Stream:
+    """One running trajectory, with what is needed to name it and to go on with it."""
+
+    def __init__(self, number: int, task_index: int, horizon: int, trajectory: Trajectory, teacher) -> None:
+        self.number, self.task_index, self.horizon = number, task_index, horizon
+        self.trajectory, self.teacher = trajectory, teacher
+
+
+class MetaTrainer:
+    r"""Trains a network by truncated backpropagation through time of the optimizer's own trajectories.
+
+    phi <- phi - meta_optimizer(d/dphi sum_{t in window} w[t] f_t(theta[t])),   theta[t+1] = theta[t] + u[t](phi)
+
+    One meta-step is one window of ``unroll`` steps on each of ``parallel`` trajectories. Under ``torchrun`` every rank
+    runs its own ``instances`` of each trajectory and the gradients are averaged: W ranks of B instances equal one of W * B.
+
+    Args:
+        network: the :class:`CoordinatewiseLSTM`; trained in place.
+        tasks: a task or its name, or a sequence of them to mix.
+        unroll: steps a window, T.
+        horizon: steps a trajectory; an int, or a curriculum of :mod:`l2l_fast.meta.curricula`.
+        instances: of the task, side by side in one trajectory, B.
+        parallel: trajectories, each with its own task and horizon, that one meta-step averages over.
+        meta_lr: learning rate of the meta-optimizer.
+        meta_optimizer: made from the network's parameters; ``torch.optim.Adam(lr=meta_lr)`` if None.
+        schedule: of the meta learning rate over ``fit``'s steps: "constant", or "cosine" down to a hundredth.
+        objective: "sum", "relative" (f_t / f_0) or "log".
+        loss_weights: w, ``unroll`` numbers; ones if None.
+        clip: largest norm of the meta-gradient; None for no clipping.
+        scaling: r of the random scaling theta -> c theta, c = exp(U(-r, r)) a coordinate; 0 for none.
+        imitation: share of trajectories led by ``teacher``, whose updates the network then fits; a number, or
+            (first, last) for a share that changes linearly over ``fit``.
+        teacher: makes the teacher from a list of parameters; ``torch.optim.Adam(lr=0.01)`` if None.
+        lr, weight_decay: of the learned update, as :class:`LSTMOptimizer` has them.
+        second_derivatives: keep the gradients' dependence on theta (slower; needs twice differentiable tasks).
+        validate_every: meta-steps between validations; the weights with the best score are kept.
+        validation_instances: instances of each task in a validation, on seeds of their own.
+        checkpoint: folder for exact resume; an unfinished run found there is continued.
+        checkpoint_every: meta-steps between checkpoints.
+        log_dir: folder for TensorBoard.
+        seed: of everything random.
+        device: where to train.
+        progress: show a progress bar (needs rich).
+
+    Raises:
+        ValueError: an option out of its range, or a checkpoint of a run with other options; the message names it.
+
+    Example:
+        >>> import l2l_fast as l2l
+        >>> network = l2l.CoordinatewiseLSTM("moments", hidden_size=4, num_layers=1, output="tanh")
+        >>> trainer = l2l.MetaTrainer(network, "quadratic", instances=8, horizon=40, progress=False)
+        >>> history = trainer.fit(meta_steps=4)
+        >>> len(history.meta_losses)
+        4
+
+    References:
+        Andrychowicz et al. 2016, https://arxiv.org/abs/1606.04474; random scaling: Lv et al. 2017,
+        https://arxiv.org/abs/1703.03633; imitation and staged horizons: Chen et al. 2020, https://arxiv.org/abs/2010.09089.
+    """
+
+    def __init__(
+        self,
+        network: CoordinatewiseLSTM,
+        tasks: Task | str | Sequence[Task | str],
+        *,
+        unroll: int = 20,
+        horizon: int | Horizon = 100,
+        instances: int = 1,
+        parallel: int = 1,
+        meta_lr: float = 3e-3,
+        meta_optimizer: Callable[[list], torch.optim.Optimizer] | None = None,
+        schedule: str = "constant",
+        objective: str = "sum",
+        loss_weights: Sequence[float] | None = None,
+        clip: float | None = 1.0,
+        scaling: float = 0.0,
+        imitation: float | tuple[float, float] = 0.0,
+        teacher: Callable[[list], torch.optim.Optimizer] | None = None,
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+        second_derivatives: bool = False,
+        validate_every: int = 100,
+        validation_instances: int = 8,
+        checkpoint: str | PathLike | None = None,
+        checkpoint_every: int = 100,
+        log_dir: str | PathLike | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        progress: bool = True,
+    ) -> None:
+        tasks = [tasks] if isinstance(tasks, str | Task) else list(tasks)
+        if not tasks:
+            raise ValueError("tasks must name at least one task")
+        self.tasks = [task_names.get(task) if isinstance(task, str) else task for task in tasks]
+        counts = {"unroll": unroll, "instances": instances, "parallel": parallel, "validate_every": validate_every,
+                  "validation_instances": validation_instances, "checkpoint_every": checkpoint_every}  # fmt: skip
+        for name, value in counts.items():
+            _require(value >= 1, name, value, "at least 1")
+        _require(meta_lr > 0, "meta_lr", meta_lr, "positive")
+        _require(schedule in SCHEDULES, "schedule", schedule, f"one of {SCHEDULES}")
+        _require(objective in OBJECTIVES, "objective", objective, f"one of {OBJECTIVES}")
+        _require(clip is None or clip > 0, "clip", clip, "positive or None")
+        _require(scaling >= 0, "scaling", scaling, "at least 0")
+        if loss_weights is not None:
+            _require(len(loss_weights) == unroll, "loss_weights", loss_weights, f"of length unroll = {unroll}")
+        share = (imitation, imitation) if isinstance(imitation, int | float) else tuple(imitation)
+        _require(len(share) == 2 and all(0 <= p <= 1 for p in share), "imitation", imitation, "in [0, 1]")
+        _require(not (second_derivatives and any(share)), "imitation", imitation, "0 with second_derivatives=True")
+        self.network = network.to(device)
+        self.horizon = Horizon(horizon) if isinstance(horizon, int) else horizon
+        self.unroll, self.instances, self.parallel = unroll, instances, parallel
+        self.meta_lr, self.schedule, self.objective, self.clip = meta_lr, schedule, objective, clip
+        self.loss_weights = None if loss_weights is None else torch.tensor(loss_weights, device=device)
+        self.scaling, self.imitation, self.lr, self.weight_decay = scaling, share, lr, weight_decay
+        self.teacher = teacher or (lambda params: torch.optim.Adam(params, lr=0.01))
+        self.second_derivatives = second_derivatives
+        self.validate_every, self.validation_instances = validate_every, validation_instances
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.checkpoint_every, self.log_dir, self.seed = checkpoint_every, log_dir, seed
+        self.device, self.progress = torch.device(device), progress
+
+        self.parameters = [network.get_parameter(name) for name in reference.weight_shapes(network.config)]
+        make = meta_optimizer or (lambda params: torch.optim.Adam(params, lr=meta_lr))
+        self.meta_optimizer = make(self.parameters)
+        self.meta_step, self.started, self.history = 0, 0, History()
+        self.streams: list[_Stream | None] = [None] * parallel
+        self._best = self._weights()
+        self._current: Tensor | None = None  # the weights under training, while the network holds the best ones
+        self._total = 1
+
+    # ------------------------------------------------------------ the loop
+
+    def fit(self, meta_steps: int, *, max_seconds: float = math.inf) -> History:
+        """Train until ``meta_steps`` meta-steps have been made in all, and leave the best weights in the network.
+
+        Ctrl-C stops after the meta-step in progress; with a ``checkpoint`` folder nothing is lost, and the same call
+        goes on from there.
+
+        Args:
+            meta_steps: in all, those of earlier calls and of a resumed checkpoint included.
+            max_seconds: stop earlier after this time.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, once everything is saved.
+        """
+        _require(meta_steps >= 1, "meta_steps", meta_steps, "at least 1")
+        if self._current is not None:
+            self.network.load_flat_weights_(self._current)
+        self._total = meta_steps
+        if self.checkpoint is not None and self.meta_step == 0:
+            self._resume()
+        deadline, writer = time.monotonic() + max_seconds, self._writer()
+        with _DeferredInterrupt() as interrupt, bars.meta_training(self.progress and _rank() == 0, meta_steps) as bar:
+            while self.meta_step < meta_steps and time.monotonic() < deadline and not interrupt.requested:
+                self._step()
+                if self.meta_step % self.validate_every == 0 or self.meta_step == meta_steps:
+                    self._validate()
+                if writer:
+                    self._log(writer)
+                if self.checkpoint is not None and self.meta_step % self.checkpoint_every == 0:
+                    self._save()
+                bar(self.meta_step, self.history.meta_losses[-1], self.history.best_score)
+        if writer:
+            writer.close()
+        if not self.history.validations or (
+            self.history.validations[-1][0] != self.meta_step and not interrupt.requested
+        ):
+            self._validate()
+        if self.checkpoint is not None:
+            self._save()
+        self._current = self._weights()
+        self.network.load_flat_weights_(self._best)
+        if interrupt.requested:
+            where = f"saved to {self.checkpoint}; run the same command again to go on" if self.checkpoint else (
+                "the network holds the best weights so far; give checkpoint=FOLDER to be able to go on"
+            )  # fmt: skip
+            raise KeyboardInterrupt(f"stopped at meta-step {self.meta_step} of {meta_steps}: {where}")
+        return self.history
+
+    def _step(self) -> None:
+        """One window on every parallel trajectory, then one update of the network."""
+        progress = self.meta_step / self._total
+        rule = Rule(self.network.config, self._weights(), self.lr, self.weight_decay)
+        losses, gradient = [], torch.zeros_like(rule.weights)
+        for slot, stream in enumerate(self.streams):
+            if stream is None:
+                stream = self.streams[slot] = self._start(progress)
+            trajectory = stream.trajectory
+            length = min(self.unroll, stream.horizon - trajectory.steps_done)
+            weights = None if self.loss_weights is None else self.loss_weights[:length]
+            if stream.teacher is not None:
+                _, meta_loss, d_weights = imitate(trajectory, rule, length, stream.teacher)
+            else:
+                run = unroll_second_derivatives if self.second_derivatives else unroll
+                _, meta_loss, d_weights = run(trajectory, rule, length, objective=self.objective, weights=weights)
+            losses.append(meta_loss)
+            gradient += d_weights / self.parallel
+        gradient, losses = _average(gradient, torch.stack(losses))
+        for slot, (stream, loss) in enumerate(zip(self.streams, losses.tolist(), strict=True)):
+            if stream.trajectory.steps_done >= stream.horizon or not math.isfinite(loss):
+                self.streams[slot] = None  # ended, or diverged beyond use
+        self._update(gradient, progress)
+        self.meta_step += 1
+        self.history.meta_losses.append(losses.mean().item())
+
+    def _update(self, gradient: Tensor, progress: float) -> None:
+        if not gradient.isfinite().all():
+            self.history.skipped += 1
+            return
+        for parameter, piece in zip(
+            self.parameters, reference.split_weights(gradient, self.network.config).values(), strict=True
+        ):
+            parameter.grad = piece.clone()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        if self.schedule == "cosine":
+            factor = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+            for group in self.meta_optimizer.param_groups:
+                group["lr"] = self.meta_lr * factor
+        self.meta_optimizer.step()
+
+    def _start(self, progress: float) -> _Stream:
+        """A new trajectory; its task, horizon and seeds follow from its number alone."""
+        number, self.started = self.started, self.started + 1
+        rng = np.random.default_rng((_TRAJECTORY, self.seed, number))
+        horizon = self.horizon.draw(rng, progress)
+        first, last = self.imitation
+        led = rng.random() < first + (last - first) * progress
+        return self._make_stream(number, number % len(self.tasks), horizon, led)
+
+    def _make_stream(self, number: int, task_index: int, horizon: int, led: bool) -> _Stream:
+        ids = range(_rank() * self.instances, (_rank() + 1) * self.instances)
+        seeds = [_seed(_INSTANCE, self.seed, number, i) for i in ids]
+        instances, scaling = Instances(self.tasks[task_index], seeds, self.device), None
+        if self.scaling:
+            size = sum(math.prod(shape) for shape in instances.shapes.values())
+            generators = [torch.Generator().manual_seed(_seed(_SCALING, self.seed, number, i)) for i in ids]
+            exponents = torch.stack([torch.rand(size, generator=generator) for generator in generators])
+            scaling = ((2 * exponents - 1) * self.scaling).exp().to(self.device)
+        trajectory = Trajectory(instances, self.network.config, self._weights().dtype, scaling)
+        return _Stream(number, task_index, horizon, trajectory, self.teacher([trajectory.theta]) if led else None)
+
+    def _validate(self) -> None:
+        """Mean of f_t / f_0 over the horizon, the instances and the tasks; keeps the best weights."""
+        rule, scores = Rule(self.network.config, self._weights(), self.lr, self.weight_decay), []
+        for index, task in enumerate(self.tasks):
+            seeds = [_seed(_VALIDATION, self.seed, index, i) for i in range(self.validation_instances)]
+            trajectory = Trajectory(Instances(task, seeds, self.device), self.network.config, rule.weights.dtype)
+            total = torch.zeros_like(trajectory.losses)
+            for _ in range(self.horizon.validation):
+                step_(trajectory, rule)
+                total += trajectory.losses / trajectory.first_losses
+            scores.append(total.mean().item() / self.horizon.validation)
+        score = sum(scores) / len(scores)
+        score = score if math.isfinite(score) else math.inf
+        self.history.validations.append((self.meta_step, score))
+        if score < self.history.best_score:
+            self.history.best_score, self._best = score, rule.weights.clone()
+        if self.horizon.validated(score):
+            self.network.load_flat_weights_(self._best)
+            self.history.best_score = math.inf
+            self.streams = [None] * self.parallel
+
+    def _weights(self) -> Tensor:
+        return self.network.flat_weights().detach()
+
+    # ------------------------------------------------------------ checkpoints and logs
+
+    def _settings(self) -> dict:
+        """Everything that must be the same for a resumed run to be the same run."""
+        names = ("unroll", "instances", "parallel", "meta_lr", "schedule", "objective", "clip", "scaling", "lr",
+                 "weight_decay", "second_derivatives", "validate_every", "validation_instances", "seed")  # fmt: skip
+        settings = {name: getattr(self, name) for name in names}
+        settings["horizon"], settings["imitation"] = repr(self.horizon), list(self.imitation)
+        settings["tasks"] = [task.name for task in self.tasks]
+        settings["network"] = list(self.network.config)
+        settings["loss_weights"] = None if self.loss_weights is None else self.loss_weights.tolist()
+        settings["meta_optimizer"] = type(self.meta_optimizer).__name__
+        settings["ranks"] = _world()
+        return settings
+
+    def _save(self) -> None:
+        streams = [
+            stream and {
+                "number": stream.number, "task_index": stream.task_index, "horizon": stream.horizon,
+                "teacher": stream.teacher and stream.teacher.state_dict(),
+                "trajectory": stream.trajectory.state_dict(),
+            }
+            for stream in self.streams
+        ]  # fmt: skip
+        every_rank = _gather(streams)
+        if _rank() != 0:
+            return
+        self.checkpoint.mkdir(parents=True, exist_ok=True)
+        saved = {
+            "format_version": FORMAT_VERSION,
+            "settings": self._settings(),
+            "meta_step": self.meta_step,
+            "started": self.started,
+            "weights": self._weights(),
+            "best": self._best,
+            "meta_optimizer": self.meta_optimizer.state_dict(),
+            "horizon": self.horizon.state_dict(),
+            "streams": every_rank,
+            "history": vars(self.history),
+        }
+        part = self.checkpoint / "trainer.pt.part"
+        with part.open("wb") as file:
+            torch.save(saved, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.checkpoint / "trainer.pt")  # a kill leaves the old checkpoint or the new one, whole
+
+    def _resume(self) -> None:
+        path = self.checkpoint / "trainer.pt"
+        if not path.exists():
+            return
+        try:
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+            version, theirs = saved["format_version"], saved["settings"]
+        except Exception as error:
+            raise ValueError(
+                f"{path} is not a checkpoint of MetaTrainer ({error}); give another checkpoint folder"
+            ) from None
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path} has format {version}, this l2l_fast reads {FORMAT_VERSION}: give another folder")
+        ours = self._settings()
+        differing = [
+            f"{name}={theirs.get(name)!r} (now {ours[name]!r})" for name in ours if theirs.get(name) != ours[name]
+        ]
+        if differing:
+            raise ValueError(
+                f"{path} belongs to a run with {', '.join(differing)}: use the same options to go on with it, "
+                "or another checkpoint folder to start anew"
+            )
+        self.meta_step, self.started = saved["meta_step"], saved["started"]
+        self.network.load_flat_weights_(saved["weights"])
+        self._best = saved["best"]
+        self.meta_optimizer.load_state_dict(saved["meta_optimizer"])
+        self.horizon.load_state_dict(saved["horizon"])
+        self.history = History(**saved["history"])
+        self.streams = [entry and self._restore_stream(entry) for entry in saved["streams"][_rank()]]
+
+    def _restore_stream(self, entry: dict) -> _Stream:
+        led = entry["teacher"] is not None
+        stream = self._make_stream(entry["number"], entry["task_index"], entry["horizon"], led)
+        stream.trajectory.load_state_dict(entry["trajectory"])
+        if led:
+            stream.teacher = self.teacher([stream.trajectory.theta])
+            stream.teacher.load_state_dict(entry["teacher"])
+        return stream
+
+    def _writer(self):
+        if self.log_dir is None or _rank() != 0:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ImportError("log_dir needs TensorBoard: pip install 'l2l_fast[tensorboard]'") from None
+        return SummaryWriter(self.log_dir, purge_step=self.meta_step + 1)
+
+    def _log(self, writer) -> None:
+        writer.add_scalar("meta_loss", self.history.meta_losses[-1], self.meta_step)
+        if self.history.validations and self.history.validations[-1][0] == self.meta_step:
+            writer.add_scalar("validation", self.history.validations[-1][1], self.meta_step)
+
+
+class _DeferredInterrupt:
+    """Turns Ctrl-C into a request that the loop reads between meta-steps; a second one interrupts at once."""
+
+    def __enter__(self) -> _DeferredInterrupt:
+        self.requested, self._previous = False, None
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def _request(self, number, frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *error) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+
+def _require(good: bool, option: str, value, allowed: str) -> None:
+    if not good:
+        raise ValueError(f"{option} must be {allowed}, got {value!r}")
+
+
+def _seed(*words: int) -> int:
+    """A generator seed from what it is for; unlike a sum, no two different sequences of words share one."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def _world() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _average(*tensors: Tensor) -> list[Tensor]:
+    """Mean over the ranks, in one reduction."""
+    if _world() == 1:
+        return list(tensors)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    distributed.all_reduce(flat)
+    pieces = (flat / _world()).split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def _gather(value) -> list:
+    """Every rank's value, on rank 0."""
+    if _world() == 1:
+        return [value]
+    values = [None] * _world() if _rank() == 0 else None
+    distributed.gather_object(value, values)
+    return values

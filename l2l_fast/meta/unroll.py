@@ -1,0 +1,227 @@
+r"""One truncation of the meta-training loop, and its gradient without a second graph.
+
+Along a trajectory theta[t+1] = a theta[t] + lr u[t] with a = 1 - lr * weight_decay, and the meta-loss is
+L = sum_t w[t] f_t(theta[t]), t = 1 .. T. Taking d grad_t / d phi = 0 (Andrychowicz et al. 2016, section 2.1), each
+update reaches the later losses through that recurrence alone:
+
+    dL/du[t] = lr * sum_{s=t+1..T} a^(s-t-1) * w[s] * grad f_s(theta[s])
+
+The gradients on the right are those that the steps had to compute anyway to feed the LSTM. So a truncation runs forward
+without autograd, keeps its T gradients and its first state, and one call of ``lstm_unroll_backward`` gives dL/dphi.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from l2l_fast import ops
+from l2l_fast.reference import Config
+from l2l_fast.tasks import Instances
+
+OBJECTIVES = ("sum", "relative", "log")
+EPSILON = 1e-6  # keeps the log and relative objectives finite at a loss of zero
+
+
+@dataclass
+class Rule:
+    """The update rule during meta-training: what the network computes, its weights, and the recurrence around it."""
+
+    config: Config
+    weights: Tensor  # flat, [W]
+    lr: float = 1.0
+    weight_decay: float = 0.0
+
+
+class Trajectory:
+    """B instances of a task on their way, with the learned optimizer's state and the gradient at the current point.
+
+    Args:
+        instances: the B optimizees.
+        config: what the network computes.
+        dtype: of parameters and state; float32, or float64 to check.
+        scaling: optional [B, N] factors c: the optimizer sees theta / c and minimises f(c * theta) (Lv et al. 2017).
+    """
+
+    def __init__(
+        self, instances: Instances, config: Config, dtype=torch.float32, scaling: Tensor | None = None
+    ) -> None:
+        self.instances, self.scaling = instances, scaling
+        self.theta = instances.start().to(dtype)
+        if scaling is not None:
+            self.theta = self.theta / scaling
+        self.state = ops.new_state(self.theta, config, dtype)
+        self.steps_done = 0
+        self.losses, self.grad = self.evaluate(self.theta)
+        self.first_losses = self.losses
+
+    def evaluate(self, theta: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+        """Losses [B] and gradients [B, N] at ``theta``, on the next batch."""
+        scale = 1.0 if self.scaling is None else self.scaling
+        losses, grads = self.instances.evaluate(theta * scale, self.instances.draw(), create_graph=create_graph)
+        return losses, grads * scale
+
+    def state_dict(self) -> dict:
+        names = ("scaling", "theta", "state", "steps_done", "losses", "grad", "first_losses")
+        return {**{name: getattr(self, name) for name in names}, "instances": self.instances.state_dict()}
+
+    def load_state_dict(self, saved: dict) -> None:
+        saved = dict(saved)
+        self.instances.load_state_dict(saved.pop("instances"))
+        self.state.copy_(saved.pop("state"))
+        self.__dict__.update(saved)
+
+
+def loss_weights(
+    objective: str, losses: Tensor, first_losses: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Meta-loss of a truncation and its derivative in every loss.
+
+    ``sum``: L = sum_t w[t] f_t;  ``relative``: sum_t w[t] f_t / f_0;  ``log``: sum_t w[t] log(f_t + 1e-6);
+    each averaged over the B instances.
+
+    Args:
+        objective: one of the three.
+        losses: f_t at t = 1 .. T, [T, B].
+        first_losses: f_0 at the start of the trajectory, [B].
+        weights: w, [T]; ones if not given.
+
+    Returns:
+        the 0-dim meta-loss and dL/df, [T, B].
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {objective!r}")
+    weights = torch.ones_like(losses) if weights is None else weights.to(losses)[:, None].expand_as(losses)
+    weights = weights / losses.shape[1]
+    if objective == "log":
+        return (weights * (losses + EPSILON).log()).sum(), weights / (losses + EPSILON)
+    if objective == "relative":
+        weights = weights / (first_losses + EPSILON)
+    return (weights * losses).sum(), weights
+
+
+def suffix_sums(grads: Tensor, d_losses: Tensor, lr: float = 1.0, weight_decay: float = 0.0) -> Tensor:
+    """dL/du[t] for t = 0 .. T-1, from the gradients at theta[1] .. theta[T].
+
+    Args:
+        grads: grad f_s(theta[s]), s = 1 .. T, [T, B, N].
+        d_losses: dL/df_s, [T, B].
+        lr, weight_decay: of the recurrence theta[t+1] = (1 - lr * weight_decay) theta[t] + lr u[t].
+
+    Returns:
+        [T, B, N].
+    """
+    sums = lr * d_losses[:, :, None] * grads
+    for t in reversed(range(len(sums) - 1)):
+        sums[t].add_(sums[t + 1], alpha=1 - lr * weight_decay)
+    return sums
+
+
+@torch.no_grad()
+def step_(trajectory: Trajectory, rule: Rule) -> None:
+    """One step of the learned optimizer, and the loss and gradient where it leads."""
+    device = trajectory.theta.device
+    trajectory.steps_done += 1
+    ops.lstm_step_(
+        [trajectory.theta], [trajectory.grad], [trajectory.state], rule.weights,
+        torch.tensor(rule.lr, dtype=rule.weights.dtype, device=device),
+        [torch.tensor(float(trajectory.steps_done), device=device)], rule.config, weight_decay=rule.weight_decay,
+    )  # fmt: skip
+    trajectory.losses, trajectory.grad = trajectory.evaluate(trajectory.theta)
+
+
+def unroll(
+    trajectory: Trajectory, rule: Rule, length: int, *, objective: str = "sum", weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advance a trajectory by ``length`` steps and differentiate the losses after each of them.
+
+    Args:
+        trajectory: moved on in place.
+        rule: the optimizer.
+        length: T.
+        objective, weights: see :func:`loss_weights`.
+
+    Returns:
+        losses [T, B], the 0-dim meta-loss, and its gradient with respect to the flat weights [W].
+    """
+    size, first_state = trajectory.theta.numel(), trajectory.state.clone(memory_format=torch.preserve_format)
+    grads = trajectory.grad.new_empty(length + 1, *trajectory.grad.shape)
+    grads[0] = trajectory.grad
+    losses = []
+    first_step = torch.tensor(trajectory.steps_done + 1.0, device=grads.device)
+    with torch.no_grad():
+        for t in range(length):
+            step_(trajectory, rule)
+            grads[t + 1] = trajectory.grad
+            losses.append(trajectory.losses)
+        losses = torch.stack(losses)
+        meta_loss, d_losses = loss_weights(objective, losses, trajectory.first_losses, weights)
+        sums = suffix_sums(grads[1:], d_losses, rule.lr, rule.weight_decay)
+        *_, d_weights = ops.lstm_unroll_backward(
+            sums.view(length, size), None, grads[:length].view(length, size), first_state.view(size, -1), rule.weights,
+            rule.config, first_step,
+        )  # fmt: skip
+    return losses, meta_loss, d_weights
+
+
+def unroll_second_derivatives(
+    trajectory: Trajectory, rule: Rule, length: int, *, objective: str = "sum", weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`unroll` with the gradients' dependence on theta kept: the paper's slower option, all by autograd."""
+    phi = rule.weights.detach().requires_grad_()
+    theta, grad, state = trajectory.theta, trajectory.grad, trajectory.state.view(trajectory.theta.numel(), -1)
+    losses = []
+    with torch.enable_grad():
+        for t in range(length):
+            step = trajectory.steps_done + t + 1
+            updates, state = ops.lstm_unroll(grad.reshape(1, -1), state, phi, rule.config, step)
+            theta = (1 - rule.lr * rule.weight_decay) * theta + rule.lr * updates.view_as(theta)
+            loss, grad = trajectory.evaluate(theta, create_graph=True)
+            losses.append(loss)
+        losses = torch.stack(losses)
+        meta_loss, _ = loss_weights(objective, losses, trajectory.first_losses, weights)
+        (d_weights,) = torch.autograd.grad(meta_loss, phi)
+    with torch.no_grad():
+        trajectory.theta, trajectory.grad, trajectory.losses = theta.detach(), grad.detach(), losses[-1].detach()
+        trajectory.state.view(trajectory.theta.numel(), -1).copy_(state)
+    trajectory.steps_done += length
+    return losses.detach(), meta_loss.detach(), d_weights
+
+
+def imitate(
+    trajectory: Trajectory, rule: Rule, length: int, teacher: torch.optim.Optimizer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Let a hand-designed optimizer lead, and fit its updates.
+
+    L = 1 / (2 n) * sum_t ||u[t] - u_teacher[t]||^2 over n = B * N coordinates (Chen et al. 2020).
+
+    Args:
+        trajectory: moved on in place, by the teacher.
+        rule: the optimizer that learns.
+        length: T.
+        teacher: an optimizer of ``trajectory.theta``.
+
+    Returns:
+        as :func:`unroll`: losses of the teacher's trajectory, the meta-loss, its gradient.
+    """
+    size, theta = trajectory.theta.numel(), trajectory.theta
+    grads = theta.new_empty(length, *theta.shape)
+    moves, losses = torch.empty_like(grads), []
+    for t in range(length):
+        grads[t], before = trajectory.grad, theta.detach().clone()
+        theta.grad = trajectory.grad
+        teacher.step()
+        moves[t] = theta.detach() - before
+        trajectory.losses, trajectory.grad = trajectory.evaluate(theta.detach())
+        losses.append(trajectory.losses)
+    with torch.no_grad():
+        step = torch.tensor(float(trajectory.steps_done + 1), device=theta.device)
+        first_state, flat = trajectory.state.view(size, -1), grads.view(length, size)
+        updates, last_state = ops.lstm_unroll(flat, first_state, rule.weights, rule.config, step)
+        error = updates - moves.view(length, size)
+        *_, d_weights = ops.lstm_unroll_backward(error / size, None, flat, first_state, rule.weights, rule.config, step)
+        first_state.copy_(last_state)
+    trajectory.steps_done += length
+    return torch.stack(losses), error.square().sum() / (2 * size), d_weights

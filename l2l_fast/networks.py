@@ -1,0 +1,179 @@
+"""The learned optimizer as an ``nn.Module`` that holds the meta-parameters."""
+
+from __future__ import annotations
+
+import math
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+from l2l_fast import ops, reference
+from l2l_fast.reference import FEATURES, OUTPUTS, Config
+
+MAX_HIDDEN = 64
+
+
+class CoordinatewiseLSTM(nn.Module):
+    r"""An LSTM shared by every parameter of the optimizee, with a state of its own for each coordinate.
+
+    (u, state) <- head(LSTM(projection(features(grad)), state));   u = s * y   or   u = s * tanh(y)
+
+    Args:
+        features: what the LSTM sees of a gradient coordinate d. ``"identity"``: d itself. ``"log_sign"``: log|d|/p and
+            sign d, or -1 and e^p d where \|d| < e^-p. ``"moments"``: m^/(sqrt(v^)+eps) and d/(sqrt(v^)+eps) with
+            bias-corrected running moments m^, v^. ``"both"``: the moments, then log_sign.
+        hidden_size: units of each LSTM layer, 1 to 64.
+        num_layers: stacked LSTM layers, at least 1.
+        projection: put ELU(Linear(features -> hidden_size)) before the first layer.
+        output: ``"linear"`` or ``"tanh"``.
+        output_scale: s; with ``"tanh"`` the largest possible update.
+        preprocess_p: p of the ``log_sign`` features.
+        betas: decay rates of m and v.
+        eps: added to sqrt(v^).
+
+    Raises:
+        ValueError: an option out of its range; the message names the option and the values allowed.
+
+    Example:
+        >>> import torch, l2l_fast as l2l
+        >>> network = l2l.CoordinatewiseLSTM("moments", hidden_size=8, num_layers=1, output="tanh")
+        >>> updates, state = network(torch.randn(20, 100))  # 20 steps of 100 coordinates
+        >>> updates.shape, state.shape
+        (torch.Size([20, 100]), torch.Size([100, 18]))
+
+    References:
+        Andrychowicz et al. 2016, https://arxiv.org/abs/1606.04474 (log_sign, linear output);
+        Lv, Jiang and Li 2017, https://arxiv.org/abs/1703.03633 (moments, projection, tanh output).
+    """
+
+    def __init__(
+        self,
+        features: str = "log_sign",
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        *,
+        projection: bool = False,
+        output: str = "linear",
+        output_scale: float = 0.1,
+        preprocess_p: float = 10.0,
+        betas: tuple[float, float] = (0.95, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__()
+        _check(features in FEATURES, "features", features, f"one of {', '.join(map(repr, FEATURES))}")
+        _check(
+            _is_int(hidden_size) and 1 <= hidden_size <= MAX_HIDDEN, "hidden_size", hidden_size, "an int from 1 to 64"
+        )
+        _check(_is_int(num_layers) and num_layers >= 1, "num_layers", num_layers, "an int of at least 1")
+        _check(isinstance(projection, bool), "projection", projection, "True or False")
+        _check(output in OUTPUTS, "output", output, f"one of {', '.join(map(repr, OUTPUTS))}")
+        _check(0 < output_scale < math.inf, "output_scale", output_scale, "a positive number")
+        _check(0 < preprocess_p <= 80, "preprocess_p", preprocess_p, "a number in (0, 80]")
+        _check(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
+        _check(0 < eps < math.inf, "eps", eps, "a positive number")
+        self.config = Config(
+            features, hidden_size, num_layers, projection, output, float(output_scale), float(preprocess_p),
+            float(betas[0]), float(betas[1]), float(eps),
+        )  # fmt: skip
+        inputs = FEATURES[features]
+        if projection:
+            self.projection = nn.Linear(inputs, hidden_size)
+        for name, shape in reference.weight_shapes(self.config).items():
+            if name.startswith(("weight_", "bias_")):
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.head = nn.Linear(hidden_size, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """``nn.LSTM``'s and ``nn.Linear``'s own initialisation, but for a zero head bias: no drift at the start."""
+        bound = 1 / math.sqrt(self.config.hidden_size)
+        for name, parameter in self.named_parameters(recurse=False):
+            del name
+            nn.init.uniform_(parameter, -bound, bound)
+        if self.config.projection:
+            self.projection.reset_parameters()
+        self.head.reset_parameters()
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, grads: Tensor, state: Tensor | None = None, step: Tensor | int = 1) -> tuple[Tensor, Tensor]:
+        """Updates [T, N] and the last state [N, S] for gradients [T, N]; the state starts at zero if not given."""
+        state = self.init_state(grads[0]) if state is None else state
+        return ops.lstm_unroll(grads, state, self.flat_weights(), self.config, step)
+
+    def init_state(self, param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Zero state ``(*param.shape, S)`` for a parameter; its dtype is the network's unless given."""
+        return ops.new_state(param, self.config, dtype or self.head.weight.dtype)
+
+    def flat_weights(self) -> Tensor:
+        """All meta-parameters as one vector [W], differentiable, in the order the ops take."""
+        return torch.cat([self.get_parameter(name).reshape(-1) for name in reference.weight_shapes(self.config)])
+
+    @torch.no_grad()
+    def load_flat_weights_(self, flat: Tensor) -> None:
+        """Copy a vector [W] into the meta-parameters."""
+        for name, piece in reference.split_weights(flat, self.config).items():
+            self.get_parameter(name).copy_(piece)
+
+    @property
+    def options(self) -> dict:
+        """The constructor's arguments."""
+        options = self.config._asdict()
+        options["betas"] = (options.pop("beta1"), options.pop("beta2"))
+        return options
+
+    @classmethod
+    def from_torch(cls, lstm: nn.LSTM, head: nn.Linear, **options) -> CoordinatewiseLSTM:
+        """The same optimizer from weights made with ``nn.LSTM`` and ``nn.Linear``.
+
+        Args:
+            lstm: one direction, with biases, without ``proj_size`` and dropout; ``input_size`` = number of features.
+            head: ``nn.Linear(hidden_size, 1)``.
+            options: the remaining options of the constructor; ``hidden_size`` and ``num_layers`` are the LSTM's.
+
+        Raises:
+            ValueError: if the modules are not of that form; the message names what differs.
+
+        Example:
+            >>> from torch import nn
+            >>> import l2l_fast as l2l
+            >>> network = l2l.CoordinatewiseLSTM.from_torch(nn.LSTM(2, 20, 2), nn.Linear(20, 1))
+        """
+        _check(not lstm.bidirectional, "lstm.bidirectional", True, "False")
+        _check(lstm.bias, "lstm.bias", False, "True")
+        _check(lstm.proj_size == 0, "lstm.proj_size", lstm.proj_size, "0")
+        _check(lstm.dropout == 0, "lstm.dropout", lstm.dropout, "0")
+        _check(head.bias is not None, "head.bias", None, "a bias")
+        network = cls(hidden_size=lstm.hidden_size, num_layers=lstm.num_layers, **options)
+        tensors = lstm.state_dict() | {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+        for name, shape in reference.weight_shapes(network.config).items():
+            if name.startswith("projection."):
+                raise ValueError("projection must be False: from_torch takes an nn.LSTM and a head alone")
+            _check(tuple(tensors[name].shape) == shape, f"shape of {name}", tuple(tensors[name].shape), str(shape))
+        network.load_state_dict(tensors)
+        return network.to(lstm.weight_ih_l0.dtype)
+
+    def save_pretrained(self, folder: str | PathLike) -> None:
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``, made if it is not there."""
+        from l2l_fast import checkpoint
+
+        checkpoint.save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | PathLike, *, revision: str | None = None) -> CoordinatewiseLSTM:
+        """A trained network by shipped name, folder or hub id. See :func:`l2l_fast.checkpoint.from_pretrained`."""
+        from l2l_fast import checkpoint
+
+        return checkpoint.from_pretrained(name_or_folder, revision=revision)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _check(good: bool, option: str, value, allowed: str) -> None:
+    if not good:
+        raise ValueError(f"{option} must be {allowed}, got {value!r}")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,138 @@
+"""A plain nn.Module, data and a loss as a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class ModuleTask:
+    r"""Training your own module on your own data.
+
+    f(theta) = loss_fn(module_theta(x[rows]), y[rows], ...),   rows drawn with replacement
+
+    The module's trainable parameters are the coordinates. Its frozen parameters and buffers are constants of the task,
+    the same for every trajectory: those of the first module made. It must be a function of its parameters and input
+    alone: no dropout, no running statistics.
+
+    Args:
+        make_module: makes a freshly initialised module. It draws from torch's global CPU generator, which is seeded
+            from the trajectory's generator for the call and afterwards left as it was.
+        data: a tensor [M, ...], the module's input, or a tuple of tensors sharing M: the input, then what ``loss_fn``
+            takes besides the module's output.
+        loss_fn: ``loss_fn(output, *targets) -> scalar``.
+        batch_size: rows of a minibatch.
+        name: what tables call it.
+        resample: True draws new rows at every step; False draws them once a trajectory.
+
+    Raises:
+        ValueError: if the module has no trainable parameters, is random or changes its buffers in its forward pass, the
+            data do not share M, or the loss is not a scalar.
+
+    Example:
+        >>> import torch, l2l_fast as l2l
+        >>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
+        >>> task = l2l.tasks.ModuleTask(lambda: torch.nn.Linear(1, 1), (x, 3 * x), torch.nn.functional.mse_loss)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> task.loss(task.init(generator), task.sample(generator)).shape
+        torch.Size([])
+
+    References:
+        ``torch.func.functional_call``, https://docs.pytorch.org/docs/stable/generated/torch.func.functional_call.html
+    """
+
+    def __init__(
+        self,
+        make_module: Callable[[], nn.Module],
+        data: Tensor | tuple[Tensor, ...],
+        loss_fn: Callable[..., Tensor],
+        *,
+        batch_size: int = 128,
+        name: str = "module",
+        resample: bool = True,
+    ) -> None:
+        self.data = (data,) if isinstance(data, Tensor) else tuple(data)
+        _check_data(self.data)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.make_module, self.loss_fn = make_module, loss_fn
+        self.batch_size, self.name, self.resample = batch_size, name, resample
+        self._module = self._make(seed=0)
+        _check_module(self._module)
+        self._try()
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        module = self._make(int(torch.randint(2**62, (), generator=generator)))
+        return {name: param.detach().clone() for name, param in _trainable(module).items()}
+
+    def sample(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        rows = torch.randint(len(self.data[0]), (self.batch_size,), generator=generator)
+        return tuple(tensor.index_select(0, rows) for tensor in self.data)
+
+    def loss(self, params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        inputs, *targets = batch
+        # Constants follow the parameters' device; where they are there already this costs nothing.
+        constants = {name: constant.to(inputs.device) for name, constant in self._constants().items()}
+        return self.loss_fn(functional_call(self._module, (params, constants), (inputs,)), *targets)
+
+    def _make(self, seed: int) -> nn.Module:
+        # Only the CPU's generator: torch.manual_seed would reseed every GPU's as well.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            module = self.make_module()
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"make_module must return a torch.nn.Module, got {type(module).__name__}")
+        return module
+
+    def _constants(self) -> dict[str, Tensor]:
+        trainable = _trainable(self._module)
+        frozen = {name: param.detach() for name, param in self._module.named_parameters() if name not in trainable}
+        return frozen | dict(self._module.named_buffers())
+
+    def _try(self) -> None:
+        """Evaluate two instances on two rows: what cannot work is refused here, not in the middle of training."""
+        buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
+        params = {name: param.detach().expand(2, *param.shape) for name, param in _trainable(self._module).items()}
+        batch = tuple(torch.stack([tensor[:2], tensor[:2]]) for tensor in self.data)
+        try:
+            losses = torch.vmap(self.loss)(params, batch)
+        except RuntimeError as error:
+            raise ValueError(
+                "the module and its loss cannot be evaluated under torch.vmap (they may not be random, nor change "
+                f"anything in place, nor branch on values): {error}"
+            ) from error
+        if losses.shape != (2,):
+            raise ValueError(f"loss_fn must return a scalar, got shape {list(losses.shape[1:])}")
+        for name, buffer in self._module.named_buffers():
+            if not torch.equal(buffer, buffers[name]):
+                raise ValueError(f"the module changes its buffer {name} in its forward pass: put it into eval() mode")
+
+
+def _trainable(module: nn.Module) -> dict[str, Tensor]:
+    return {name: param for name, param in module.named_parameters() if param.requires_grad}
+
+
+def _check_data(data: tuple[Tensor, ...]) -> None:
+    if not data or not all(isinstance(tensor, Tensor) and tensor.ndim > 0 for tensor in data):
+        raise ValueError("data must be a tensor or a tuple of tensors, each of at least one dimension")
+    lengths = [len(tensor) for tensor in data]
+    if len(set(lengths)) > 1 or lengths[0] == 0:
+        raise ValueError(f"data must share a first dimension of at least 1, got lengths {lengths}")
+
+
+def _check_module(module: nn.Module) -> None:
+    """What can be refused by name."""
+    for name, part in module.named_modules():
+        where = f"{type(part).__name__} ({name or 'the module itself'})"
+        if getattr(part, "track_running_stats", False) and part.training:
+            raise ValueError(
+                f"{where} keeps running statistics, so that a loss would change the next: give it "
+                "track_running_stats=False, or use GroupNorm"
+            )
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
+            raise ValueError(f"{where} is random, and a task's loss is not: set p=0 or put it into eval() mode")
+    if not _trainable(module):
+        raise ValueError("the module has no trainable parameters, so that there is nothing to optimize")
