@@ -1,0 +1,175 @@
+"""Hand-designed baselines, all of them torch.optim's own classes, and the search for their learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from l2l_fast.evaluate.trajectories import Lane, Progress, smoothed, trajectories
+from l2l_fast.tasks.base import Task
+
+EXTENSION = 4  # rates added at a time: a decade
+MAX_EXTENSIONS = 4  # on each side
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An elementwise optimizer whose learning rate is searched.
+
+    Args:
+        name: the key in tables, JSON and ``--baselines``.
+        label: how people write it.
+        factory: (parameters, learning rate) -> ``torch.optim.Optimizer``.
+        exponents: the grid's first and last quarter-decade k; its rates are 10^(k/4).
+    """
+
+    name: str
+    label: str
+    factory: Callable[[list[Tensor], float], torch.optim.Optimizer]
+    exponents: tuple[int, int]
+
+
+# foreach is torch's default on CUDA and, with several parameters, the quicker one on the CPU too.
+_FACTORIES = {
+    "sgd": ("SGD", partial(torch.optim.SGD, foreach=True), (-12, 6)),
+    "nesterov": ("Nesterov", partial(torch.optim.SGD, momentum=0.9, nesterov=True, foreach=True), (-14, 3)),
+    "rmsprop": ("RMSprop", partial(torch.optim.RMSprop, foreach=True), (-14, 0)),
+    "adam": ("Adam", partial(torch.optim.Adam, foreach=True), (-12, 1)),
+    "adamw": ("AdamW", partial(torch.optim.AdamW, foreach=True), (-12, 1)),
+}
+
+
+def _with_rate(optimizer_class):
+    return lambda params, lr: optimizer_class(params, lr=lr)
+
+
+BASELINES: dict[str, Baseline] = {
+    name: Baseline(name, label, _with_rate(optimizer_class), exponents)
+    for name, (label, optimizer_class, exponents) in _FACTORIES.items()
+}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What :func:`tune` found.
+
+    Attributes:
+        baseline: what was tuned.
+        rates: every rate tried, rising.
+        mean_losses: mean loss over the horizon at each rate; inf where a seed diverged.
+        final_losses: final loss at each rate; inf where a seed diverged.
+        lr: the rate of the lowest mean loss.
+        lr_final: the rate of the lowest final loss.
+        on_edge: True where the best rate, by either measure, is the first or last one tried although the grid was
+            extended as far as it goes.
+    """
+
+    baseline: Baseline
+    rates: list[float]
+    mean_losses: list[float]
+    final_losses: list[float]
+    lr: float
+    lr_final: float
+    on_edge: bool
+
+
+def find_baseline(baseline: str | Baseline) -> Baseline:
+    """The baseline of that name; a :class:`Baseline` is returned as it is."""
+    if isinstance(baseline, Baseline):
+        return baseline
+    if baseline not in BASELINES:
+        raise ValueError(f"baselines must be among {', '.join(BASELINES)} (or be a Baseline), got {baseline!r}")
+    return BASELINES[baseline]
+
+
+def tune(
+    task: Task,
+    baseline: str | Baseline,
+    *,
+    horizon: int = 100,
+    seeds: Iterable[int] = range(10),
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Tuned:
+    """Best learning rates of a baseline on a task, for the mean loss over the horizon and for the final loss.
+
+    mean = 1/(B T) sum_i sum_{t=1..T} f_t(theta_t),   final: see :func:`~l2l_fast.evaluate.trajectories.smoothed`
+
+    All rates and all seeds run as one stacked batch, on shared minibatches. While a best rate stands on the grid's edge,
+    the grid grows by a decade on that side, at most four times.
+
+    Args:
+        task: the task.
+        baseline: a name in ``BASELINES``, or a :class:`Baseline`.
+        horizon: T, number of updates.
+        seeds: B instances to tune on.
+        device: where to run.
+        progress: called as progress(description, updates done, updates in all), from 0 again for each extension.
+
+    Raises:
+        ValueError: an unknown baseline, a horizon below 1, or no seeds.
+
+    Example:
+        >>> import l2l_fast as l2l
+        >>> from l2l_fast.evaluate import tune
+        >>> tuned = tune(l2l.tasks.Quadratic(), "adam", horizon=20, seeds=range(3))
+        >>> tuned.lr in tuned.rates and not tuned.on_edge
+        True
+    """
+    baseline, seeds = find_baseline(baseline), list(seeds)
+    if horizon < 1:
+        raise ValueError(f"horizon must be at least 1, got {horizon}")
+    if not seeds:
+        raise ValueError("seeds must name at least one instance to tune on, got none")
+
+    def measure(exponents: Sequence[int], description: str) -> dict[int, tuple[float, float]]:
+        lanes = [Lane(partial(baseline.factory, lr=10 ** (k / 4))) for k in exponents]
+        on_step = progress and (lambda done: progress(description, done, horizon))
+        losses = trajectories(task, lanes, horizon=horizon, seeds=seeds, device=device, on_step=on_step)
+        return {k: (mean_loss(lane), final_loss(lane, horizon)) for k, lane in zip(exponents, losses, strict=True)}
+
+    description = f"tuning {baseline.label}"
+    first, last = baseline.exponents
+    scores = measure(range(first, last + 1), description)
+    for _ in range(MAX_EXTENSIONS):
+        best = _best(scores)
+        wider = [*range(first - EXTENSION, first)] * (first in best)
+        wider += [*range(last + 1, last + 1 + EXTENSION)] * (last in best and last != first)
+        if not wider:
+            break
+        scores |= measure(wider, f"{description}, wider")
+        first, last = min(scores), max(scores)
+    exponents, best = sorted(scores), _best(scores)
+    return Tuned(
+        baseline=baseline,
+        rates=[10 ** (k / 4) for k in exponents],
+        mean_losses=[scores[k][0] for k in exponents],
+        final_losses=[scores[k][1] for k in exponents],
+        lr=10 ** (best[0] / 4),
+        lr_final=10 ** (best[1] / 4),
+        on_edge=first in best or last in best,
+    )
+
+
+def mean_loss(losses: Tensor) -> float:
+    """Mean over seeds and over t = 1 .. T of losses [B, T + 1]; inf if any is not finite."""
+    return _finite_or_inf(losses[:, 1:].double().mean())
+
+
+def final_loss(losses: Tensor, horizon: int) -> float:
+    """Smoothed loss at the horizon, averaged over seeds, of losses [B, T + 1]; inf if it is not finite."""
+    return _finite_or_inf(smoothed(losses, horizon)[:, -1].mean())
+
+
+def _finite_or_inf(value: Tensor) -> float:
+    return value.item() if value.isfinite() else float("inf")
+
+
+def _best(scores: dict[int, tuple[float, float]]) -> tuple[int, int]:
+    """Exponents of the lowest mean and of the lowest final loss; the lower rate where they tie."""
+    exponents = sorted(scores)
+    return tuple(min(exponents, key=lambda k: scores[k][metric]) for metric in (0, 1))

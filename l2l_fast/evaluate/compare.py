@@ -1,0 +1,228 @@
+"""The protocol: tune every baseline on its own seeds, then run everything on held-out seeds, paired."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import metadata
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from l2l_fast.evaluate.baselines import BASELINES, Baseline, final_loss, find_baseline, mean_loss, tune
+from l2l_fast.evaluate.comparison import Comparison, Result
+from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress, trajectories
+from l2l_fast.tasks.base import Instances, Task
+
+TIMED_STEPS, WARM_UP_STEPS = 40, 5
+# Tuning and held-out seeds stay apart for every ``seed`` a person may give (torch's CPU generator uses 32 bits).
+_FIRST_TUNING_SEED, _FIRST_TEST_SEED, _SEEDS_EACH = 1_000_000_000, 2_000_000_000, 100_000
+
+
+def compare(
+    task: Task | str,
+    optimizers: torch.nn.Module | str | PathLike | MakeOptimizer | Mapping[str, object],
+    *,
+    horizon: int = 100,
+    seeds: int = 10,
+    baselines: Sequence[str | Baseline] = tuple(BASELINES),
+    tuning_seeds: int = 10,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare learned optimizers with tuned hand-designed ones.
+
+    Every baseline gets the learning rate of the lowest mean loss, and separately that of the lowest final loss, over the
+    same horizon on ``tuning_seeds`` instances. Then all optimizers run on ``seeds`` other instances, from the same starts
+    and on the same minibatches. A task that has halves is tuned and run on its half "meta-test".
+
+    ``seconds_per_step`` is the median wall-clock time of loss, gradient and update on one instance, parameters in their own
+    shapes, the optimizers taking turns step by step so that whatever else the machine does hits all alike. Baselines are
+    torch's classes as they come, with ``foreach=True``.
+
+    Args:
+        task: a task, or the name of one.
+        optimizers: a network, the name or folder of one, a callable (parameters -> optimizer), or a dictionary from names
+            to any of these. A callable is called once an instance, with a list of parameters of the task's own shapes, so
+            it need not be elementwise; its optimizer's ``step`` must work without a closure.
+        horizon: number of updates.
+        seeds: number of held-out instances.
+        baselines: what to compare with.
+        tuning_seeds: number of instances to tune baselines on.
+        seed: shifts both sets of instances, 0 to 9999.
+        device: where to run.
+        progress: called as progress(description, done, total) while a stage runs; each stage has its own description.
+
+    Raises:
+        ValueError: a number out of its range, an unknown baseline, no optimizers, or two of one name.
+
+    Example:
+        >>> import l2l_fast as l2l
+        >>> from l2l_fast.evaluate import compare
+        >>> found = compare(l2l.tasks.Quadratic(), l2l.CoordinatewiseLSTM(), horizon=10, seeds=2, baselines=["adam"])
+        >>> sorted(found.optimizers)
+        ['LSTM', 'adam']
+    """
+    for name, value in (("horizon", horizon), ("seeds", seeds), ("tuning_seeds", tuning_seeds)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if max(seeds, tuning_seeds) > _SEEDS_EACH:
+        raise ValueError(f"seeds and tuning_seeds must be at most {_SEEDS_EACH}, got {max(seeds, tuning_seeds)}")
+    if not 0 <= seed <= 9999:
+        raise ValueError(f"seed must be from 0 to 9999, got {seed}")
+    learned = _learned(optimizers)
+    baselines = [find_baseline(baseline) for baseline in ([baselines] if isinstance(baselines, str) else baselines)]
+    if not baselines:
+        raise ValueError(f"baselines must name at least one of {', '.join(BASELINES)}, got none")
+    names = [*learned, *(baseline.name for baseline in baselines)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"optimizers and baselines must have different names, got {', '.join(twice)} twice; rename one")
+    task = _find_task(task)
+
+    first = _FIRST_TUNING_SEED + seed * _SEEDS_EACH
+    tuning = range(first, first + tuning_seeds)
+    tuned = [
+        tune(task, baseline, horizon=horizon, seeds=tuning, device=device, progress=progress) for baseline in baselines
+    ]
+
+    lanes = dict(learned)
+    for best in tuned:
+        lanes[best.baseline.name] = Lane(partial(best.baseline.factory, lr=best.lr))
+        lanes[best.baseline.name, "final"] = Lane(partial(best.baseline.factory, lr=best.lr_final))
+    first = _FIRST_TEST_SEED + seed * _SEEDS_EACH
+    test = range(first, first + seeds)
+    on_step = progress and (lambda done: progress("comparing", done, horizon))
+    losses = trajectories(task, list(lanes.values()), horizon=horizon, seeds=test, device=device, on_step=on_step)
+    losses = dict(zip(lanes, losses, strict=True))
+    makers = {name: lanes[name].make for name in names}
+    seconds = _seconds_per_step(task, makers, test[0], device, progress)
+
+    results = {}
+    for name, lane in learned.items():
+        rate = _learning_rate(lane.make)
+        results[name] = _result(name, losses[name], losses[name], horizon, lr=rate, lr_final=rate, seconds=seconds[name])
+    for best in tuned:
+        name = best.baseline.name
+        results[name] = _result(
+            best.baseline.label, losses[name], losses[name, "final"], horizon,
+            lr=best.lr, lr_final=best.lr_final, seconds=seconds[name], on_edge=best.on_edge,
+        )  # fmt: skip
+    return Comparison(task.name, horizon, seeds, list(learned), results, _environment(device))
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _learned(optimizers) -> dict[str, Lane]:
+    if not isinstance(optimizers, Mapping):
+        optimizers = {_name(optimizers): optimizers}
+    if not optimizers:
+        raise ValueError("optimizers must hold at least one network or callable, got none")
+    return {str(name): _lane(optimizer) for name, optimizer in optimizers.items()}
+
+
+def _name(optimizer) -> str:
+    if isinstance(optimizer, (str, PathLike)):
+        return Path(optimizer).name or str(optimizer)
+    return "LSTM" if isinstance(optimizer, torch.nn.Module) else getattr(optimizer, "__name__", "learned")
+
+
+def _lane(optimizer) -> Lane:
+    if isinstance(optimizer, (str, PathLike, torch.nn.Module)):
+        from l2l_fast.optim import LSTMOptimizer
+
+        return Lane(lambda params: LSTMOptimizer(params, network=optimizer))
+    if not callable(optimizer):
+        raise ValueError(
+            "optimizers must be a network, its name or folder, a callable (parameters -> optimizer) or a dictionary of "
+            f"these, got {type(optimizer).__name__}"
+        )
+    return Lane(optimizer, elementwise=False)
+
+
+def _find_task(task: Task | str) -> Task:
+    if isinstance(task, str):
+        from l2l_fast import tasks
+
+        task = tasks.get(task)
+    return task.with_half("meta-test") if hasattr(task, "with_half") else task
+
+
+def _learning_rate(make: MakeOptimizer) -> float:
+    return float(make([torch.zeros(2, 2, requires_grad=True)]).param_groups[0].get("lr", float("nan")))
+
+
+# ---------------------------------------------------------------- measurements
+
+
+def _result(label: str, losses: Tensor, losses_final: Tensor, horizon: int, *, seconds: float, **rates) -> Result:
+    """Numbers of losses [B, T + 1], at the rate for the mean and at the rate for the final loss."""
+    losses, losses_final = losses.double(), losses_final.double()
+    several = len(losses) > 1
+    return Result(
+        label=label,
+        mean_loss=mean_loss(losses),
+        mean_loss_std=losses[:, 1:].mean(1).std().item() if several else 0.0,
+        final_loss=final_loss(losses_final, horizon),
+        seconds_per_step=seconds,
+        curve=losses.mean(0).tolist(),
+        curve_std=(losses.std(0) if several else torch.zeros_like(losses[0])).tolist(),
+        curve_final=losses_final.mean(0).tolist(),
+        **rates,
+    )
+
+
+def _seconds_per_step(
+    task: Task, makers: Mapping[str, MakeOptimizer], seed: int, device, progress: Progress | None
+) -> dict[str, float]:
+    instances = Instances(task, [seed], device)
+    runs = {}
+    for name, make in makers.items():
+        params = {key: value[0].clone().requires_grad_() for key, value in instances.unflatten(instances.start()).items()}
+        runs[name] = (params, make(list(params.values())), [])
+    for step in range(WARM_UP_STEPS + TIMED_STEPS):
+        batch = tree_map(lambda leaf: leaf[0], instances.draw())
+        for params, optimizer, times in runs.values():
+            start = _now(device)
+            task.loss(params, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            times.append(_now(device) - start)
+        if progress:
+            progress("timing", step + 1, WARM_UP_STEPS + TIMED_STEPS)
+    return {name: statistics.median(times[WARM_UP_STEPS:]) for name, (_, _, times) in runs.items()}
+
+
+def _now(device) -> float:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _environment(device) -> dict:
+    device = torch.device(device)
+    try:
+        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # not Linux, or an architecture whose cpuinfo has no such line
+        cpu = platform.processor() or platform.machine()
+    try:
+        version = metadata.version("l2l_fast")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        version = "unknown"
+    return {
+        "l2l_fast": version,
+        "torch": torch.__version__,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
