@@ -98,7 +98,7 @@ class CoordinatewiseLSTM(nn.Module):
 
     def forward(self, grads: Tensor, state: Tensor | None = None, step: Tensor | int = 1) -> tuple[Tensor, Tensor]:
         """Updates [T, N] and the last state [N, S] for gradients [T, N]; the state starts at zero if not given."""
-        state = self.init_state(grads[0]) if state is None else state
+        state = self.init_state(grads.new_empty(grads.shape[1:])) if state is None else state
         return ops.lstm_unroll(grads, state, self.flat_weights(), self.config, step)
 
     def init_state(self, param: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -22,9 +22,7 @@ Choice = typer.Option  # short, for the long list below
 
 
 def meta_train(
-    tasks: Annotated[
-        list[str], typer.Argument(metavar="TASK...", help="One or several.", show_default=False)
-    ],
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="One or several.", show_default=False)],
     meta_steps: Annotated[int | None, Choice(help="Meta-updates.", min=1, show_default="by task")] = None,
     max_minutes: Annotated[float, Choice(help="Stop earlier after this time.", min=0)] = math.inf,
     network: Annotated[str | None, Choice(help="Start from this network: name, folder or hub id.")] = None,
@@ -92,7 +90,8 @@ def meta_train(
     seconds = time.monotonic() - begun
     (out / "history.json").write_text(json.dumps(dataclasses.asdict(history)) + "\n")
     plot_curves(
-        {"meta-loss": torch.tensor(history.meta_losses)}, out / "meta_training.png", f"meta-training on {', '.join(tasks)}",
+        {"meta-loss": torch.tensor(history.meta_losses)}, out / "meta_training.png",
+        f"meta-training on {', '.join(tasks)}",
         xlabel="meta-step (meta-updates)", ylabel=f"meta-loss of a window ({trainer.objective})",
         log=min(history.meta_losses) > 0,
     )  # fmt: skip
@@ -100,7 +99,8 @@ def meta_train(
     result = {"tasks": tasks, "meta_steps": trainer.meta_step, "seconds": seconds, "best_score": history.best_score,
               "skipped": history.skipped, "network": str(out / "network")}  # fmt: skip
     text = (
-        f"{trainer.meta_step} meta-steps in {seconds:.0f} s; best validation {history.best_score:.4g} (mean of f_t / f_0)\n"
+        f"{trainer.meta_step} meta-steps in {seconds:.0f} s; "
+        f"best validation {history.best_score:.4g} (mean of f_t / f_0)\n"
         f"network: {out / 'network'}\n"
         f"try it:  l2l-fast compare {tasks[0]} --network {out / 'network'}"
     )

@@ -7,7 +7,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from os import PathLike
@@ -85,7 +85,9 @@ def compare(
         raise ValueError(f"baselines must name at least one of {', '.join(BASELINES)}, got none")
     names = [*learned, *(baseline.name for baseline in baselines)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"optimizers and baselines must have different names, got {', '.join(twice)} twice; rename one")
+        raise ValueError(
+            f"optimizers and baselines must have different names, got {', '.join(twice)} twice; rename one"
+        )
     task = _find_task(task)
 
     first = _FIRST_TUNING_SEED + seed * _SEEDS_EACH
@@ -109,7 +111,9 @@ def compare(
     results = {}
     for name, lane in learned.items():
         rate = _learning_rate(lane.make)
-        results[name] = _result(name, losses[name], losses[name], horizon, lr=rate, lr_final=rate, seconds=seconds[name])
+        results[name] = _result(
+            name, losses[name], losses[name], horizon, lr=rate, lr_final=rate, seconds=seconds[name]
+        )
     for best in tuned:
         name = best.baseline.name
         results[name] = _result(
@@ -187,7 +191,9 @@ def _seconds_per_step(
     instances = Instances(task, [seed], device)
     runs = {}
     for name, make in makers.items():
-        params = {key: value[0].clone().requires_grad_() for key, value in instances.unflatten(instances.start()).items()}
+        params = {
+            key: value[0].clone().requires_grad_() for key, value in instances.unflatten(instances.start()).items()
+        }
         runs[name] = (params, make(list(params.values())), [])
     for step in range(WARM_UP_STEPS + TIMED_STEPS):
         batch = tree_map(lambda leaf: leaf[0], instances.draw())

@@ -91,7 +91,9 @@ def plot_curves(
         with np.errstate(all="ignore"):  # a diverged curve has no spread
             error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(values.shape[1])
             lines[label] = (values.mean(0), error)
-    _draw(lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band="mean ± standard error over seeds")
+    _draw(
+        lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band="mean ± standard error over seeds"
+    )
 
 
 def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updates)", ylabel="loss", log=True) -> None:

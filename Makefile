@@ -1,0 +1,35 @@
+# make demo and make test do their own set-up; neither needs the other.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help setup demo test lint clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY)  ## make .venv and install the package with everything in it
+
+$(READY): pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel "pybind11>=2.13" ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	@touch $@
+
+demo: $(READY)  ## learn an optimizer, beat tuned Adam with it, train a network: a few minutes
+	$(BIN)/l2l-fast demo
+
+test: $(READY)  ## the whole test suite, with coverage
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+
+lint: $(READY)  ## style alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove what setup and builds made
+	rm -rf $(VENV) build dist *.egg-info l2l_fast/*.so

@@ -1,0 +1,77 @@
+import json
+import sys
+
+import pytest
+import torch
+
+from l2l_fast import CoordinatewiseLSTM, checkpoint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_round_trip(tmp_path, dtype):
+    network = CoordinatewiseLSTM("both", 3, 2, projection=True, output="tanh", output_scale=0.03).to(dtype)
+    network.save_pretrained(tmp_path / "new" / "folder")
+    loaded = CoordinatewiseLSTM.from_pretrained(tmp_path / "new" / "folder")
+    assert loaded.config == network.config
+    assert torch.equal(loaded.flat_weights(), network.flat_weights())
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_shipped_names(network, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
+    network.save_pretrained(tmp_path / "l2l-test")
+    assert checkpoint.shipped() == ["l2l-test"]
+    assert CoordinatewiseLSTM.from_pretrained("l2l-test").config == network.config
+    with pytest.raises(FileNotFoundError, match=r"no network 'l2l-tset'.*l2l-test"):
+        CoordinatewiseLSTM.from_pretrained("l2l-tset")
+
+
+def test_hub_id_is_downloaded(network, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    network.save_pretrained(tmp_path / "snapshot")
+    asked = {}
+
+    def snapshot_download(repo_id, revision, allow_patterns):
+        asked.update(repo_id=repo_id, revision=revision, patterns=allow_patterns)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    loaded = CoordinatewiseLSTM.from_pretrained("owner/some-network", revision="v1")
+    assert loaded.config == network.config
+    assert asked == {
+        "repo_id": "owner/some-network",
+        "revision": "v1",
+        "patterns": ["model.safetensors", "config.json"],
+    }
+
+
+def test_hub_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"pip install 'l2l_fast\[hub\]'"):
+        CoordinatewiseLSTM.from_pretrained("owner/network")
+
+
+def _edit(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), FileNotFoundError, "config.json is missing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors is missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), ValueError, "not a config"),
+        (lambda folder: (folder / "config.json").write_text("[]"), ValueError, "not a config"),
+        (lambda folder: _edit(folder, format_version=2), ValueError, "upgrade l2l_fast"),
+        (lambda folder: _edit(folder, options={"wings": 2}), ValueError, "wings"),
+        (lambda folder: _edit(folder, options={"hidden_size": 9, "num_layers": 2}), ValueError, "does not hold"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), ValueError, "does not hold"),
+    ],
+)
+def test_damage_is_named(network, tmp_path, damage, error, message):
+    network.save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(error, match=message):
+        CoordinatewiseLSTM.from_pretrained(tmp_path)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch import nn
+
+from l2l_fast import CoordinatewiseLSTM
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": "log"}, "features must be one of 'identity', 'log_sign', 'moments', 'both', got 'log'"),
+        ({"hidden_size": 0}, "hidden_size must be an int from 1 to 64, got 0"),
+        ({"hidden_size": 65}, "hidden_size must be an int from 1 to 64, got 65"),
+        ({"hidden_size": 20.0}, "hidden_size must be an int from 1 to 64, got 20.0"),
+        ({"num_layers": 0}, "num_layers must be an int of at least 1, got 0"),
+        ({"projection": 1}, "projection must be True or False, got 1"),
+        ({"output": "sigmoid"}, "output must be one of 'linear', 'tanh', got 'sigmoid'"),
+        ({"output_scale": 0.0}, "output_scale must be a positive number, got 0.0"),
+        ({"preprocess_p": -1.0}, "preprocess_p must be a number in (0, 80], got -1.0"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers in [0, 1), got (0.9, 1.0)"),
+        ({"eps": 0.0}, "eps must be a positive number, got 0.0"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared)
+        CoordinatewiseLSTM(**options)
+    assert str(error.value) == message
+
+
+def test_the_papers_network_by_default():
+    network = CoordinatewiseLSTM()
+    lstm, head = nn.LSTM(2, 20, 2), nn.Linear(20, 1)
+    expected = dict(lstm.state_dict()) | {f"head.{name}": value for name, value in head.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in network.state_dict().items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+    assert network.init_state(torch.empty(3)).shape == (3, 80)
+
+
+def test_options_make_the_same_network_again():
+    network = CoordinatewiseLSTM("moments", 7, 3, projection=True, output="tanh", betas=(0.9, 0.99), eps=1e-6)
+    assert CoordinatewiseLSTM(**network.options).config == network.config
+
+
+def test_flat_weights_round_trip(network):
+    other = CoordinatewiseLSTM(hidden_size=4, num_layers=2)
+    other.load_flat_weights_(network.flat_weights())
+    for ours, theirs in zip(network.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_fresh_network_starts_without_drift(network):
+    assert not network.head.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("lstm", "head", "options", "message"),
+    [
+        (nn.LSTM(2, 4, bidirectional=True), nn.Linear(4, 1), {}, "lstm.bidirectional"),
+        (nn.LSTM(2, 4, bias=False), nn.Linear(4, 1), {}, "lstm.bias"),
+        (nn.LSTM(2, 4, proj_size=2), nn.Linear(2, 1), {}, "lstm.proj_size"),
+        (nn.LSTM(2, 4, 2, dropout=0.5), nn.Linear(4, 1), {}, "lstm.dropout"),
+        (nn.LSTM(2, 4), nn.Linear(4, 1, bias=False), {}, "head.bias"),
+        (nn.LSTM(2, 4), nn.Linear(4, 2), {}, "shape of head.weight"),
+        (nn.LSTM(3, 4), nn.Linear(4, 1), {}, "shape of weight_ih_l0"),
+        (nn.LSTM(4, 4), nn.Linear(4, 1), {"projection": True}, "projection must be False"),
+    ],
+)
+def test_from_torch_refuses_what_it_cannot_hold(lstm, head, options, message):
+    with pytest.raises(ValueError, match=message):
+        CoordinatewiseLSTM.from_torch(lstm, head, **options)
+
+
+def test_forward_carries_state(network):
+    grads = torch.randn(6, 5)
+    whole, last = network(grads)
+    first, middle = network(grads[:4])
+    second, end = network(grads[4:], middle, step=5)
+    torch.testing.assert_close(torch.cat([first, second]), whole)
+    torch.testing.assert_close(end, last)

@@ -1,0 +1,330 @@
+"""LSTMOptimizer as a citizen of torch.optim."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, ops
+
+
+def make_model():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def train(model, optimizer, steps, first=0):
+    """Deterministic steps; returns the losses."""
+    losses = []
+    for t in range(first, first + steps):
+        generator = torch.Generator().manual_seed(t)
+        inputs = torch.randn(8, 5, generator=generator)
+        optimizer.zero_grad()
+        loss = model(inputs.to(model[0].weight.dtype)).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def parameters_of(model):
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+def test_a_step_is_the_networks_update(network):
+    theta = nn.Parameter(torch.randn(7))
+    start, grads = theta.detach().clone(), torch.randn(3, 7)
+    optimizer = LSTMOptimizer([theta], network)
+    for grad in grads:
+        theta.grad = grad.clone()
+        optimizer.step()
+    updates, state = network(grads)
+    torch.testing.assert_close(theta.detach(), start + updates.sum(0).detach())
+    torch.testing.assert_close(optimizer.state[theta]["lstm"], state.detach())
+    assert optimizer.state[theta]["step"] == 3
+
+
+def test_groups_have_their_own_options(network):
+    other = CoordinatewiseLSTM("moments", 3, 1, output="tanh")
+    model, alone = make_model(), make_model()
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.5, "weight_decay": 0.1},
+        {"params": model[2].parameters(), "network": other, "maximize": True},
+    ]
+    optimizer = LSTMOptimizer(groups, network)
+    apart = [
+        LSTMOptimizer(alone[0].parameters(), network, lr=0.5, weight_decay=0.1),
+        LSTMOptimizer(alone[2].parameters(), other, maximize=True),
+    ]
+    for _ in range(3):
+        inputs = torch.randn(8, 5)
+        for net, optimizers in ((model, [optimizer]), (alone, apart)):
+            net.zero_grad()
+            net(inputs).square().mean().backward()
+            for each in optimizers:
+                each.step()
+    torch.testing.assert_close(parameters_of(model), parameters_of(alone))
+
+
+def test_add_param_group_trains_it_from_then_on(network):
+    model = make_model()
+    optimizer = LSTMOptimizer(model[0].parameters(), network)
+    train(model, optimizer, 2)
+    before = model[2].weight.detach().clone()
+    optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.3})
+    train(model, optimizer, 1)
+    assert not torch.equal(before, model[2].weight)
+    assert optimizer.state[model[0].weight]["step"] == 3
+    assert optimizer.state[model[2].weight]["step"] == 1
+
+
+def test_closure_and_hooks(network):
+    theta, called = nn.Parameter(torch.ones(3)), []
+    optimizer = LSTMOptimizer([theta], network)
+    optimizer.register_step_pre_hook(lambda *_: called.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: called.append("post"))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = theta.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3.0
+    assert called == ["pre", "post"]
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_schedulers_scale_the_update(network, tensor_lr):
+    theta = nn.Parameter(torch.zeros(4))
+    optimizer = LSTMOptimizer([theta], network, lr=torch.tensor(1.0) if tensor_lr else 1.0)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    grads, updates = torch.randn(3, 4), None
+    updates, _ = network(grads)
+    expected = torch.zeros(4)
+    for t, grad in enumerate(grads):
+        theta.grad = grad.clone()
+        optimizer.step()
+        scheduler.step()
+        expected += 0.5**t * updates[t].detach()
+    torch.testing.assert_close(theta.detach(), expected)
+
+
+def _save_and_load(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_round_trip_continues_exactly(network, dtype, state_dtype):
+    unbroken = make_model().to(dtype)
+    optimizer = LSTMOptimizer(unbroken.parameters(), network, state_dtype=state_dtype)
+    train(unbroken, optimizer, 3)
+    resumed = copy.deepcopy(unbroken)
+    again = LSTMOptimizer(resumed.parameters(), network, state_dtype=state_dtype)
+    again.load_state_dict(_save_and_load(optimizer.state_dict()))
+    assert train(unbroken, optimizer, 3, first=3) == train(resumed, again, 3, first=3)
+    assert torch.equal(parameters_of(unbroken), parameters_of(resumed))
+    assert again.state[resumed[0].weight]["lstm"].dtype == state_dtype
+
+
+def test_state_dict_moves_between_state_dtypes_and_the_reference(network):
+    model = make_model()
+    optimizer = LSTMOptimizer(model.parameters(), network)
+    train(model, optimizer, 3)
+    twin = copy.deepcopy(model)
+    half = LSTMOptimizer(twin.parameters(), network, state_dtype=torch.bfloat16, fused=False)
+    half.load_state_dict(optimizer.state_dict())
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(half.state[theirs]["lstm"], optimizer.state[ours]["lstm"].bfloat16())
+    train(twin, half, 2)
+
+
+def test_loading_keeps_the_fast_layout(network):
+    model = make_model()
+    optimizer = LSTMOptimizer(model.parameters(), network)
+    train(model, optimizer, 1)
+    contiguous = optimizer.state_dict()
+    for entry in contiguous["state"].values():
+        entry["lstm"] = entry["lstm"].contiguous()
+    optimizer.load_state_dict(contiguous)
+    weight = model[0].weight
+    assert optimizer.state[weight]["lstm"].stride() == ops.new_state(weight, network.config).stride()
+
+
+def test_state_dict_of_another_network_is_refused_and_nothing_changes(network):
+    model = make_model()
+    optimizer = LSTMOptimizer(model.parameters(), network)
+    train(model, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    stranger = LSTMOptimizer(make_model().parameters(), CoordinatewiseLSTM(hidden_size=4, num_layers=2))
+    with pytest.raises(ValueError, match=r"param group 0 belongs to network 'log_sign-2x4-"):
+        optimizer.load_state_dict(stranger.state_dict())
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for index, entry in before["state"].items():
+        assert torch.equal(entry["lstm"], after["state"][index]["lstm"])
+
+
+def test_state_dict_of_other_shapes_is_refused(network):
+    small, large = nn.Linear(2, 2), nn.Linear(3, 2)
+    one, other = LSTMOptimizer(small.parameters(), network), LSTMOptimizer(large.parameters(), network)
+    for model, optimizer in ((small, one), (large, other)):
+        model(torch.randn(1, model.in_features)).sum().backward()
+        optimizer.step()
+    with pytest.raises(ValueError, match="parameter 0 of param group 0"):
+        one.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        one.load_state_dict(LSTMOptimizer([{"params": [p]} for p in small.parameters()], network).state_dict())
+
+
+def test_state_dict_hooks_are_respected(network):
+    model = make_model()
+    optimizer = LSTMOptimizer(model.parameters(), network)
+    train(model, optimizer, 1)
+    saved, seen = optimizer.state_dict(), []
+
+    def zero(_, state_dict):
+        return state_dict | {"state": {i: e | {"lstm": 0 * e["lstm"]} for i, e in state_dict["state"].items()}}
+
+    optimizer.register_load_state_dict_pre_hook(zero)
+    optimizer.register_load_state_dict_post_hook(lambda opt: seen.append(opt.state[model[0].weight]["lstm"].any()))
+    optimizer.load_state_dict(saved)
+    assert seen == [False]
+
+
+def test_pickle_and_deepcopy(network):
+    theta = nn.Parameter(torch.randn(4))
+    optimizer = LSTMOptimizer([theta], network, weight_decay=0.1)
+    theta.grad = torch.randn(4)
+    optimizer.step()
+    for twin in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+        (copied,) = twin.param_groups[0]["params"]
+        copied.grad = torch.ones(4)
+        twin.step()
+    theta.grad = torch.ones(4)
+    optimizer.step()
+    torch.testing.assert_close(copied, theta)
+
+
+def test_training_the_network_further_does_not_change_the_optimizer(network):
+    one, two = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    first = LSTMOptimizer([one], network)
+    second = LSTMOptimizer([two], copy.deepcopy(network))
+    with torch.no_grad():
+        network.head.weight.add_(1.0)
+    for theta, optimizer in ((one, first), (two, second)):
+        theta.grad = torch.ones(3)
+        optimizer.step()
+    torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128])
+def test_parameters_of_every_dtype(network, dtype):
+    start = torch.randn(6, dtype=dtype)
+    grad = torch.randn(6, dtype=dtype)
+    theta = nn.Parameter(start.clone())
+    optimizer = LSTMOptimizer([theta], network)
+    theta.grad = grad.clone()
+    optimizer.step()
+    assert theta.dtype == dtype
+    real = (lambda t: torch.view_as_real(t).reshape(-1)) if dtype.is_complex else (lambda t: t)
+    updates, _ = network(real(grad).float()[None])
+    expected = (real(start).float() + updates[0].detach()).to(real(start).dtype)
+    torch.testing.assert_close(real(theta.detach()), expected)
+
+
+def test_awkward_parameters(network):
+    transposed = nn.Parameter(torch.randn(4, 3).T)
+    empty, no_grad, scalar = (
+        nn.Parameter(torch.zeros(0, 3)),
+        nn.Parameter(torch.ones(2)),
+        nn.Parameter(torch.tensor(1.0)),
+    )
+    before = transposed.detach().clone()
+    optimizer = LSTMOptimizer([transposed, empty, no_grad, scalar], network)
+    transposed.grad, empty.grad, scalar.grad = torch.ones(4, 3).T, torch.zeros(0, 3), torch.tensor(2.0)
+    optimizer.step()
+    assert (transposed != before).all()
+    assert torch.equal(no_grad, torch.ones(2))
+    assert no_grad not in optimizer.state
+    assert scalar != 1.0
+
+
+def test_a_gradient_that_is_not_finite_leaves_its_coordinate_alone(network):
+    theta = nn.Parameter(torch.randn(5))
+    optimizer = LSTMOptimizer([theta], network, weight_decay=0.1)
+    theta.grad = torch.randn(5)
+    optimizer.step()
+    before, state = theta.detach().clone(), optimizer.state[theta]["lstm"].clone()
+    theta.grad = torch.tensor([1.0, float("nan"), float("inf"), float("-inf"), 1.0])
+    optimizer.step()
+    kept = ~theta.grad.isfinite()
+    assert torch.equal(theta[kept], before[kept])
+    assert torch.equal(optimizer.state[theta]["lstm"][kept], state[kept])
+    assert (theta[~kept] != before[~kept]).all()
+
+
+def test_error_if_nonfinite_raises_before_anything_changes(network):
+    good, bad = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = LSTMOptimizer([("good", good), ("bad", bad)], network, error_if_nonfinite=True)
+    good.grad, bad.grad = torch.ones(2), torch.tensor([1.0, float("nan")])
+    with pytest.raises(RuntimeError, match="parameter 'bad' has a gradient that is not finite"):
+        optimizer.step()
+    assert torch.equal(good, torch.ones(2))
+    assert not optimizer.state
+
+
+def test_sparse_gradients_are_refused_before_anything_changes(network):
+    dense, embedding = nn.Parameter(torch.ones(2)), nn.Embedding(4, 2, sparse=True)
+    optimizer = LSTMOptimizer([dense, embedding.weight], network)
+    dense.grad = torch.ones(2)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"parameter 1 of param group 0 \(shape \(4, 2\)\).*sparse=False"):
+        optimizer.step()
+    assert torch.equal(dense, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "lr must be finite and not negative, got -1.0"),
+        ({"lr": float("nan")}, ValueError, "lr must be finite"),
+        ({"lr": torch.ones(2)}, ValueError, "lr must be a number or a tensor of one element"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay must be finite and not negative, got -0.1"),
+        ({"state_dtype": torch.float16}, ValueError, "state_dtype must be one of torch.float32, torch.bfloat16"),
+        ({"network": "no-such-network"}, FileNotFoundError, "no network 'no-such-network'"),
+    ],
+)
+def test_bad_options_are_named(network, arguments, error, message):
+    with pytest.raises(error, match=message):
+        LSTMOptimizer([nn.Parameter(torch.ones(1))], **{"network": network} | arguments)
+
+
+def test_integer_parameters_are_refused(network):
+    with pytest.raises(TypeError, match=r"parameter number 1 of its group is torch.int64"):
+        LSTMOptimizer([torch.zeros(2), torch.zeros(2, dtype=torch.int64)], network)
+
+
+def test_sets_of_parameters_are_refused_by_torch(network):
+    with pytest.raises(TypeError, match="ordered collection"):
+        LSTMOptimizer([{"params": {nn.Parameter(torch.ones(1))}}], network)
+
+
+def test_reference_on_request_equals_the_dispatchers_choice(network):
+    one, two = make_model(), make_model()
+    first, second = LSTMOptimizer(one.parameters(), network), LSTMOptimizer(two.parameters(), network, fused=False)
+    torch.testing.assert_close(train(one, first, 5), train(two, second, 5))
+
+
+def test_parameters_in_bfloat16_state_stay_near_float32(network):
+    one, two = make_model(), make_model()
+    train(one, LSTMOptimizer(one.parameters(), network), 20)
+    train(two, LSTMOptimizer(two.parameters(), network, state_dtype=torch.bfloat16), 20)
+    torch.testing.assert_close(parameters_of(one), parameters_of(two), rtol=0.02, atol=0.02)
