@@ -1,0 +1,290 @@
+"""The meta-trainer: it learns, it resumes to the last bit, it refuses what makes no sense."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import l2l_fast as l2l
+from l2l_fast.meta import Horizon, LogUniform, MetaTrainer, Staged
+from l2l_fast.meta.unroll import Rule, Trajectory, unroll
+from l2l_fast.tasks import Instances, Quadratic
+
+
+def make_network(features="identity", hidden=4):
+    torch.manual_seed(0)
+    return l2l.CoordinatewiseLSTM(features, hidden, 1)
+
+
+def make_trainer(network=None, tasks="quadratic", **options):
+    defaults = {"instances": 4, "unroll": 5, "horizon": 12, "validate_every": 4, "validation_instances": 2}
+    return MetaTrainer(network or make_network(), tasks, **defaults | {"progress": False} | options)
+
+
+def test_it_learns():
+    network = make_network(hidden=8)
+    trainer = MetaTrainer(network, Quadratic(4), instances=32, horizon=40, meta_lr=0.01, progress=False, validate_every=50)
+    history = trainer.fit(150)
+    assert history.best_score < 0.5  # the mean over 40 steps of f_t / f_0; the untrained network moves nowhere
+    assert history.best_score == min(score for _, score in history.validations)
+
+
+def test_the_best_weights_stay_in_the_network_and_training_goes_on_from_the_last():
+    trainer = make_trainer(meta_lr=0.5)  # so large that the last weights are not the best
+    trainer.fit(40)
+    assert torch.equal(trainer.network.flat_weights().detach(), trainer._best)
+    unbroken = make_trainer(meta_lr=0.5)
+    trainer.fit(60)
+    assert trainer.history.meta_losses == unbroken.fit(60).meta_losses
+
+
+def test_one_meta_step_is_one_adam_step_on_the_unrolls_gradient():
+    network = make_network()
+    trainer = make_trainer(network, clip=None)
+    weights = network.flat_weights().detach()
+    stream = trainer._start(0.0)
+    _, _, gradient = unroll(stream.trajectory, Rule(network.config, weights), 5)
+    reference = torch.nn.Parameter(weights.clone())
+    adam = torch.optim.Adam([reference], lr=trainer.meta_lr)
+    reference.grad = gradient
+    adam.step()
+    trainer = make_trainer(make_network(), clip=None)
+    trainer._step()
+    torch.testing.assert_close(trainer.network.flat_weights(), reference)
+
+
+def test_parallel_trajectories_are_averaged():
+    trainer = make_trainer(parallel=3, clip=None, meta_optimizer=lambda params: torch.optim.SGD(params, lr=0.01))
+    before = trainer.network.flat_weights().detach()
+    expected = torch.zeros_like(before)
+    for number in range(3):
+        stream = make_trainer()._make_stream(number, 0, 12, led=False)
+        expected += unroll(stream.trajectory, Rule(trainer.network.config, before), 5)[2] / 3
+    trainer._step()
+    torch.testing.assert_close(before - trainer.network.flat_weights().detach(), 0.01 * expected)
+
+
+def test_tasks_take_turns():
+    tasks = [Quadratic(3, name="three"), Quadratic(5, name="five")]
+    trainer = make_trainer(tasks=tasks, horizon=5)
+    seen = []
+    for _ in range(4):
+        trainer._step()
+        seen.append(trainer.started)
+    assert [trainer._make_stream(n, n % 2, 5, False).trajectory.theta.shape[1] for n in range(4)] == [3, 5, 3, 5]
+    assert seen == [1, 2, 3, 4]
+    assert len(trainer.fit(8).validations) == 1  # at meta-step 8: one score over both tasks
+
+
+def test_instances_do_not_depend_on_their_company():
+    alone = make_trainer(instances=1)._start(0.0).trajectory
+    together = make_trainer(instances=4)._start(0.0).trajectory
+    assert torch.equal(alone.theta[0], together.theta[0])
+
+
+OPTIONS = {
+    "plain": {},
+    "moving": {"scaling": 1.0, "objective": "relative", "parallel": 2, "horizon": LogUniform(3, 20)},
+    "led": {"imitation": 0.5, "parallel": 3, "schedule": "cosine"},
+    "staged": {"horizon": Staged((6, 12), patience=1), "objective": "log"},
+    "second": {"second_derivatives": True, "loss_weights": [0.0, 0.0, 1.0, 1.0, 1.0]},
+    "sgd": {"meta_optimizer": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("task", ["quadratic", "digits-mlp"])
+def test_resumed_run_equals_the_unbroken_one_to_the_last_bit(tmp_path, name, task):
+    def fresh(**more):
+        options = {key: (Staged((6, 12), patience=1) if name == "staged" and key == "horizon" else value)
+                   for key, value in OPTIONS[name].items()}  # fmt: skip
+        return make_trainer(make_network("moments"), task, checkpoint_every=3, instances=2, **options, **more)
+
+    unbroken = fresh()
+    expected = unbroken.fit(14)
+
+    killed = fresh(checkpoint=tmp_path)
+    killed._total = 14
+    for _ in range(8):  # dies after meta-step 8, between checkpoints; the last one is of meta-step 6
+        killed._step()
+        if killed.meta_step % killed.validate_every == 0:
+            killed._validate()
+        if killed.meta_step % killed.checkpoint_every == 0:
+            killed._save()
+    resumed = fresh(checkpoint=tmp_path)
+    found = resumed.fit(14)
+    assert found == expected
+    assert torch.equal(resumed._current, unbroken._current)
+    assert torch.equal(resumed.network.flat_weights(), unbroken.network.flat_weights())
+
+
+_KILLED = """
+import torch, l2l_fast as l2l
+torch.manual_seed(0)
+network = l2l.CoordinatewiseLSTM("moments", 4, 1)
+trainer = l2l.MetaTrainer(network, "quadratic", instances=4, horizon=12, unroll=5, checkpoint={folder!r},
+                          checkpoint_every=1, validate_every=10, progress=False)
+history = trainer.fit({steps})
+print(history.meta_losses[-1].hex())
+"""
+
+
+def _run(folder, steps):
+    return [sys.executable, "-c", _KILLED.format(folder=str(folder), steps=steps)]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path):
+    expected = subprocess.run(_run(tmp_path / "unbroken", 60), capture_output=True, text=True, check=True).stdout
+    for delay in (0.05, 0.2):
+        process = subprocess.Popen(_run(tmp_path / "killed", 10**6), stdout=subprocess.PIPE)
+        while not (tmp_path / "killed" / "trainer.pt").exists():
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        saved = torch.load(tmp_path / "killed" / "trainer.pt", weights_only=True)
+        assert 1 <= saved["meta_step"]
+        if saved["meta_step"] > 60:
+            pytest.skip("the machine is too fast for this delay")
+    found = subprocess.run(_run(tmp_path / "killed", 60), capture_output=True, text=True, check=True).stdout
+    assert found == expected
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    trainer = make_trainer(checkpoint=tmp_path, checkpoint_every=10**6)
+    step = trainer._step
+
+    def interrupted():
+        step()
+        if trainer.meta_step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer._step = interrupted
+    with pytest.raises(KeyboardInterrupt, match=r"stopped at meta-step 5 of 30: saved to .*run the same command again"):
+        trainer.fit(30)
+    resumed = make_trainer(checkpoint=tmp_path)
+    assert resumed.fit(30).meta_losses == make_trainer().fit(30).meta_losses
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_checkpoint_of_other_options_is_refused(tmp_path):
+    make_trainer(checkpoint=tmp_path).fit(2)
+    with pytest.raises(ValueError, match=r"belongs to a run with unroll=5 \(now 6\)"):
+        make_trainer(checkpoint=tmp_path, unroll=6).fit(2)
+    (tmp_path / "trainer.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="is not a checkpoint of MetaTrainer"):
+        make_trainer(checkpoint=tmp_path).fit(2)
+
+
+def test_diverging_meta_steps_are_skipped_and_the_network_survives():
+    class Cliff(Quadratic):
+        def loss(self, params, batch):
+            return super().loss(params, batch) * float("nan")
+
+    trainer = make_trainer(tasks=Cliff(3))
+    before = trainer.network.flat_weights().detach()
+    history = trainer.fit(4)
+    assert history.skipped == 4
+    assert history.best_score == float("inf")
+    assert torch.equal(trainer.network.flat_weights().detach(), before)
+
+
+def test_max_seconds_stops_early():
+    trainer = make_trainer()
+    trainer.fit(10**6, max_seconds=0.3)
+    assert 1 <= trainer.meta_step < 10**6
+
+
+def test_tensorboard_and_progress(tmp_path, capfd):
+    make_trainer(log_dir=tmp_path, progress=True).fit(4)
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "meta-training" in shown.err
+    assert "4/4" in shown.err
+
+
+def test_missing_tensorboard_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install 'l2l_fast\[tensorboard\]'"):
+        make_trainer(log_dir=tmp_path).fit(1)
+
+
+def test_validation_uses_its_own_instances():
+    trainer = make_trainer()
+    trainer.fit(4)
+    (step, score), *_ = trainer.history.validations
+    trajectory = trainer._start(0.0).trajectory
+    assert step == 4
+    assert 0 < score < 10
+    assert trajectory.theta.shape == (4, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": []}, "tasks must name at least one"),
+        ({"tasks": "quadratc"}, "quadratic"),
+        ({"unroll": 0}, "unroll must be at least 1, got 0"),
+        ({"instances": 0}, "instances must be at least 1"),
+        ({"meta_lr": 0.0}, "meta_lr must be positive"),
+        ({"schedule": "step"}, "schedule must be one of"),
+        ({"objective": "mean"}, "objective must be one of"),
+        ({"clip": 0.0}, "clip must be positive or None"),
+        ({"scaling": -1.0}, "scaling must be at least 0"),
+        ({"loss_weights": [1.0]}, "loss_weights must be of length unroll = 5"),
+        ({"imitation": 1.5}, r"imitation must be in \[0, 1\]"),
+        ({"imitation": 0.5, "second_derivatives": True}, "imitation must be 0 with second_derivatives"),
+        ({"horizon": 0}, "horizon must be at least 1"),
+    ],
+)
+def test_nonsense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**options)
+
+
+_RANK = """
+import sys, torch, torch.distributed as dist, l2l_fast as l2l
+rank, world, instances, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+if world > 1:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+torch.manual_seed(0)
+network = l2l.CoordinatewiseLSTM("moments", 4, 1)
+trainer = l2l.MetaTrainer(network, "quadratic", instances=instances, horizon=12, unroll=5, validate_every=3,
+                          clip=None, progress=False, checkpoint=f"{folder}/checkpoint" if world > 1 else None)
+trainer.fit(7)
+if world > 1:  # and a resumed run on the same ranks goes on
+    trainer = l2l.MetaTrainer(network, "quadratic", instances=instances, horizon=12, unroll=5, validate_every=3,
+                              clip=None, progress=False, checkpoint=f"{folder}/checkpoint")
+trainer.fit(9)
+torch.save(trainer._current, f"{folder}/weights-{world}-{rank}")
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_with_twice_the_instances(tmp_path):
+    def run(rank, world, instances):
+        arguments = [sys.executable, "-c", _RANK, str(rank), str(world), str(instances), str(tmp_path)]
+        return subprocess.Popen(arguments)
+
+    processes = [run(0, 2, 3), run(1, 2, 3), run(0, 1, 6)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    alone = torch.load(tmp_path / "weights-1-0")
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f"weights-2-{rank}"), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_horizon_object_and_int_are_the_same():
+    assert make_trainer(horizon=9).fit(3) == make_trainer(horizon=Horizon(9)).fit(3)
+
+
+def test_instances_report_their_coordinates():
+    trajectory = Trajectory(Instances(Quadratic(3), [1, 2]), make_network().config)
+    assert trajectory.state.shape == (2, 3, 8)

@@ -1,0 +1,153 @@
+"""The meta-gradient against plain autograd through the trajectory, in float64."""
+
+import pytest
+import torch
+
+from l2l_fast import CoordinatewiseLSTM, reference
+from l2l_fast.meta.unroll import (
+    OBJECTIVES,
+    Rule,
+    Trajectory,
+    imitate,
+    loss_weights,
+    suffix_sums,
+    unroll,
+    unroll_second_derivatives,
+)
+from l2l_fast.reference import FEATURES
+from l2l_fast.tasks import Instances, Quadratic
+
+
+class DoubleQuadratic(Quadratic):
+    """Quadratics in float64, whose losses stay positive for the log objective."""
+
+    def sample(self, generator):
+        return tuple(tensor.double() for tensor in super().sample(generator))
+
+    def loss(self, params, batch):
+        return super().loss({"x": params["x"].double()}, batch)
+
+
+def make(features="log_sign", layers=2, projection=False, scaling=None):
+    torch.manual_seed(0)
+    network = CoordinatewiseLSTM(features, 4, layers, projection=projection).double()
+    rule = Rule(network.config, network.flat_weights().detach(), lr=0.7, weight_decay=0.05)
+    return rule, Trajectory(Instances(DoubleQuadratic(6), [1, 2, 3]), rule.config, torch.float64, scaling)
+
+
+def autograd(rule, trajectory, length, objective, weights=None, *, detach):
+    """The same truncation with nothing clever: a graph through every step, gradients detached or not."""
+    phi = rule.weights.clone().requires_grad_()
+    theta, grad = trajectory.theta, trajectory.grad
+    state = trajectory.state.reshape(theta.numel(), -1)
+    losses = []
+    for t in range(length):
+        step = torch.tensor(trajectory.steps_done + t + 1.0)
+        updates, state = reference.lstm_unroll(grad.reshape(1, -1), state, phi, step, *rule.config)
+        theta = theta - rule.lr * rule.weight_decay * theta + rule.lr * updates.view_as(theta)
+        loss, grad = trajectory.evaluate(theta, create_graph=True)
+        grad = grad.detach() if detach else grad
+        losses.append(loss)
+    meta_loss, _ = loss_weights(objective, torch.stack(losses), trajectory.first_losses, weights)
+    return meta_loss, torch.autograd.grad(meta_loss, phi)[0]
+
+
+def assert_same(found, expected):
+    (loss, gradient), (expected_loss, expected_gradient) = found, expected
+    torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-12, atol=0)
+    error = (gradient - expected_gradient).norm() / expected_gradient.norm()
+    assert error < 1e-10, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("length", [1, 2, 20])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("features", FEATURES)
+def test_suffix_sums_are_autograd_through_detached_gradients(features, layers, objective, length):
+    rule, trajectory = make(features, layers, projection=layers == 2)
+    expected = autograd(rule, trajectory, length, objective, detach=True)
+    assert_same(unroll(trajectory, rule, length, objective=objective)[1:], expected)
+
+
+@pytest.mark.parametrize("length", [1, 2, 20])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("features", FEATURES)
+def test_second_derivatives_are_full_autograd(features, objective, length):
+    rule, trajectory = make(features)
+    expected = autograd(rule, trajectory, length, objective, detach=False)
+    detached = autograd(rule, trajectory, length, objective, detach=True)
+    assert_same(unroll_second_derivatives(trajectory, rule, length, objective=objective)[1:], expected)
+    if length > 1:  # and they are not the first-order gradient under another name
+        assert (expected[1] - detached[1]).norm() / detached[1].norm() > 1e-8
+
+
+def test_loss_weights_and_scaling_enter_the_gradient():
+    weights = torch.linspace(0, 2, 5, dtype=torch.float64)
+    scaling = torch.rand(3, 6, dtype=torch.float64) + 0.5
+    rule, trajectory = make(scaling=scaling)
+    expected = autograd(rule, trajectory, 5, "sum", weights, detach=True)
+    assert_same(unroll(trajectory, rule, 5, weights=weights)[1:], expected)
+
+
+def test_the_second_window_goes_on_from_the_first():
+    rule, trajectory = make("moments")
+    unroll(trajectory, rule, 4)
+    expected = autograd(rule, trajectory, 3, "log", detach=True)
+    assert_same(unroll(trajectory, rule, 3, objective="log")[1:], expected)
+    assert trajectory.steps_done == 7
+
+
+def test_both_ways_walk_the_same_trajectory():
+    (rule, one), (_, two) = make("both"), make("both")
+    first, *_ = unroll(one, rule, 6)
+    second, *_ = unroll_second_derivatives(two, rule, 6)
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close((one.theta, one.grad, one.state), (two.theta, two.grad, two.state))
+
+
+def test_random_scaling_minimises_the_same_function():
+    scaling = torch.rand(3, 6, dtype=torch.float64) + 0.5
+    (_, plain), (_, scaled) = make(), make(scaling=scaling)
+    torch.testing.assert_close(plain.losses, scaled.losses)
+    torch.testing.assert_close(scaled.theta * scaling, plain.theta)
+    torch.testing.assert_close(scaled.grad, plain.grad * scaling)
+
+
+def test_suffix_sums_by_hand():
+    grads = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
+    d_losses = torch.tensor([[1.0], [10.0], [100.0]])
+    lr, decay = 0.5, 0.2
+    a = 1 - lr * decay
+    expected = [lr * (1 + a * 20 + a * a * 400), lr * (20 + a * 400), lr * 400]
+    torch.testing.assert_close(suffix_sums(grads, d_losses, lr, decay).view(-1), torch.tensor(expected))
+
+
+def test_imitation_gradient_is_autograds():
+    rule, trajectory = make("moments")
+    teacher = torch.optim.Adam([trajectory.theta], lr=0.01)
+    start, grad = trajectory.theta.clone(), trajectory.grad.clone()
+    state = trajectory.state.reshape(18, -1).clone()
+    losses, meta_loss, d_weights = imitate(trajectory, rule, 5, teacher)
+    # A second run of the teacher alone gives the moves to imitate.
+    _, twin = make("moments")
+    teacher, grads, moves = torch.optim.Adam([twin.theta], lr=0.01), [], []
+    torch.testing.assert_close((twin.theta, twin.grad), (start, grad))
+    for _ in range(5):
+        before = twin.theta.clone()
+        twin.theta.grad = twin.grad
+        grads.append(twin.grad.reshape(-1))
+        teacher.step()
+        moves.append((twin.theta - before).reshape(-1))
+        twin.losses, twin.grad = twin.evaluate(twin.theta)
+    torch.testing.assert_close(trajectory.theta, twin.theta)
+    torch.testing.assert_close(losses[-1], twin.losses)
+    phi = rule.weights.clone().requires_grad_()
+    updates, last = reference.lstm_unroll(torch.stack(grads), state, phi, torch.tensor(1.0), *rule.config)
+    expected = 0.5 * (updates - torch.stack(moves)).square().sum() / 18
+    assert_same((meta_loss, d_weights), (expected, torch.autograd.grad(expected, phi)[0]))
+    torch.testing.assert_close(trajectory.state.reshape(18, -1), last.detach())
+
+
+def test_unknown_objective_is_refused():
+    with pytest.raises(ValueError, match="objective must be one of 'sum', 'relative', 'log', got 'mean'"):
+        loss_weights("mean", torch.ones(2, 1), torch.ones(1))
