@@ -3,4 +3,14 @@ from l2l_fast.evaluate.compare import compare
 from l2l_fast.evaluate.comparison import Comparison, Result
 from l2l_fast.evaluate.plots import plot_comparison, plot_curves
 
-__all__ = ["BASELINES", "Baseline", "Comparison", "Result", "Tuned", "compare", "plot_comparison", "plot_curves", "tune"]
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "Comparison",
+    "Result",
+    "Tuned",
+    "compare",
+    "plot_comparison",
+    "plot_curves",
+    "tune",
+]

@@ -7,7 +7,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from os import PathLike
@@ -41,19 +41,19 @@ def compare(
 ) -> Comparison:
     """Compare learned optimizers with tuned hand-designed ones.
 
-    Every baseline gets the learning rate of the lowest mean loss, and separately that of the lowest final loss, over the
-    same horizon on ``tuning_seeds`` instances. Then all optimizers run on ``seeds`` other instances, from the same starts
-    and on the same minibatches. A task that has halves is tuned and run on its half "meta-test".
+    Every baseline gets the learning rate of the lowest mean loss, and separately that of the lowest final loss, over
+    the same horizon on ``tuning_seeds`` instances. Then all optimizers run on ``seeds`` other instances, from the same
+    starts and on the same minibatches. A task that has halves is tuned and run on its half "meta-test".
 
-    ``seconds_per_step`` is the median wall-clock time of loss, gradient and update on one instance, parameters in their own
-    shapes, the optimizers taking turns step by step so that whatever else the machine does hits all alike. Baselines are
-    torch's classes as they come, with ``foreach=True``.
+    ``seconds_per_step`` is the median wall-clock time of loss, gradient and update on one instance, parameters in their
+    own shapes, the optimizers taking turns step by step so that whatever else the machine does hits all alike.
+    Baselines are torch's classes as they come, with ``foreach=True``.
 
     Args:
         task: a task, or the name of one.
-        optimizers: a network, the name or folder of one, a callable (parameters -> optimizer), or a dictionary from names
-            to any of these. A callable is called once an instance, with a list of parameters of the task's own shapes, so
-            it need not be elementwise; its optimizer's ``step`` must work without a closure.
+        optimizers: a network, the name or folder of one, a callable (parameters -> optimizer), or a dictionary from
+            names to any of these. A callable is called once an instance, with a list of parameters of the task's own
+            shapes, so it need not be elementwise; its optimizer's ``step`` must work without a closure.
         horizon: number of updates.
         seeds: number of held-out instances.
         baselines: what to compare with.
@@ -85,7 +85,9 @@ def compare(
         raise ValueError(f"baselines must name at least one of {', '.join(BASELINES)}, got none")
     names = [*learned, *(baseline.name for baseline in baselines)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"optimizers and baselines must have different names, got {', '.join(twice)} twice; rename one")
+        raise ValueError(
+            f"optimizers and baselines must have different names, got {', '.join(twice)} twice; rename one"
+        )
     task = _find_task(task)
 
     first = _FIRST_TUNING_SEED + seed * _SEEDS_EACH
@@ -109,7 +111,9 @@ def compare(
     results = {}
     for name, lane in learned.items():
         rate = _learning_rate(lane.make)
-        results[name] = _result(name, losses[name], losses[name], horizon, lr=rate, lr_final=rate, seconds=seconds[name])
+        results[name] = _result(
+            name, losses[name], losses[name], horizon, lr=rate, lr_final=rate, seconds=seconds[name]
+        )
     for best in tuned:
         name = best.baseline.name
         results[name] = _result(
@@ -187,7 +191,9 @@ def _seconds_per_step(
     instances = Instances(task, [seed], device)
     runs = {}
     for name, make in makers.items():
-        params = {key: value[0].clone().requires_grad_() for key, value in instances.unflatten(instances.start()).items()}
+        params = {
+            key: value[0].clone().requires_grad_() for key, value in instances.unflatten(instances.start()).items()
+        }
         runs[name] = (params, make(list(params.values())), [])
     for step in range(WARM_UP_STEPS + TIMED_STEPS):
         batch = tree_map(lambda leaf: leaf[0], instances.draw())

@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from l2l_fast.evaluate.comparison import Comparison
 
-# Okabe and Ito's colours, told apart with any kind of colour vision; black and vermilion are kept for what is emphasised.
+# Okabe and Ito's colours, told apart with any colour vision; black and vermilion are kept for what is emphasised.
 _EMPHASISED = ["#D55E00", "#000000", "#8B0000", "#444444"]
 _PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F", "#B8A200"]
 _DASHES = ["-", "-", "-", "-", (0, (4, 3)), (0, (1, 2)), (0, (6, 2, 1, 2))]
@@ -91,7 +91,9 @@ def plot_curves(
         with np.errstate(all="ignore"):  # a diverged curve has no spread
             error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(values.shape[1])
             lines[label] = (values.mean(0), error)
-    _draw(lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band="mean ± standard error over seeds")
+    _draw(
+        lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band="mean ± standard error over seeds"
+    )
 
 
 def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updates)", ylabel="loss", log=True) -> None:
