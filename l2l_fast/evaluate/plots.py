@@ -101,6 +101,7 @@ def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updat
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
     except ImportError as error:
         raise ImportError("plots need matplotlib; install it with: pip install l2l_fast[plot]") from error
     if not lines:
@@ -135,6 +136,8 @@ def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updat
         axes.fill_between(steps, low, mean + error, color=style["color"], alpha=0.14, linewidth=0, zorder=2)
     if log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())  # 0.3 rather than 3 x 10^-1
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
     if limits:
         axes.set_ylim(*limits)
     axes.set_xlim(0, max(1, max(len(mean) for mean, _ in lines.values()) - 1))
