@@ -101,7 +101,7 @@ def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updat
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogFormatter
+        from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError as error:
         raise ImportError("plots need matplotlib; install it with: pip install l2l_fast[plot]") from error
     if not lines:
@@ -136,8 +136,10 @@ def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updat
         axes.fill_between(steps, low, mean + error, color=style["color"], alpha=0.14, linewidth=0, zorder=2)
     if log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter())  # 0.3 rather than 3 x 10^-1
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+        decades = np.log10(limits[1] / limits[0]) if limits else 0
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+        axes.yaxis.set_major_formatter("{x:g}")  # 0.2 rather than 2 x 10^-1
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if limits:
         axes.set_ylim(*limits)
     axes.set_xlim(0, max(1, max(len(mean) for mean, _ in lines.values()) - 1))
@@ -146,7 +148,7 @@ def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updat
     axes.set_title(title)
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title=band, frameon=False, fontsize=9, title_fontsize=8, loc="best")
+    axes.legend(title=band, framealpha=0.85, edgecolor="none", fontsize=9, title_fontsize=8, loc="best")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
