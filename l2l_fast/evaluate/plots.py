@@ -50,7 +50,7 @@ def plot_comparison(comparison: Comparison, path: str | PathLike) -> None:
     emphasised = [comparison.optimizers[name].label for name in comparison.learned]
     seeds = f"{comparison.seeds} held-out seed{'s' if comparison.seeds > 1 else ''}"
     title = f"{comparison.task}: {comparison.horizon} steps, {seeds}, baselines tuned"
-    _draw(lines, path, title, emphasised, band="mean ± standard error over seeds")
+    _draw(lines, path, title, emphasised, band="mean ± standard error\nover seeds")
 
 
 def plot_curves(
@@ -92,7 +92,7 @@ def plot_curves(
             error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(values.shape[1])
             lines[label] = (values.mean(0), error)
     _draw(
-        lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band="mean ± standard error over seeds"
+        lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band="mean ± standard error\nover seeds"
     )
 
 
@@ -106,7 +106,7 @@ def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updat
         raise ImportError("plots need matplotlib; install it with: pip install l2l_fast[plot]") from error
     if not lines:
         raise ValueError("curves must hold at least one curve, got none")
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     limits = _limits([mean for mean, _ in lines.values()], log)
@@ -148,7 +148,8 @@ def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updat
     axes.set_title(title)
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title=band, framealpha=0.85, edgecolor="none", fontsize=9, title_fontsize=8, loc="best")
+    # Beside the axes: nowhere inside is free of curves for sure.
+    figure.legend(title=band, frameon=False, fontsize=9, title_fontsize=8, loc="outside right upper")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
