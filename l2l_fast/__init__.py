@@ -1,9 +1,22 @@
 """Learned LSTM optimizers at hand-designed speed."""
 
-from l2l_fast import meta, ops, tasks
+from l2l_fast import data, evaluate, meta, ops, tasks
 from l2l_fast._native import build_info
+from l2l_fast.evaluate import Comparison, compare
 from l2l_fast.meta import MetaTrainer
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.optim import LSTMOptimizer
 
-__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "MetaTrainer", "build_info", "meta", "ops", "tasks"]
+__all__ = [
+    "Comparison",
+    "CoordinatewiseLSTM",
+    "LSTMOptimizer",
+    "MetaTrainer",
+    "build_info",
+    "compare",
+    "data",
+    "evaluate",
+    "meta",
+    "ops",
+    "tasks",
+]

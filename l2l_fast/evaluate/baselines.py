@@ -99,8 +99,8 @@ def tune(
 
     mean = 1/(B T) sum_i sum_{t=1..T} f_t(theta_t),   final: see :func:`~l2l_fast.evaluate.trajectories.smoothed`
 
-    All rates and all seeds run as one stacked batch, on shared minibatches. While a best rate stands on the grid's edge,
-    the grid grows by a decade on that side, at most four times.
+    All rates and all seeds run as one stacked batch, on shared minibatches. While a best rate stands on the grid's
+    edge, the grid grows by a decade on that side, at most four times.
 
     Args:
         task: the task.

@@ -41,19 +41,19 @@ def compare(
 ) -> Comparison:
     """Compare learned optimizers with tuned hand-designed ones.
 
-    Every baseline gets the learning rate of the lowest mean loss, and separately that of the lowest final loss, over the
-    same horizon on ``tuning_seeds`` instances. Then all optimizers run on ``seeds`` other instances, from the same starts
-    and on the same minibatches. A task that has halves is tuned and run on its half "meta-test".
+    Every baseline gets the learning rate of the lowest mean loss, and separately that of the lowest final loss, over
+    the same horizon on ``tuning_seeds`` instances. Then all optimizers run on ``seeds`` other instances, from the same
+    starts and on the same minibatches. A task that has halves is tuned and run on its half "meta-test".
 
-    ``seconds_per_step`` is the median wall-clock time of loss, gradient and update on one instance, parameters in their own
-    shapes, the optimizers taking turns step by step so that whatever else the machine does hits all alike. Baselines are
-    torch's classes as they come, with ``foreach=True``.
+    ``seconds_per_step`` is the median wall-clock time of loss, gradient and update on one instance, parameters in their
+    own shapes, the optimizers taking turns step by step so that whatever else the machine does hits all alike.
+    Baselines are torch's classes as they come, with ``foreach=True``.
 
     Args:
         task: a task, or the name of one.
-        optimizers: a network, the name or folder of one, a callable (parameters -> optimizer), or a dictionary from names
-            to any of these. A callable is called once an instance, with a list of parameters of the task's own shapes, so
-            it need not be elementwise; its optimizer's ``step`` must work without a closure.
+        optimizers: a network, the name or folder of one, a callable (parameters -> optimizer), or a dictionary from
+            names to any of these. A callable is called once an instance, with a list of parameters of the task's own
+            shapes, so it need not be elementwise; its optimizer's ``step`` must work without a closure.
         horizon: number of updates.
         seeds: number of held-out instances.
         baselines: what to compare with.

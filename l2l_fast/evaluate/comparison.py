@@ -64,8 +64,9 @@ class Comparison:
 
     ratio_seconds = ratio_steps * seconds_per_step_L / seconds_per_step_b
 
-    Below 1 the learned optimizer is better. A ratio is None where it has no meaning: a loss was not finite, or was never
-    reached within the horizon. The ``ratio_...`` attributes are the first learned optimizer's; :meth:`ratios` has any.
+    Below 1 the learned optimizer is better. A ratio is None where it has no meaning: a loss was not finite, or was
+    never reached within the horizon. The ``ratio_...`` attributes are the first learned optimizer's; :meth:`ratios`
+    has any.
 
     Attributes:
         task: the task's name.
@@ -185,7 +186,7 @@ class Comparison:
             mean, final = _loss(result.mean_loss), _loss(result.final_loss)
             spread = f"{result.mean_loss_std:.2g}" if math.isfinite(result.mean_loss) else ""
             lrs = f"{result.lr:.3g}{mark}", f"{result.lr_final:.3g}{mark}"
-            label = result.label if len(result.label) <= 18 else result.label[:17] + "…"
+            label = result.label if len(result.label) <= 17 else result.label[:16] + "…"
             seconds = f"{1000 * result.seconds_per_step:.3g}"
             rows.append((label, lrs[0], mean, spread, lrs[1], final, seconds))
             if name == self.learned[-1]:
@@ -247,5 +248,5 @@ def _loss(value: float) -> str:
 
 def _row(cells: tuple[str, ...]) -> str:
     name, *numbers = cells
-    widths = (9, 11, 9, 12, 12, 9)
+    widths = (10, 11, 9, 11, 12, 9)
     return f"{name:<18}" + "".join(f"{number:>{width}}" for number, width in zip(numbers, widths, strict=True))

@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from l2l_fast.evaluate.comparison import Comparison
 
-# Okabe and Ito's colours, told apart with any kind of colour vision; black and vermilion are kept for what is emphasised.
+# Okabe and Ito's colours, told apart with any colour vision; black and vermilion are kept for what is emphasised.
 _EMPHASISED = ["#D55E00", "#000000", "#8B0000", "#444444"]
 _PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F", "#B8A200"]
 _DASHES = ["-", "-", "-", "-", (0, (4, 3)), (0, (1, 2)), (0, (6, 2, 1, 2))]
@@ -50,7 +50,7 @@ def plot_comparison(comparison: Comparison, path: str | PathLike) -> None:
     emphasised = [comparison.optimizers[name].label for name in comparison.learned]
     seeds = f"{comparison.seeds} held-out seed{'s' if comparison.seeds > 1 else ''}"
     title = f"{comparison.task}: {comparison.horizon} steps, {seeds}, baselines tuned"
-    _draw(lines, path, title, emphasised, band="mean ± standard error over seeds")
+    _draw(lines, path, title, emphasised, band="mean ± standard error\nover seeds")
 
 
 def plot_curves(
@@ -92,7 +92,7 @@ def plot_curves(
             error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(values.shape[1])
             lines[label] = (values.mean(0), error)
     _draw(
-        lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band="mean ± standard error over seeds"
+        lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band="mean ± standard error\nover seeds"
     )
 
 
@@ -101,11 +101,12 @@ def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updat
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError as error:
         raise ImportError("plots need matplotlib; install it with: pip install l2l_fast[plot]") from error
     if not lines:
         raise ValueError("curves must hold at least one curve, got none")
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     limits = _limits([mean for mean, _ in lines.values()], log)
@@ -135,6 +136,10 @@ def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updat
         axes.fill_between(steps, low, mean + error, color=style["color"], alpha=0.14, linewidth=0, zorder=2)
     if log:
         axes.set_yscale("log")
+        decades = np.log10(limits[1] / limits[0]) if limits else 0
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+        axes.yaxis.set_major_formatter("{x:g}")  # 0.2 rather than 2 x 10^-1
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if limits:
         axes.set_ylim(*limits)
     axes.set_xlim(0, max(1, max(len(mean) for mean, _ in lines.values()) - 1))
@@ -143,7 +148,8 @@ def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updat
     axes.set_title(title)
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title=band, frameon=False, fontsize=9, title_fontsize=8, loc="best")
+    # Beside the axes: nowhere inside is free of curves for sure.
+    figure.legend(title=band, frameon=False, fontsize=9, title_fontsize=8, loc="outside right upper")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -1,4 +1,4 @@
-"""Runs many optimizers side by side on the same instances of a task: same starts, same batches, one stacked gradient."""
+"""Runs many optimizers side by side on the same instances of a task, from the same starts and on the same batches."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from l2l_fast.tasks.base import Instances, Task
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
 
-# Coordinates whose gradients are formed in one batched evaluation, on the CPU and on an accelerator. Small tasks are bound
-# by the cost of a call, so their lanes go together; large ones by the cache, where stacking would only copy batches.
+# Coordinates whose gradients are formed in one batched evaluation, on the CPU and on an accelerator. Small tasks are
+# bound by the cost of a call, so their lanes go together; large ones by the cache, and stacking would copy batches.
 STACKED_COORDINATES = (2**18, 2**27)
 
 
@@ -25,8 +25,9 @@ class Lane:
 
     Args:
         make: parameters -> ``torch.optim.Optimizer``.
-        elementwise: True where the rule treats each coordinate by itself, so that one optimizer on a single [B, N] tensor
-            is exact for all B instances. False makes one optimizer an instance, on parameters of the task's own shapes.
+        elementwise: True where the rule treats each coordinate by itself, so that one optimizer on a single [B, N]
+            tensor is exact for all B instances. False makes one optimizer an instance, on parameters of the task's
+            own shapes.
     """
 
     make: MakeOptimizer
@@ -92,10 +93,11 @@ def trajectories(
 
 
 def smoothed(curves: Tensor, horizon: int) -> Tensor:
-    """Trailing mean along the last dimension, over max(1, horizon // 20) steps; the first value stands for those before it.
+    """Trailing mean along the last dimension, over max(1, horizon // 20) steps.
 
-    Minibatch losses are noisy, so "the loss at step t" means this wherever a single step is judged: the **final loss** is
-    the smoothed mean curve at the horizon, and a loss is **reached** when the smoothed mean curve first gets down to it.
+    Minibatch losses are noisy, so "the loss at step t" means this wherever a single step is judged: the **final loss**
+    is the smoothed mean curve at the horizon, and a loss is **reached** when the smoothed mean curve first gets down to
+    it. The first value stands for those before it.
     """
     window = max(1, horizon // 20)
     curves = torch.cat([curves[..., :1].expand(*curves.shape[:-1], window - 1), curves], dim=-1).double()

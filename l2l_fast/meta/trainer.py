@@ -46,7 +46,7 @@ class History:
         meta_losses: one a meta-step, the mean over the parallel trajectories.
         validations: (meta-step, score) pairs; lower is better.
         best_score: the lowest score, that of the weights which ``fit`` leaves in the network.
-        skipped: meta-steps whose gradient was not finite and was not used.
+        skipped: meta-steps whose losses or gradient were not finite; the network was left as it was.
     """
 
     meta_losses: list[float] = field(default_factory=list)
@@ -256,14 +256,14 @@ class MetaTrainer:
         for slot, (stream, loss) in enumerate(zip(self.streams, losses.tolist(), strict=True)):
             if stream.trajectory.steps_done >= stream.horizon or not math.isfinite(loss):
                 self.streams[slot] = None  # ended, or diverged beyond use
-        self._update(gradient, progress)
+        if losses.isfinite().all() and gradient.isfinite().all():
+            self._update(gradient, progress)
+        else:
+            self.history.skipped += 1
         self.meta_step += 1
         self.history.meta_losses.append(losses.mean().item())
 
     def _update(self, gradient: Tensor, progress: float) -> None:
-        if not gradient.isfinite().all():
-            self.history.skipped += 1
-            return
         for parameter, piece in zip(
             self.parameters, reference.split_weights(gradient, self.network.config).values(), strict=True
         ):

@@ -27,7 +27,8 @@ def make_trainer(network=None, tasks="quadratic", **options):
 
 def test_it_learns():
     network = make_network(hidden=8)
-    trainer = MetaTrainer(network, Quadratic(4), instances=32, horizon=40, meta_lr=0.01, progress=False, validate_every=50)
+    options = {"instances": 32, "horizon": 40, "meta_lr": 0.01, "validate_every": 50, "progress": False}
+    trainer = MetaTrainer(network, Quadratic(4), **options)
     history = trainer.fit(150)
     assert history.best_score < 0.5  # the mean over 40 steps of f_t / f_0; the untrained network moves nowhere
     assert history.best_score == min(score for _, score in history.validations)
@@ -148,7 +149,7 @@ def test_killed_at_any_moment(tmp_path):
         process.kill()
         process.communicate()
         saved = torch.load(tmp_path / "killed" / "trainer.pt", weights_only=True)
-        assert 1 <= saved["meta_step"]
+        assert saved["meta_step"] >= 1
         if saved["meta_step"] > 60:
             pytest.skip("the machine is too fast for this delay")
     found = subprocess.run(_run(tmp_path / "killed", 60), capture_output=True, text=True, check=True).stdout
