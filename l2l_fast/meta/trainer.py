@@ -208,7 +208,7 @@ class MetaTrainer:
             self._resume()
         deadline, writer = time.monotonic() + max_seconds, self._writer()
         with _DeferredInterrupt() as interrupt, bars.meta_training(self.progress and _rank() == 0, meta_steps) as bar:
-            while self.meta_step < meta_steps and time.monotonic() < deadline and not interrupt.requested:
+            while self.meta_step < meta_steps and not _any(interrupt.requested or time.monotonic() > deadline):
                 self._step()
                 if self.meta_step % self.validate_every == 0 or self.meta_step == meta_steps:
                     self._validate()
@@ -219,12 +219,11 @@ class MetaTrainer:
                 bar(self.meta_step, self.history.meta_losses[-1], self.history.best_score)
         if writer:
             writer.close()
-        if not self.history.validations or (
-            self.history.validations[-1][0] != self.meta_step and not interrupt.requested
-        ):
-            self._validate()
+        stopped = self.meta_step < meta_steps
         if self.checkpoint is not None:
             self._save()
+        if stopped and not interrupt.requested:
+            self._validate()  # after saving: a run that goes on later is the same as one never stopped
         self._current = self._weights()
         self.network.load_flat_weights_(self._best)
         if interrupt.requested:
@@ -346,8 +345,12 @@ class MetaTrainer:
             for stream in self.streams
         ]  # fmt: skip
         every_rank = _gather(streams)
-        if _rank() != 0:
-            return
+        if _rank() == 0:
+            self._write(every_rank)
+        if _world() > 1:
+            distributed.barrier()  # no rank goes on before the checkpoint is there
+
+    def _write(self, every_rank: list) -> None:
         self.checkpoint.mkdir(parents=True, exist_ok=True)
         saved = {
             "format_version": FORMAT_VERSION,
@@ -467,6 +470,15 @@ def _average(*tensors: Tensor) -> list[Tensor]:
     distributed.all_reduce(flat)
     pieces = (flat / _world()).split([tensor.numel() for tensor in tensors])
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def _any(flag: bool) -> bool:
+    """Whether any rank says so: all stop together."""
+    if _world() == 1:
+        return flag
+    flags = torch.tensor(float(flag))
+    distributed.all_reduce(flags)
+    return flags.item() > 0
 
 
 def _gather(value) -> list:
