@@ -26,8 +26,6 @@ def main(arguments: list[str] | None = None) -> None:
         code = _complain(error, 2)
     except (RuntimeError, ImportError, OSError) as error:
         code = _complain(error, 1)
-    except (KeyboardInterrupt, typer.Abort) as interrupt:
-        code = _complain(str(interrupt) or "interrupted", 130)
     sys.exit(code)
 
 

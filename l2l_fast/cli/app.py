@@ -1,8 +1,11 @@
 """All commands in one place."""
 
+import functools
+
 import typer
 
 from l2l_fast.cli import compare, demo, info, meta_train, sweep, tasks
+from l2l_fast.cli.options import note
 
 app = typer.Typer(
     name="l2l-fast",
@@ -13,9 +16,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("meta-train")(meta_train.meta_train)
-app.command("compare")(compare.compare)
-app.command("sweep")(sweep.sweep)
-app.command("tasks")(tasks.tasks)
-app.command("info")(info.info)
+
+
+def _register(name: str, command) -> None:
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:  # typer would drop what it says
+            note(f"l2l-fast: {str(interrupt) or 'interrupted'}")
+            raise typer.Exit(130) from None
+
+    app.command(name)(run)
+
+
+_register("demo", demo.demo)
+_register("meta-train", meta_train.meta_train)
+_register("compare", compare.compare)
+_register("sweep", sweep.sweep)
+_register("tasks", tasks.tasks)
+_register("info", info.info)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -81,15 +80,16 @@ def stages():
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bars: dict[str, int] = {}
+    progress, bars = Progress(*columns, console=Console(stderr=True)), {}
 
-        def update(description: str, done: int, total: int) -> None:
-            if description not in bars:
-                bars[description] = progress.add_task(description, total=total)
-            progress.update(bars[description], completed=done, total=total)
+    def update(description: str, done: int, total: int) -> None:
+        progress.start()  # only now: a stage that is refused shows no bar
+        if description not in bars:
+            bars[description] = progress.add_task(description, total=total)
+        progress.update(bars[description], completed=done, total=total)
 
+    try:
         yield update
-
-
-ProgressUpdate = Callable[[str, int, int], None]
+    finally:
+        if bars:
+            progress.stop()

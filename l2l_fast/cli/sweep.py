@@ -13,11 +13,12 @@ import typer
 from l2l_fast import tasks as library
 from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, parse_floats, report, stages
 from l2l_fast.evaluate import plot_curves
+from l2l_fast.evaluate.trajectories import Lane, trajectories
 from l2l_fast.meta import MetaTrainer, recipes
-from l2l_fast.meta.unroll import Rule, Trajectory, step_
 from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.optim import LSTMOptimizer
 
-FIRST_TEST_SEED = 3_000_000_000  # apart from every seed of training and validation
+FIRST_TEST_SEED = 3_000_000_000
 
 
 def sweep(
@@ -47,7 +48,7 @@ def sweep(
     held_out = problem.with_half("meta-test") if hasattr(problem, "with_half") else problem
     recipe = recipes.for_task(problem)
     out = out or Path("runs") / f"sweep-{task}"
-    curves = {}
+    networks = {}
     with stages() as progress:
         for rate in rates:
             torch.manual_seed(seed)  # every rate starts from the same network and sees the same trajectories
@@ -58,7 +59,11 @@ def sweep(
                 progress(f"meta-lr {rate:g}", done, meta_steps)
                 trainer.fit(min(done + 10, meta_steps))
             progress(f"meta-lr {rate:g}", meta_steps, meta_steps)
-            curves[rate] = _run(held_out, network, horizon, seeds, device)
+            networks[rate] = network
+        lanes = [Lane(lambda params, network=network: LSTMOptimizer(params, network)) for network in networks.values()]
+        held_out_seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + seeds)
+        losses = trajectories(held_out, lanes, horizon=horizon, seeds=held_out_seeds, device=device)
+    curves = dict(zip(rates, losses, strict=True))
     means = {rate: curve[:, 1:].mean().item() for rate, curve in curves.items()}
     finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
     if not finite:
@@ -80,17 +85,6 @@ def sweep(
     lines = [f"{task}: mean loss over {horizon} steps by meta learning rate, {seeds} held-out seeds", ""]
     lines += [f"{rate:>10g}  {means[rate]:>10.4g}{'  best' if rate == best else ''}" for rate in rates]
     report(result, "\n".join(lines), as_json)
-
-
-def _run(task: library.Task, network: CoordinatewiseLSTM, horizon: int, seeds: int, device: str) -> torch.Tensor:
-    """Losses [seeds, horizon + 1] of the learned optimizer."""
-    instances = library.Instances(task, range(FIRST_TEST_SEED, FIRST_TEST_SEED + seeds), device)
-    trajectory = Trajectory(instances, network.config)
-    rule, losses = Rule(network.config, network.flat_weights().detach()), [trajectory.losses]
-    for _ in range(horizon):
-        step_(trajectory, rule)
-        losses.append(trajectory.losses)
-    return torch.stack(losses, dim=1).cpu()
 
 
 def _finite(values: list[float]) -> list[float | None]:

@@ -142,9 +142,13 @@ def _name(optimizer) -> str:
 
 def _lane(optimizer) -> Lane:
     if isinstance(optimizer, (str, PathLike, torch.nn.Module)):
+        from l2l_fast.networks import CoordinatewiseLSTM
         from l2l_fast.optim import LSTMOptimizer
 
-        return Lane(lambda params: LSTMOptimizer(params, network=optimizer))
+        network = optimizer  # found here and now: a wrong name should not cost the time of the tuning
+        if not isinstance(optimizer, torch.nn.Module):
+            network = CoordinatewiseLSTM.from_pretrained(optimizer)
+        return Lane(lambda params: LSTMOptimizer(params, network=network))
     if not callable(optimizer):
         raise ValueError(
             "optimizers must be a network, its name or folder, a callable (parameters -> optimizer) or a dictionary of "

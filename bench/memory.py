@@ -1,0 +1,106 @@
+"""Peak extra memory of one meta-gradient: suffix sums and the tiled backward, beside autograd through the unroll.
+
+    python bench/memory.py [--coordinates 1000000] [--unroll 20]
+
+Each measurement is a process of its own: the growth of its peak resident memory from just before the meta-gradient
+(with parameters and optimizer state in place) to its end. Autograd at full size does not fit into most machines, so it
+is measured at an eighth and at a sixteenth of it; both are printed per coordinate, and the larger is scaled up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+
+import torch
+from torch import Tensor
+
+import l2l_fast as l2l
+from l2l_fast import reference
+from l2l_fast.meta.unroll import Rule, Trajectory, unroll
+
+
+class Bowl:
+    """f(x) = mean((x - 1)^2): a task that takes no memory to speak of."""
+
+    name, resample = "bowl", False
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"x": torch.randn(self.size, generator=generator)}
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        return torch.ones(())
+
+    def loss(self, params: dict[str, Tensor], batch: Tensor) -> Tensor:
+        return (params["x"] - batch).square().mean()
+
+
+def autograd(trajectory: Trajectory, rule: Rule, length: int) -> Tensor:
+    """The meta-gradient as public implementations form it: a graph through every step, gradients detached."""
+    phi = rule.weights.requires_grad_()
+    theta, grad = trajectory.theta, trajectory.grad
+    state, total = trajectory.state.view(theta.numel(), -1), 0.0
+    for t in range(length):
+        updates, state = reference.lstm_unroll(grad.view(1, -1), state, phi, torch.tensor(t + 1.0), *rule.config)
+        theta = theta + updates
+        loss = trajectory.instances.losses(trajectory.instances.unflatten(theta), trajectory.instances.draw())
+        (grad,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
+        grad, total = grad.detach(), total + loss.sum()
+    return torch.autograd.grad(total, phi)[0]
+
+
+def peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(way: str, coordinates: int, length: int) -> int:
+    """Extra bytes, in a process of its own."""
+    command = [sys.executable, __file__, "--child", way, "--coordinates", str(coordinates), "--unroll", str(length)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def child(way: str, coordinates: int, length: int) -> int:
+    torch.manual_seed(0)
+    network = l2l.CoordinatewiseLSTM()
+    rule = Rule(network.config, network.flat_weights().detach())
+    small = Trajectory(l2l.tasks.Instances(Bowl(64), [0]), rule.config)
+    unroll(small, rule, 2)  # what loads on first use does not count
+    trajectory = Trajectory(l2l.tasks.Instances(Bowl(coordinates), [0]), rule.config)
+    before = peak()
+    if way == "autograd":
+        autograd(trajectory, rule, length)
+    else:
+        unroll(trajectory, rule, length)
+    return peak() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--coordinates", type=int, default=1_000_000)
+    parser.add_argument("--unroll", type=int, default=20)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(child(arguments.child, arguments.coordinates, arguments.unroll))
+        return
+    rows = [("suffix sums", "suffix", arguments.coordinates)]
+    rows += [("autograd", "autograd", arguments.coordinates // part) for part in (16, 8)]
+    print(f"peak extra memory of a meta-gradient, paper network, unroll {arguments.unroll}")
+    print(f"{'way':<14}{'coordinates':>13}{'MiB':>10}{'bytes a coordinate':>21}")
+    found = {}
+    for label, way, size in rows:
+        extra = measure(way, size, arguments.unroll)
+        found[way] = extra / size
+        print(f"{label:<14}{size:>13,}{extra / 2**20:>10.0f}{extra / size:>21.0f}")
+    whole = found["autograd"] * arguments.coordinates / 2**30
+    print(f"autograd at {arguments.coordinates:,} coordinates would take {whole:.1f} GiB")
+    print(f"ratio, suffix sums to autograd: {found['suffix'] / found['autograd']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

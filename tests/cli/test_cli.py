@@ -1,0 +1,185 @@
+"""The command line as a person meets it: what it prints where, what it writes, how it fails."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from l2l_fast import CoordinatewiseLSTM, tasks
+from l2l_fast.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return stop.value.code or 0, shown.out, shown.err
+
+    return run
+
+
+COMMANDS = ["demo", "meta-train", "compare", "sweep", "tasks", "info"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"l2l-fast {command}" in out
+    assert "Examples:" in out
+    assert "--json" in out
+
+
+def test_no_command_shows_the_commands(run):
+    _, out, err = run()
+    assert all(command in out + err for command in COMMANDS)
+
+
+def test_tasks_lists_every_name(run):
+    code, out, _ = run("tasks")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == tasks.names()
+    assert list(json.loads(run("tasks", "--json")[1])) == tasks.names()
+
+
+def test_info_says_what_runs(run):
+    code, out, _ = run("info")
+    assert code == 0
+    assert "native" in out
+    facts = json.loads(run("info", "--json")[1])
+    assert {"native", "cpu_isa", "cuda", "cuda_archs", "torch", "reason"} <= set(facts)
+
+
+def test_meta_train_then_compare(run, tmp_path):
+    out = tmp_path / "trained"
+    arguments = ("meta-train", "quadratic", "--meta-steps", 6, "--instances", 4, "--horizon", "20:40", "--out", out)
+    code, text, err = run(*arguments)
+    assert code == 0
+    assert "6 meta-steps" in text
+    assert "meta-training" in err
+    assert "meta-training" not in text
+    assert len(json.loads((out / "history.json").read_text())["meta_losses"]) == 6
+    assert (out / "meta_training.png").stat().st_size > 5000
+    assert CoordinatewiseLSTM.from_pretrained(out / "network").config.features == "identity"
+
+    arguments = ("compare", "quadratic", "--network", out / "network", "--horizon", 20, "--seeds", 3, "--out", "found")
+    code, text, _ = run(*arguments, "--baselines", "adam,nesterov")
+    assert code == 0
+    assert "3 held-out seeds" in text
+    assert (tmp_path / "found" / "comparison.png").stat().st_size > 5000
+    written = json.loads((tmp_path / "found" / "comparison.json").read_text())
+    assert {"task", "horizon", "seeds", "network", "optimizers", "best_baseline", "ratio_mean", "ratio_final",
+            "ratio_steps", "ratio_seconds", "environment"} <= set(written)  # fmt: skip
+    assert written["best_baseline"] in ("adam", "nesterov")
+    code, text, _ = run(*arguments, "--baselines", "adam", "--json")
+    assert code == 0
+    assert json.loads(text)["best_baseline"] == "adam"
+
+
+def test_meta_train_goes_on_where_it_stopped(run, tmp_path):
+    arguments = ("meta-train", "digits-mlp", "digits-mlp-relu", "--parallel", 1, "--init-scale", "0.01:0.3",
+                 "--features", "both", "--hidden-size", 3, "--tensorboard", "--json")  # fmt: skip
+    code, text, _ = run(*arguments, "--meta-steps", 2, "--out", "a")
+    assert (code, json.loads(text)["meta_steps"]) == (0, 2)
+    code, text, _ = run(*arguments, "--meta-steps", 4, "--out", "a")
+    assert (code, json.loads(text)["meta_steps"]) == (0, 4)
+    assert list((tmp_path / "a" / "tensorboard").iterdir())
+    code, _, err = run(*arguments, "--meta-steps", 4, "--out", "a", "--seed", 1)
+    assert code == 2
+    assert "seed=0 (now 1)" in err
+
+
+def test_sweep_names_the_best_rate(run, tmp_path):
+    code, text, _ = run("sweep", "quadratic", "--meta-lr", "0.01,0.0001", "--meta-steps", 20, "--horizon", 30)
+    assert code == 0
+    assert "0.01" in text.split("best")[0].splitlines()[-1]
+    found = json.loads((tmp_path / "runs" / "sweep-quadratic" / "sweep.json").read_text())
+    assert found["best"] == 0.01
+    assert len(found["meta_lrs"]["0.0001"]["curve"]) == 31
+    assert (tmp_path / "runs" / "sweep-quadratic" / "sweep.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_demo_tells_the_whole_story(run, tmp_path):
+    code, text, err = run("demo", "--meta-steps", 5, "--out", "demo")
+    assert code == 0
+    assert "100 held-out seeds" in text
+    assert "accuracy" in text
+    assert [line for line in err.splitlines() if " of 3:" in line].__len__() == 3
+    written = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert written == {"network", "comparison.json", "comparison.png", "digits.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare", "quadratc", "--network", "x"], "quadratic"),
+        (["compare", "quadratic", "--network", "no-such"], "no network 'no-such'"),
+        (["compare", "quadratic", "--horizon", "0"], "--horizon"),
+        (["compare", "quadratic", "--baselines", "adamax"], "adamax"),
+        (["compare", "quadratic", "--data", "no-such-folder"], "no-such-folder"),
+        (["compare", "quadratic", "--device", "tpu9"], "tpu9"),
+        (["compare"], "Missing argument 'task'"),
+        (["meta-train", "quadratic", "--horizon", "ten"], "--horizon 'ten'"),
+        (["meta-train", "quadratic", "--features", "loud"], "features must be one of"),
+        (["meta-train", "digits-mlp", "--init-scale", "big"], "--init-scale 'big'"),
+        (["sweep", "quadratic", "--meta-lr", "a,b"], "--meta-lr 'a,b'"),
+        (["dance"], "dance"),
+        (["tasks", "--loud"], "--loud"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_2(run, network, tmp_path, arguments, words):
+    if "--network" not in arguments and arguments[0] == "compare" and len(arguments) > 1:
+        network.save_pretrained(tmp_path / "network")
+        arguments = [*arguments, "--network", "network"]
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert words in err
+    assert len(err.splitlines()) == 1
+    assert err.startswith("l2l-fast: ")
+
+
+def test_a_network_and_its_shape_are_not_given_together(run, network, tmp_path):
+    network.save_pretrained(tmp_path / "network")
+    code, _, err = run("meta-train", "quadratic", "--network", "network", "--hidden-size", 4)
+    assert (code, "leave them out" in err) == (2, True)
+
+
+def test_a_failure_is_one_line_and_exit_code_1(run, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("the disk\nis full")
+
+    monkeypatch.setattr("l2l_fast.evaluate.compare", fail)
+    assert run("compare", "quadratic", "--network", "x") == (1, "", "l2l-fast: the disk is full\n")
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(run, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt("stopped at meta-step 3")
+
+    monkeypatch.setattr("l2l_fast.meta.MetaTrainer.fit", interrupt)
+    code, _, err = run("meta-train", "quadratic")
+    assert code == 130
+    assert "stopped at meta-step 3" in err
+
+
+def test_without_the_command_lines_packages_it_says_what_to_install(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    code, *_ = run("tasks")
+    assert "pip install 'l2l_fast[all]'" in code
+
+
+def test_the_program_itself():
+    found = subprocess.run(
+        [sys.executable, "-c", "from l2l_fast.cli import main; main(['tasks'])"], capture_output=True
+    )
+    assert found.returncode == 0
