@@ -91,9 +91,9 @@ def plot_curves(
         with np.errstate(all="ignore"):  # a diverged curve has no spread
             error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(values.shape[1])
             lines[label] = (values.mean(0), error)
-    _draw(
-        lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band="mean ± standard error\nover seeds"
-    )
+    several = any(torch.as_tensor(values).ndim > 1 and len(values) > 1 for values in curves.values())
+    band = "mean ± standard error\nover seeds" if several else None
+    _draw(lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band=band)
 
 
 def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updates)", ylabel="loss", log=True) -> None:

@@ -43,8 +43,8 @@ CLASSIFIER = Recipe(
 # What the demo trains: sees raw gradients and their moments, so what it learns on quadratics carries over to networks.
 DEMO = Recipe(
     network={"features": "both", "hidden_size": 20, "num_layers": 1},
-    training={"instances": 128, "objective": "relative", "meta_lr": 1e-2, "schedule": "cosine"},
-    meta_steps=1000,
+    training={"instances": 128, "meta_lr": 1e-2, "schedule": "cosine"},
+    meta_steps=1500,
 )
 
 
