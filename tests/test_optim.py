@@ -328,3 +328,18 @@ def test_parameters_in_bfloat16_state_stay_near_float32(network):
     train(one, LSTMOptimizer(one.parameters(), network), 20)
     train(two, LSTMOptimizer(two.parameters(), network, state_dtype=torch.bfloat16), 20)
     torch.testing.assert_close(parameters_of(one), parameters_of(two), rtol=0.02, atol=0.02)
+
+
+def test_a_compiled_step_is_the_same_step(network):
+    one, two = make_model(), make_model()
+    plain, compiled = LSTMOptimizer(one.parameters(), network), LSTMOptimizer(two.parameters(), network)
+    step = torch.compile(lambda: compiled.step(), backend="aot_eager", fullgraph=True)
+    for _ in range(4):
+        inputs = torch.randn(7, 5)
+        for model in (one, two):
+            model.zero_grad()
+            model(inputs).square().mean().backward()
+        plain.step()
+        step()
+    torch.testing.assert_close(parameters_of(one), parameters_of(two))
+    assert compiled.state[two[0].weight]["step"] == 4
