@@ -163,10 +163,10 @@ class LSTMOptimizer(Optimizer):
             state = self.state[param]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["lstm"] = ops.new_state(_real(param), config, self.state_dtype)
-            tensors.append(_real(param))
-            grads.append(_real(param.grad))
-            states.append(state["lstm"])
+                state["lstm"] = _new_state(param, config, self.state_dtype)
+            tensors.append(_real(_local(param)))
+            grads.append(_real(_local(param.grad)))
+            states.append(_local(state["lstm"]))
             steps.append(state["step"])
         torch._foreach_add_(steps, 1)
         step = reference.lstm_step_ if self.fused is False else torch.ops.l2l_fast.lstm_step_
@@ -214,7 +214,7 @@ class LSTMOptimizer(Optimizer):
         def restore(_) -> None:  # torch casts state to the parameter's dtype; ours has its own dtype and strides
             for param, saved in self._paired(incoming):
                 config, _ = self._networks[self._group_of(param)["network"]]
-                state = ops.new_state(_real(param), config, self.state_dtype)
+                state = _new_state(param, config, self.state_dtype)
                 state.copy_(saved["lstm"])
                 step = saved["step"].detach().to(param.device, torch.float32, copy=True)
                 self.state[param].update(lstm=state, step=step)
@@ -261,3 +261,21 @@ class LSTMOptimizer(Optimizer):
 def _real(tensor: Tensor) -> Tensor:
     """A complex tensor is a pair of coordinates."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor: a learned step is coordinatewise, so ranks need nothing of each other."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _new_state(param: Tensor, config: Config, dtype: torch.dtype) -> Tensor:
+    """Zero state of a parameter, placed as the parameter is."""
+    state = ops.new_state(_real(_local(param)), config, dtype)
+    if not hasattr(param, "to_local"):
+        return state
+    from torch.distributed.tensor import DTensor
+
+    whole = ops.new_state(torch.empty(_real(param).shape, device="meta"), config, dtype)
+    return DTensor.from_local(
+        state, param.device_mesh, param.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
