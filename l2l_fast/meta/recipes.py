@@ -23,8 +23,8 @@ QUADRATIC = Recipe(
     meta_steps=1000,
 )
 
-# Networks have gradients of every scale: log_sign tells the LSTM which, the moments tell signal from noise. A linear head
-# may take large first steps. Four trajectories a meta-step: minibatch losses are noisy, and so is their meta-gradient.
+# Networks have gradients of every scale: log_sign tells the LSTM which, the moments tell signal from noise. A linear
+# head may take large first steps. Four trajectories a meta-step: minibatch losses, and so meta-gradients, are noisy.
 CLASSIFIER = Recipe(
     network={"features": "both", "hidden_size": 20, "num_layers": 1, "output_scale": 0.01},
     training={"parallel": 4, "meta_lr": 1e-2, "schedule": "cosine", "validate_every": 250},
