@@ -1,0 +1,50 @@
+"""Every example that a person may copy runs: docstrings, and the README's Python from top to bottom."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import l2l_fast
+
+ROOT = Path(__file__).parent.parent
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(l2l_fast.__path__, "l2l_fast.")
+    if not module.name.startswith(("l2l_fast.cli", "l2l_fast._C"))
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    failures = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for example in doctest.DocTestFinder().find(module, name):
+        if "mnist(" in (example.docstring or ""):
+            continue  # needs files; tests/data runs it on real ones
+        runner.run(example, out=failures.append)
+    assert not failures, "".join(failures)
+
+
+def test_readme_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    l2l_fast.CoordinatewiseLSTM(hidden_size=4, num_layers=1).save_pretrained("runs/demo/network")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    code = "\n".join(blocks).replace("meta_steps=1000", "meta_steps=2").replace("seeds=10", "seeds=2")
+    exec(compile(code, "README.md", "exec"), {})
+    assert Path("runs/mine/comparison.png").stat().st_size > 5000
+
+
+def test_readme_names_only_commands_that_exist():
+    from l2l_fast.cli.app import app
+
+    known = {command.name for command in app.registered_commands}
+    used = set(re.findall(r"^\s*l2l-fast ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert used
+    assert used <= known
