@@ -48,7 +48,7 @@ extern const Kernels<float> kAvx512;
 
 // Scratch of the step and of the forward unroll, in scalars, for tiles up to `width` wide.
 inline int64_t forward_scratch(const Network& net, int width) {
-  return int64_t(width) * (6 + groups(net.hidden) * kGroup + 2 * net.state_rows());
+  return int64_t(width) * (6 + groups(net.hidden) * kGroup + 5 * net.hidden + 2 * net.state_rows());
 }
 
 }  // namespace l2l

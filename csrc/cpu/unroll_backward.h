@@ -96,7 +96,7 @@ void multiply_transposed(
   for (int group = 0; group < groups(count); ++group) {
     V acc[kGroup][NV];
     broadcast<V, NV>(acc, nullptr);
-    multiply(acc, matrix + group * rows * kGroup, d_rows, rows);
+    multiply(acc, matrix + group * rows * kGroup, d_rows, width, rows);
     for (int g = 0; g < kGroup && group * kGroup + g < count; ++g)
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[g][v].store(d + (group * kGroup + g) * width + v * V::kLanes);
@@ -274,8 +274,8 @@ void unroll_backward_tile(
     const bool some = skip_not_finite<V>(step.grad, width, skip);
     for (int i = 0; i < width; ++i) step.live[i] = some && skip[i] ? T(0) : T(1);
     forward<V, NV, true>(
-        packed, {step.grad, state, new_state, step.features, step.projected, step.activations, step.output,
-                 call.corrections[t]});
+        packed, {step.grad, state, new_state, width, step.features, step.projected, step.activations, step.output,
+                 call.corrections[t], {}});
     if (some) keep_skipped(new_state, state, skip, width, rows);
   }
 
