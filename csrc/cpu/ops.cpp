@@ -15,25 +15,25 @@ const Parallel& torch_threads(Parallel& parallel) {
 }
 
 void check_cpu(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU, where the other tensors are");
+  L2L_CHECK(tensor.is_cpu(), name, " must be on the CPU, where the other tensors are");
 }
 
 double scalar(const Tensor& tensor, const char* name) {
   check_cpu(tensor, name);
-  STD_TORCH_CHECK(tensor.numel() == 1, name, " must be a single number, got shape ", shape_text(tensor));
+  L2L_CHECK(tensor.numel() == 1, name, " must be a single number, got shape ", shape_text(tensor));
   const void* data = tensor.const_data_ptr();
   switch (tensor.scalar_type()) {
     case torch::headeronly::ScalarType::Float: return *static_cast<const float*>(data);
     case torch::headeronly::ScalarType::Double: return *static_cast<const double*>(data);
     case torch::headeronly::ScalarType::Int: return *static_cast<const int32_t*>(data);
     case torch::headeronly::ScalarType::Long: return double(*static_cast<const int64_t*>(data));
-    default: STD_TORCH_CHECK(false, name, " must be float32, float64, int32 or int64");
+    default: fail(name, " must be float32, float64, int32 or int64");
   }
 }
 
 void check_own_memory(const Tensor& tensor, int64_t dims, const char* name) {
   for (int64_t d = 0; d < dims; ++d)
-    STD_TORCH_CHECK(
+    L2L_CHECK(
         tensor.size(d) <= 1 || tensor.stride(d) != 0, name, " of shape ", shape_text(tensor),
         " is expanded: several coordinates share one place in memory");
 }
@@ -42,14 +42,14 @@ StepTensor step_tensor(
     const Tensor& param, const Tensor& grad, const Tensor& state, const Tensor& step, const Network& net) {
   const int64_t dims = param.dim();
   for (const Tensor& tensor : {param, grad, state}) check_cpu(tensor, "a parameter, gradient or state");
-  STD_TORCH_CHECK(
+  L2L_CHECK(
       grad.sizes() == param.sizes(), "a gradient has shape ", shape_text(grad), ", its parameter ", shape_text(param));
   bool shapes = state.dim() == dims + 1 && state.size(dims) == net.state_rows();
   for (int64_t d = 0; shapes && d < dims; ++d) shapes = state.size(d) == param.size(d);
-  STD_TORCH_CHECK(
+  L2L_CHECK(
       shapes, "a state has shape ", shape_text(state), ", its parameter ", shape_text(param), ": it must add one dimension of ",
       net.state_rows());
-  STD_TORCH_CHECK(dims <= kMaxDims, "a parameter has ", dims, " dimensions; at most ", kMaxDims, " are supported");
+  L2L_CHECK(dims <= kMaxDims, "a parameter has ", dims, " dimensions; at most ", kMaxDims, " are supported");
   check_own_memory(param, dims, "a parameter");
   check_own_memory(state, dims + 1, "a state");
   return {
@@ -73,7 +73,7 @@ void lstm_step_(
       features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
   check_cpu(weights, "weights");
   weights = checked_weights(weights, net);
-  STD_TORCH_CHECK(
+  L2L_CHECK(
       grads.size() == params.size() && states.size() == params.size() && steps.size() == params.size(),
       "lstm_step_ needs one gradient, state and step for each of the ", params.size(), " parameters, got ", grads.size(),
       ", ", states.size(), " and ", steps.size());
@@ -91,7 +91,7 @@ void lstm_step_(
 UnrollArguments unroll_arguments(
     const Network& net, const Tensor& grads, const Tensor& state, const Tensor& weights, const Tensor& step) {
   for (const Tensor& tensor : {grads, state, weights}) check_cpu(tensor, "grads, state and weights");
-  STD_TORCH_CHECK(grads.dim() == 2, "grads must be [T, N], got shape ", shape_text(grads));
+  L2L_CHECK(grads.dim() == 2, "grads must be [T, N], got shape ", shape_text(grads));
   const int64_t horizon = grads.size(0), count = grads.size(1);
   return {
       net,
