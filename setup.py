@@ -29,8 +29,8 @@ class OptionalBuildExtension(BuildExtension):
                 raise
             self.extensions = []  # nothing for the steps that follow to copy
             warnings.warn(
-                f"l2l_fast's compiled kernels were not built, so it will run on plain PyTorch, many times slower: {error}\n"
-                "Set L2L_FAST_REQUIRE_EXT=1 to make this an error.",
+                "l2l_fast's compiled kernels were not built, so it will run on plain PyTorch, many times slower: "
+                f"{error}\nSet L2L_FAST_REQUIRE_EXT=1 to make this an error.",
                 stacklevel=1,
             )
 
@@ -41,7 +41,12 @@ setup(
             "l2l_fast._C",
             SOURCES,
             # The intrinsics' own headers trip the two warnings.
-            extra_compile_args=["-O3", "-Wno-maybe-uninitialized", "-Wno-psabi", f'-DL2L_TORCH_VERSION="{torch.__version__}"'],
+            extra_compile_args=[
+                "-O3",
+                "-Wno-maybe-uninitialized",
+                "-Wno-psabi",
+                f'-DL2L_TORCH_VERSION="{torch.__version__}"',
+            ],
         )
     ],
     cmdclass={"build_ext": OptionalBuildExtension},

@@ -1,4 +1,5 @@
-// From the ops' arguments to the launchers': checks that every backend shares. torch appears here and in the ops files only.
+// From the ops' arguments to the launchers': checks that every backend shares. torch appears here and in the ops files
+// only.
 #pragma once
 
 #include <sstream>
@@ -23,8 +24,8 @@ template <class... Parts>
 }
 
 // Torch's own STD_TORCH_CHECK would put the path of this source before the message.
-#define L2L_CHECK(condition, ...) \
-  do { \
+#define L2L_CHECK(condition, ...)               \
+  do {                                          \
     if (!(condition)) ::l2l::fail(__VA_ARGS__); \
   } while (false)
 
@@ -55,11 +56,16 @@ inline Network network(
     const std::string& features, int64_t hidden_size, int64_t num_layers, bool projection, const std::string& output,
     double output_scale, double preprocess_p, double beta1, double beta2, double eps) {
   Network net{};
-  if (features == "identity") net.features = Features::identity;
-  else if (features == "log_sign") net.features = Features::log_sign;
-  else if (features == "moments") net.features = Features::moments;
-  else if (features == "both") net.features = Features::both;
-  else fail("features must be identity, log_sign, moments or both, got '", features, "'");
+  if (features == "identity")
+    net.features = Features::identity;
+  else if (features == "log_sign")
+    net.features = Features::log_sign;
+  else if (features == "moments")
+    net.features = Features::moments;
+  else if (features == "both")
+    net.features = Features::both;
+  else
+    fail("features must be identity, log_sign, moments or both, got '", features, "'");
   L2L_CHECK(output == "linear" || output == "tanh", "output must be linear or tanh, got '", output, "'");
   L2L_CHECK(hidden_size >= 1 && hidden_size <= 4096, "hidden_size must be from 1 to 4096, got ", hidden_size);
   L2L_CHECK(num_layers >= 1 && num_layers <= 64, "num_layers must be from 1 to 64, got ", num_layers);
@@ -79,7 +85,8 @@ inline Network network(
 inline Tensor checked_weights(const Tensor& weights, const Network& net) {
   const DType dtype = dtype_of(weights, "weights");
   L2L_CHECK(
-      dtype == DType::float32 || dtype == DType::float64, "weights must be float32 or float64: arithmetic is done in it");
+      dtype == DType::float32 || dtype == DType::float64,
+      "weights must be float32 or float64: arithmetic is done in it");
   L2L_CHECK(
       weights.dim() == 1 && weights.numel() == WeightLayout{net}.count(), "weights must be a vector of ",
       WeightLayout{net}.count(), " for this network, got shape ", shape_text(weights));
@@ -98,8 +105,8 @@ inline Matrix series(const Tensor& tensor, const char* name, const Tensor& weigh
 // A state [N, S].
 inline Matrix states(const Tensor& tensor, const char* name, const Network& net, int64_t count) {
   L2L_CHECK(
-      tensor.dim() == 2 && tensor.size(0) == count && tensor.size(1) == net.state_rows(), name, " must be [", count, ", ",
-      net.state_rows(), "], got shape ", shape_text(tensor));
+      tensor.dim() == 2 && tensor.size(0) == count && tensor.size(1) == net.state_rows(), name, " must be [", count,
+      ", ", net.state_rows(), "], got shape ", shape_text(tensor));
   return {tensor.data_ptr(), state_dtype_of(tensor), tensor.stride(0), tensor.stride(1)};
 }
 

@@ -11,7 +11,8 @@ namespace l2l {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// The order of gates in the rows of every weight matrix: torch.nn.LSTM's. Row of a gate of a unit: gate * hidden + unit.
+// The order of gates in the rows of every weight matrix: torch.nn.LSTM's. Row of a gate of a unit: gate * hidden +
+// unit.
 enum Gate { kInput, kForget, kCell, kOutput, kGates };
 
 // Gates are needed only as e^-z (sigmoid) and e^-2z (tanh), so the weights are multiplied by this beforehand and the
@@ -74,7 +75,8 @@ L2L_HOST_DEVICE Ratios<V> ratios(Moments<V> moments, V grad, const MomentScale<V
 
 // d: gradient of the new moments on entry, of the old ones on return. Returns the gradient of grad.
 template <class V>
-L2L_HOST_DEVICE V moments_backward(Ratios<V> d_ratios, Moments<V>& d, Moments<V> moments, V grad, const MomentScale<V>& scale) {
+L2L_HOST_DEVICE V
+moments_backward(Ratios<V> d_ratios, Moments<V>& d, Moments<V> moments, V grad, const MomentScale<V>& scale) {
   V root = sqrt(moments.v * scale.correction2);
   V inverse = V(1) / (root + scale.eps);
   V d_m = fma(d_ratios.momentum * inverse, scale.correction1, d.m);

@@ -29,7 +29,8 @@ struct UnrollArguments {
 };
 
 // updates [T, N] and last [N, S] (of any of the state dtypes) are written whole; they alias nothing.
-void lstm_unroll_cpu(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, const Parallel& parallel);
+void lstm_unroll_cpu(
+    const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, const Parallel& parallel);
 
 struct UnrollGradients {
   Matrix d_updates;  // [T, N], read

@@ -3,7 +3,8 @@
 Import it after :mod:`l2l_fast.ops`, which defines the operators that the kernels are registered for.
 
     L2L_FAST_NATIVE=0       do not load them: the reference runs instead
-    L2L_FAST_CPU_ISA=NAME   instruction set of the CPU kernels: avx512, avx2 or portable (default: the fastest that runs here)
+    L2L_FAST_CPU_ISA=NAME   instruction set of the CPU kernels: avx512, avx2 or portable; by default the fastest that
+                            runs here
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def build_info() -> dict:
 
     Returns:
         ``native`` (whether compiled kernels run), ``cpu_isa`` (the instruction set in use, or None), ``cuda`` (whether
-        there are CUDA kernels), ``cuda_archs`` (those they were built for), ``torch`` (the version they were built with, or
-        else the one that runs), ``reason`` (why there are none, or None).
+        there are CUDA kernels), ``cuda_archs`` (those they were built for), ``torch`` (the version they were built
+        with, or else the one that runs), ``reason`` (why there are none, or None).
 
     Example:
         >>> from l2l_fast._native import build_info

@@ -1,7 +1,8 @@
 // One step of one tile of coordinates, forward and backward.
 //
-// A tile is a matrix with one row per feature, hidden unit or gate and kWide vectors (or fewer) of coordinates in a row, so
-// a weight is broadcast once and meets NV vectors, and four rows of a matrix at a time meet every vector that is loaded.
+// A tile is a matrix with one row per feature, hidden unit or gate and kWide vectors (or fewer) of coordinates in a
+// row, so a weight is broadcast once and meets NV vectors, and four rows of a matrix at a time meet every vector that
+// is loaded.
 #pragma once
 
 namespace l2l {
@@ -10,7 +11,8 @@ namespace {
 // acc[g][v] += sum over k of weights[k][g] * rows[k * stride][v]: one group of four matrix rows times a tile.
 template <class V, int NV>
 L2L_INLINE void multiply(
-    V (&acc)[kGroup][NV], const typename V::Scalar* weights, const typename V::Scalar* rows, int64_t stride, int count) {
+    V (&acc)[kGroup][NV], const typename V::Scalar* weights, const typename V::Scalar* rows, int64_t stride,
+    int count) {
   for (int k = 0; k < count; ++k) {
     V x[NV];
 #pragma GCC unroll 8
@@ -44,8 +46,8 @@ L2L_INLINE LogSignScale<V> log_sign_scale(const Packed<T>& packed) {
   return {V(packed.inverse_p), V(packed.threshold), V(packed.steep)};
 }
 
-// Where the state of the tile that comes next lies in memory. Eighty rows are too many streams for the hardware to follow,
-// so each unit of this tile calls for the rows of its twin in the next one.
+// Where the state of the tile that comes next lies in memory. Eighty rows are too many streams for the hardware to
+// follow, so each unit of this tile calls for the rows of its twin in the next one.
 struct Ahead {
   const char* state;  // null: not known
   int64_t row_bytes;
@@ -57,18 +59,18 @@ struct Ahead {
   }
 };
 
-// One step of a tile; each pointer is a block of rows, NV * kLanes scalars each. None aliases another, but new_state may be
-// state itself.
+// One step of a tile; each pointer is a block of rows, NV * kLanes scalars each. None aliases another, but new_state
+// may be state itself.
 template <class T>
 struct TileStep {
-  const T* grad;       // [1], finite
-  const T* state;      // [state_rows], state_stride scalars from one to the next
-  T* new_state;        // [state_rows], likewise, written
+  const T* grad;   // [1], finite
+  const T* state;  // [state_rows], state_stride scalars from one to the next
+  T* new_state;    // [state_rows], likewise, written
   int64_t state_stride;
-  T* features;         // [inputs], written
-  T* projected;        // [groups(hidden) * 4], written (with projection)
-  T* activations;      // [5 * hidden], written: gates in order of their rows, then tanh c; one block a layer if kept
-  T* output;           // [1], written: y, the head's output (after tanh, with output "tanh")
+  T* features;     // [inputs], written
+  T* projected;    // [groups(hidden) * 4], written (with projection)
+  T* activations;  // [5 * hidden], written: gates in order of their rows, then tanh c; one block a layer if kept
+  T* output;       // [1], written: y, the head's output (after tanh, with output "tanh")
   Corrections<T> corrections;
   Ahead ahead;
 };
@@ -115,8 +117,8 @@ void forward_projection(const Packed<typename V::Scalar>& packed, const TileStep
   }
 }
 
-// Pre-activations of a layer's gates, scaled: row gate * hidden + unit. The sizes of the paper's network are compiled in
-// (kInputs, kHidden), so that its loops are unrolled; 0 stands for whatever comes.
+// Pre-activations of a layer's gates, scaled: row gate * hidden + unit. The sizes of the paper's network are compiled
+// in (kInputs, kHidden), so that its loops are unrolled; 0 stands for whatever comes.
 template <class V, int NV, int kInputs, int kHidden>
 void multiply_gates(
     const Packed<typename V::Scalar>& packed, const TileStep<typename V::Scalar>& tile, int layer,

@@ -130,7 +130,8 @@ void add_row(const T* tile, const Place& place, int64_t start, int count, const 
 }
 
 // Offsets of coordinates first .. first + count - 1, numbered row-major over the sizes.
-inline void offsets_of(int dims, const int64_t* sizes, const int64_t* strides, int64_t first, int count, int64_t* offsets) {
+inline void offsets_of(
+    int dims, const int64_t* sizes, const int64_t* strides, int64_t first, int count, int64_t* offsets) {
   int64_t index[kMaxDims], offset = 0;
   for (int d = dims - 1; d >= 0; --d) {
     index[d] = first % sizes[d];

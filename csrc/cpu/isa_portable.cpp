@@ -6,4 +6,4 @@
 namespace l2l {
 const Kernels<float> kPortableFloat = kernels<Portable<float>>();
 const Kernels<double> kPortableDouble = kernels<Portable<double>>();
-}
+}  // namespace l2l

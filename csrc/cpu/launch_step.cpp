@@ -10,8 +10,8 @@
 namespace l2l {
 namespace {
 
-// A tensor with its dimensions in the parameter's memory order, neighbours merged where all three tensors allow it, so that
-// tensors that share one dense memory order have one dimension.
+// A tensor with its dimensions in the parameter's memory order, neighbours merged where all three tensors allow it, so
+// that tensors that share one dense memory order have one dimension.
 struct Flat {
   std::vector<int64_t> sizes, param, grad, state;
   StepTensor tensor;
@@ -19,7 +19,8 @@ struct Flat {
   explicit Flat(const StepTensor& from) : tensor(from) {
     std::vector<int> order(from.dims);
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return from.param.strides[a] > from.param.strides[b]; });
+    std::stable_sort(
+        order.begin(), order.end(), [&](int a, int b) { return from.param.strides[a] > from.param.strides[b]; });
     for (int d : order) {
       const int64_t size = from.sizes[d];
       const int64_t strides[] = {from.param.strides[d], from.grad.strides[d], from.state.strides[d]};

@@ -1,4 +1,5 @@
-// Forward and backward through time: the coordinates are cut into tiles, each of which goes through all its steps at once.
+// Forward and backward through time: the coordinates are cut into tiles, each of which goes through all its steps at
+// once.
 #include "../lstm_unroll.h"
 #include "isa.h"
 #include "pack.h"
@@ -49,13 +50,14 @@ void unroll_backward(const UnrollArguments& arguments, const UnrollGradients& gr
   const UnrollCall<T> call = {&packer.packed(), corrections.data(), &arguments, &gradients};
 
   int width = kernels.tile;
-  while (width > kernels.lanes && kernels.backward_scratch(net, width, arguments.steps) * int64_t(sizeof(T)) > kTruncationBytes)
+  while (width > kernels.lanes &&
+         kernels.backward_scratch(net, width, arguments.steps) * int64_t(sizeof(T)) > kTruncationBytes)
     width /= 2;
   const int64_t tiles = (arguments.count + width - 1) / width;
   const int64_t weights = gradients.d_weights ? WeightLayout{net}.count() : 0;
   const int64_t slots = std::min({tiles, kSlots, std::max<int64_t>(8, kSlotBytes / 8 / std::max<int64_t>(weights, 1))});
-  const int workers =
-      int(std::min<int64_t>(slots, useful_workers(parallel, net, 3.0 * double(arguments.count) * double(arguments.steps))));
+  const int workers = int(
+      std::min<int64_t>(slots, useful_workers(parallel, net, 3.0 * double(arguments.count) * double(arguments.steps))));
 
   std::vector<double> sums(slots * weights);
   if (slots > 0) {
@@ -77,7 +79,8 @@ void unroll_backward(const UnrollArguments& arguments, const UnrollGradients& gr
 
 }  // namespace
 
-void lstm_unroll_cpu(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, const Parallel& parallel) {
+void lstm_unroll_cpu(
+    const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, const Parallel& parallel) {
   if (arguments.weights_dtype == DType::float64) return unroll<double>(arguments, updates, last, parallel);
   unroll<float>(arguments, updates, last, parallel);
 }

@@ -47,8 +47,8 @@ StepTensor step_tensor(
   bool shapes = state.dim() == dims + 1 && state.size(dims) == net.state_rows();
   for (int64_t d = 0; shapes && d < dims; ++d) shapes = state.size(d) == param.size(d);
   L2L_CHECK(
-      shapes, "a state has shape ", shape_text(state), ", its parameter ", shape_text(param), ": it must add one dimension of ",
-      net.state_rows());
+      shapes, "a state has shape ", shape_text(state), ", its parameter ", shape_text(param),
+      ": it must add one dimension of ", net.state_rows());
   L2L_CHECK(dims <= kMaxDims, "a parameter has ", dims, " dimensions; at most ", kMaxDims, " are supported");
   check_own_memory(param, dims, "a parameter");
   check_own_memory(state, dims + 1, "a state");
@@ -69,14 +69,14 @@ void lstm_step_(
     std::vector<Tensor> steps, std::string features, int64_t hidden_size, int64_t num_layers, bool projection,
     std::string output, double output_scale, double preprocess_p, double beta1, double beta2, double eps,
     double weight_decay, bool maximize) {
-  const Network net = network(
-      features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
+  const Network net =
+      network(features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
   check_cpu(weights, "weights");
   weights = checked_weights(weights, net);
   L2L_CHECK(
       grads.size() == params.size() && states.size() == params.size() && steps.size() == params.size(),
-      "lstm_step_ needs one gradient, state and step for each of the ", params.size(), " parameters, got ", grads.size(),
-      ", ", states.size(), " and ", steps.size());
+      "lstm_step_ needs one gradient, state and step for each of the ", params.size(), " parameters, got ",
+      grads.size(), ", ", states.size(), " and ", steps.size());
   std::vector<StepTensor> tensors;
   tensors.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i)
@@ -109,8 +109,8 @@ std::tuple<Tensor, Tensor> lstm_unroll(
     Tensor grads, Tensor state, Tensor weights, Tensor step, std::string features, int64_t hidden_size,
     int64_t num_layers, bool projection, std::string output, double output_scale, double preprocess_p, double beta1,
     double beta2, double eps) {
-  const Network net = network(
-      features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
+  const Network net =
+      network(features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
   weights = checked_weights(weights, net);
   const UnrollArguments arguments = unroll_arguments(net, grads, state, weights, step);
   Tensor updates = torch::stable::empty_like(grads), last = new_state_like(state);
@@ -126,8 +126,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_unroll_backward(
     std::string features, int64_t hidden_size, int64_t num_layers, bool projection, std::string output,
     double output_scale, double preprocess_p, double beta1, double beta2, double eps, bool need_grads, bool need_state,
     bool need_weights) {
-  const Network net = network(
-      features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
+  const Network net =
+      network(features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
   weights = checked_weights(weights, net);
   const UnrollArguments arguments = unroll_arguments(net, grads, state, weights, step);
   const int64_t horizon = arguments.steps, count = arguments.count;

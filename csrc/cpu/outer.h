@@ -1,7 +1,7 @@
 // Outer products summed over the coordinates of a tile: how gradients of weight matrices are formed.
 //
-// The rows of a gradient lie across the lanes, so its rows are first transposed to [coordinate][row]; then a block of the
-// gradient stays in registers while the tile's coordinates go by.
+// The rows of a gradient lie across the lanes, so its rows are first transposed to [coordinate][row]; then a block of
+// the gradient stays in registers while the tile's coordinates go by.
 #pragma once
 
 namespace l2l {
@@ -60,12 +60,13 @@ L2L_INLINE void outer_strip(
 // sum[c][r] += sum over i of rows[i][r] * columns[c][i], for `count` columns and padded(row_count) rows.
 template <class V>
 void outer(
-    typename V::Scalar* sum, const typename V::Scalar* rows, int row_count, const typename V::Scalar* columns, int count,
-    int width) {
+    typename V::Scalar* sum, const typename V::Scalar* rows, int row_count, const typename V::Scalar* columns,
+    int count, int width) {
   constexpr int R = V::kOuterRows;
   const int stride = padded<V>(row_count);
   int r = 0;
-  for (; r + R * V::kLanes <= stride; r += R * V::kLanes) outer_strip<V, R>(sum + r, rows + r, stride, columns, count, width);
+  for (; r + R * V::kLanes <= stride; r += R * V::kLanes)
+    outer_strip<V, R>(sum + r, rows + r, stride, columns, count, width);
   for (; r < stride; r += V::kLanes) outer_strip<V, 1>(sum + r, rows + r, stride, columns, count, width);
 }
 

@@ -30,9 +30,9 @@ struct Packed {
   const T* head;          // [hidden]
 
   // Backward: transposed, without biases or scale.
-  const T* projection_t;      // [groups(inputs)][hidden][4]
-  const T* const* inputs_t;   // a layer: [groups(layer_inputs)][4 * hidden][4]
-  const T* const* hidden_t;   // a layer: [groups(hidden)][4 * hidden][4]
+  const T* projection_t;     // [groups(inputs)][hidden][4]
+  const T* const* inputs_t;  // a layer: [groups(layer_inputs)][4 * hidden][4]
+  const T* const* hidden_t;  // a layer: [groups(hidden)][4 * hidden][4]
 };
 
 }  // namespace l2l

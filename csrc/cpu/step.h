@@ -14,8 +14,8 @@ L2L_INLINE bool aligned(const Place& place, int64_t row) {
 
 template <class V, int NV>
 void step_tile(
-    const StepCall<typename V::Scalar>& call, const StepTensor& tensor, const Corrections<typename V::Scalar>& corrections,
-    int64_t first, int count, typename V::Scalar* scratch) {
+    const StepCall<typename V::Scalar>& call, const StepTensor& tensor,
+    const Corrections<typename V::Scalar>& corrections, int64_t first, int count, typename V::Scalar* scratch) {
   using T = typename V::Scalar;
   constexpr int width = NV * V::kLanes;
   const Network& net = call.packed->net;
@@ -56,7 +56,8 @@ void step_tile(
     T* data = static_cast<T*>(state_place.data) + first;
     tile.state = tile.new_state = data;
     tile.state_stride = tensor.state_row;
-    tile.ahead = {reinterpret_cast<const char*>(data + width), tensor.state_row * int64_t(sizeof(T)), width * int(sizeof(T))};
+    tile.ahead = {
+        reinterpret_cast<const char*>(data + width), tensor.state_row * int64_t(sizeof(T)), width * int(sizeof(T))};
   } else {
     load_rows(state, width, net.state_rows(), state_place, start(2), tensor.state_row, count);
   }

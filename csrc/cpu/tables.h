@@ -29,10 +29,8 @@ struct Kernels {
   int lanes;  // coordinates in the narrowest
 
   // Each works on coordinates first .. first + count - 1, count <= tile, in uninitialised scratch aligned to 64 bytes.
-  void (*step)(
-      const StepCall<T>&, const StepTensor&, const Corrections<T>&, int64_t first, int count, T* scratch);
-  void (*unroll)(
-      const UnrollCall<T>&, const Matrix& updates, const Matrix& last, int64_t first, int count, T* scratch);
+  void (*step)(const StepCall<T>&, const StepTensor&, const Corrections<T>&, int64_t first, int count, T* scratch);
+  void (*unroll)(const UnrollCall<T>&, const Matrix& updates, const Matrix& last, int64_t first, int count, T* scratch);
   // Scratch of unroll_backward, in scalars, for tiles up to `width` wide.
   int64_t (*backward_scratch)(const Network&, int width, int64_t steps);
   // Adds the tile's gradient of the weights to d_weights, in the order of the flat weight vector.

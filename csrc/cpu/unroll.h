@@ -33,13 +33,15 @@ void unroll_tile(
   T* new_state = state + rows * width;
   bool skip[width];
 
-  load_rows(state, width, rows, coordinates(arguments.state), first * arguments.state.row, arguments.state.column, count);
+  load_rows(
+      state, width, rows, coordinates(arguments.state), first * arguments.state.row, arguments.state.column, count);
   for (int64_t t = 0; t < arguments.steps; ++t) {
     const Matrix& grads = arguments.grads;
     load_rows(grad, width, 1, steps(grads), t * grads.row + first * grads.column, 0, count);
     const bool some = skip_not_finite<V>(grad, width, skip);
     forward<V, NV, false>(
-        *call.packed, {grad, state, new_state, width, features, projected, activations, output, call.corrections[t], {}});
+        *call.packed,
+        {grad, state, new_state, width, features, projected, activations, output, call.corrections[t], {}});
     if (some) keep_skipped(new_state, state, skip, width, rows);
     for (int i = 0; i < width; ++i) output[i] = some && skip[i] ? T(0) : T(net.output_scale) * output[i];
     store_rows(output, width, 1, steps(updates), t * updates.row + first * updates.column, 0, count, nullptr);

@@ -264,7 +264,8 @@ void unroll_backward_tile(
   bool skip[width];
   if (sums) memset(scratch, 0, (at.d_state - scratch) * sizeof(T));
 
-  load_rows(at.states, width, rows, coordinates(arguments.state), first * arguments.state.row, arguments.state.column, count);
+  load_rows(
+      at.states, width, rows, coordinates(arguments.state), first * arguments.state.row, arguments.state.column, count);
   for (int64_t t = 0; t < horizon; ++t) {
     const Matrix& grads = arguments.grads;
     const T* state = at.states + t * rows * width;
@@ -274,8 +275,16 @@ void unroll_backward_tile(
     const bool some = skip_not_finite<V>(step.grad, width, skip);
     for (int i = 0; i < width; ++i) step.live[i] = some && skip[i] ? T(0) : T(1);
     forward<V, NV, true>(
-        packed, {step.grad, state, new_state, width, step.features, step.projected, step.activations, step.output,
-                 call.corrections[t], {}});
+        packed, {step.grad,
+                 state,
+                 new_state,
+                 width,
+                 step.features,
+                 step.projected,
+                 step.activations,
+                 step.output,
+                 call.corrections[t],
+                 {}});
     if (some) keep_skipped(new_state, state, skip, width, rows);
   }
 

@@ -1,7 +1,7 @@
-// What every vector type includes. A unit for one instruction set includes, in this order: this file's standard headers,
-// the pragma that turns the instructions on, its vector type as `Vec`, then kernels.h. Everything after the pragma is in an
-// unnamed namespace and calls no library template: a function compiled for AVX-512 must never be the one copy that the
-// linker keeps for everybody.
+// What every vector type includes. A unit for one instruction set includes, in this order: this file's standard
+// headers, the pragma that turns the instructions on, its vector type as `Vec`, then kernels.h. Everything after the
+// pragma is in an unnamed namespace and calls no library template: a function compiled for AVX-512 must never be the
+// one copy that the linker keeps for everybody.
 #pragma once
 
 #include <cmath>

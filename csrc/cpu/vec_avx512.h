@@ -9,7 +9,7 @@ namespace {
 struct Vec {
   using Scalar = float;
   static constexpr int kLanes = 16;
-  static constexpr int kWide = 4;       // vectors in a full tile: 4 gates x 4 vectors of accumulators hide an FMA's latency
+  static constexpr int kWide = 4;  // vectors in a full tile: 4 gates x 4 vectors of accumulators hide an FMA's latency
   static constexpr int kOuterRows = 5;  // register block of the outer product: 5 x 5 of 32 registers
   static constexpr int kOuterColumns = 5;
 

@@ -39,10 +39,10 @@ L2L_INLINE Portable<T> each(Portable<T> a, F f) {
   return a;
 }
 
-#define L2L_BINARY(op) \
-  template <class T> \
+#define L2L_BINARY(op)                                               \
+  template <class T>                                                 \
   L2L_INLINE Portable<T> operator op(Portable<T> a, Portable<T> b) { \
-    return a.v op b.v; \
+    return a.v op b.v;                                               \
   }
 L2L_BINARY(+)
 L2L_BINARY(-)

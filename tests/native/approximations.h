@@ -67,7 +67,8 @@ inline double log_error(const Approximations& a) {
   });
 }
 inline double sigmoid_error(const Approximations& a) {
-  return worst(a, a.sigmoid, -INFINITY, INFINITY, [](double x, double y) { return std::fabs(y - 1 / (1 + std::exp(-x))); });
+  return worst(
+      a, a.sigmoid, -INFINITY, INFINITY, [](double x, double y) { return std::fabs(y - 1 / (1 + std::exp(-x))); });
 }
 inline double tanh_error(const Approximations& a) {
   return worst(a, a.tanh, -INFINITY, INFINITY, [](double x, double y) { return std::fabs(y - std::tanh(x)); });

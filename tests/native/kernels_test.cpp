@@ -57,7 +57,8 @@ void run(const Network& net, int64_t count, int64_t horizon, DType dtype) {
   const Parallel parallel = {2, run_threads};
 
   const StepTensor tensor = {
-      1, &count, count, {param.data(), dtype, &one}, {grad.data(), dtype, &one}, {state.data(), dtype, &one}, count, 2.0};
+      1,     &count, count, {param.data(), dtype, &one}, {grad.data(), dtype, &one}, {state.data(), dtype, &one},
+      count, 2.0};
   const std::vector<T> before = state;
   lstm_step_cpu({net, weights.data(), dtype, &tensor, 1, 0.5, 0.1, false}, parallel);
   expect(finite(param) && finite(state), "step is finite");
@@ -65,15 +66,24 @@ void run(const Network& net, int64_t count, int64_t horizon, DType dtype) {
 
   std::vector<T> grads = random<T>(horizon * count, 1e-2f), updates(horizon * count), last(count * rows);
   if (count > 2 && horizon > 1) grads[count + 2] = T(INFINITY);
-  const UnrollArguments arguments = {
-      net, weights.data(), dtype, horizon, count, 3.0, {grads.data(), dtype, count, 1}, {state.data(), dtype, 1, count}};
+  const UnrollArguments arguments = {net,
+                                     weights.data(),
+                                     dtype,
+                                     horizon,
+                                     count,
+                                     3.0,
+                                     {grads.data(), dtype, count, 1},
+                                     {state.data(), dtype, 1, count}};
   lstm_unroll_cpu(arguments, {updates.data(), dtype, count, 1}, {last.data(), dtype, 1, count}, parallel);
   expect(finite(updates) && finite(last), "unroll is finite");
 
   std::vector<T> d_grads(horizon * count), d_state(count * rows), d_weights(weights.size());
   const UnrollGradients gradients = {
-      {updates.data(), dtype, count, 1}, {last.data(), dtype, 1, count}, {d_grads.data(), dtype, count, 1},
-      {d_state.data(), dtype, 1, count}, d_weights.data()};
+      {updates.data(), dtype, count, 1},
+      {last.data(), dtype, 1, count},
+      {d_grads.data(), dtype, count, 1},
+      {d_state.data(), dtype, 1, count},
+      d_weights.data()};
   lstm_unroll_backward_cpu(arguments, gradients, parallel);
   expect(finite(d_grads) && finite(d_state) && finite(d_weights), "backward is finite");
 }
@@ -94,8 +104,9 @@ int main() {
             }
   }
   for (const Approximations& approximations : all_approximations()) {
-    std::printf("%-9s exp2 %.2e  log %.2e  sigmoid %.2e  tanh %.2e\n", approximations.name, exp2_error(approximations),
-                log_error(approximations), sigmoid_error(approximations), tanh_error(approximations));
+    std::printf(
+        "%-9s exp2 %.2e  log %.2e  sigmoid %.2e  tanh %.2e\n", approximations.name, exp2_error(approximations),
+        log_error(approximations), sigmoid_error(approximations), tanh_error(approximations));
     expect(exp2_error(approximations) <= 2e-7, "exp2 within its bound");
     expect(log_error(approximations) <= 1, "log within its bound");
     expect(sigmoid_error(approximations) <= 1.5e-7, "sigmoid within its bound");

@@ -11,7 +11,9 @@ PRINT = "from l2l_fast import ops, _native; print(_native.build_info())"
 
 def run(code, **environment):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("L2L_FAST_")}
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=clean | environment)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=clean | environment
+    )
 
 
 def test_switched_off():
@@ -38,8 +40,15 @@ def test_unknown_instruction_set():
 
 
 def test_a_build_that_cannot_be_loaded_warns_and_falls_back():
-    broken = "import sys; sys.modules['l2l_fast._C'] = None; import importlib.util as u; u.find_spec = lambda name: True; "
-    result = run(broken + "import warnings; warnings.simplefilter('always'); " + PRINT)
+    # An entry of None in sys.modules makes the import fail as a missing shared library would.
+    broken = """
+import importlib.util, sys, warnings
+from l2l_fast import ops
+sys.modules["l2l_fast._C"] = None
+importlib.util.find_spec = lambda name: True
+warnings.simplefilter("always")
+"""
+    result = run(broken + PRINT)
     assert "'native': False" in result.stdout
     assert "built, but cannot be loaded" in result.stdout
     assert "runs on plain PyTorch, many times slower" in result.stderr

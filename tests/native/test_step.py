@@ -13,10 +13,20 @@ from l2l_fast.reference import Config
 
 # One below, at and above the widths of every tile: 2 to 64 coordinates.
 SIZES = [0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129, 100_003]
+
+
+def config_id(config: Config) -> str:
+    projection = "-projection" * config.projection
+    return f"{config.features}-{config.hidden_size}x{config.num_layers}{projection}-{config.output}"
+
+
 CONFIGS = [
     Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.95, 0.95, 1e-8)
     for features, (hidden, layers), projection, output in itertools.product(
-        ["identity", "log_sign", "moments", "both"], [(1, 1), (7, 3), (20, 2), (64, 1)], [False, True], ["linear", "tanh"]
+        ["identity", "log_sign", "moments", "both"],
+        [(1, 1), (7, 3), (20, 2), (64, 1)],
+        [False, True],
+        ["linear", "tanh"],
     )
 ]
 
@@ -52,7 +62,7 @@ def test_sizes(isa, config, size):
     close(state, states[0])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.features}-{c.hidden_size}x{c.num_layers}-{c.projection}-{c.output}")
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
 def test_options(isa, config):
     param, grad, state = torch.randn(70), make_grads(70), make_state(70, config)
     grad = grad.clamp(-1, 1)
@@ -133,7 +143,9 @@ def test_dtypes(isa, param_dtype, grad_dtype, state_dtype):
 def test_a_float64_parameter_is_not_rounded_to_float32():
     param, state = torch.full((3,), 1.0 + 2.0**-40, dtype=torch.float64), make_state(3, PAPER)
     before = param.clone()
-    ops.lstm_step_([param], [torch.ones(3)], [state], make_weights(PAPER), torch.tensor(0.0), [torch.tensor(1.0)], PAPER)
+    ops.lstm_step_(
+        [param], [torch.ones(3)], [state], make_weights(PAPER), torch.tensor(0.0), [torch.tensor(1.0)], PAPER
+    )
     assert torch.equal(param, before)
 
 
@@ -183,7 +195,15 @@ def test_a_thousand_steps(isa, config, state_dtype):
         grad = (curvature * theta64).float()
         ops.lstm_step_([theta], [grad], [state], weights, torch.tensor(0.01), step, config)
         reference.lstm_step_(
-            [theta64], [grad.double()], [state64], weights.double(), torch.tensor(0.01).double(), step, *config, 0.0, False
+            [theta64],
+            [grad.double()],
+            [state64],
+            weights.double(),
+            torch.tensor(0.01).double(),
+            step,
+            *config,
+            0.0,
+            False,
         )
     tolerance = 1e-4 if state_dtype is torch.float32 else 2e-2
     torch.testing.assert_close(theta.double(), theta64, rtol=tolerance, atol=tolerance)
@@ -236,7 +256,7 @@ GOOD = dict(
         ({"params": lambda: [torch.zeros(1).expand(3)]}, "a parameter of shape .* is expanded"),
         ({"lr": lambda: torch.zeros(2)}, r"lr must be a single number, got shape \[2\]"),
         ({"steps": lambda: [torch.tensor(True)]}, "a step must be float32, float64, int32 or int64"),
-        ({"config": lambda: PAPER._replace(features="sign")}, "features must be identity, log_sign, moments or both, got 'sign'"),
+        ({"config": lambda: PAPER._replace(features="sign")}, "features must be .* or both, got 'sign'"),
         ({"config": lambda: PAPER._replace(output="relu")}, "output must be linear or tanh, got 'relu'"),
         ({"config": lambda: PAPER._replace(hidden_size=0)}, "hidden_size must be from 1"),
         ({"config": lambda: PAPER._replace(num_layers=0)}, "num_layers must be from 1"),

@@ -5,7 +5,7 @@ import torch
 from conftest import PAPER, RNNPROP, make_grads, make_state, make_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_step import CONFIGS
+from test_step import CONFIGS, config_id
 
 from l2l_fast import ops, reference
 from l2l_fast.reference import Config
@@ -48,7 +48,7 @@ def test_sizes(isa, config, size):
         close(actual, expected, 2e-4)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.features}-{c.hidden_size}x{c.num_layers}-{c.projection}-{c.output}")
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
 def test_options(isa, config):
     for actual, expected in zip(*both(config, 3, 37), strict=True):
         close(actual, expected, 3e-4)
@@ -195,6 +195,11 @@ def test_opcheck(op):
     ],
 )
 def test_errors_say_what_is_wrong(change, message):
-    good = {"grads": torch.zeros(2, 3), "state": torch.zeros(3, 80), "weights": make_weights(PAPER), "step": torch.tensor(1.0)}
+    good = {
+        "grads": torch.zeros(2, 3),
+        "state": torch.zeros(3, 80),
+        "weights": make_weights(PAPER),
+        "step": torch.tensor(1.0),
+    }
     with pytest.raises(RuntimeError, match=message):
         torch.ops.l2l_fast.lstm_unroll(*(good | change).values(), *PAPER)
