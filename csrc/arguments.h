@@ -1,0 +1,118 @@
+// From the ops' arguments to the launchers': checks that every backend shares. torch appears here and in the ops files
+// only.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "stable.h"
+
+#include "lstm_step.h"
+#include "lstm_unroll.h"
+
+namespace l2l {
+
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// Torch's own STD_TORCH_CHECK would put the path of this source before the message.
+#define L2L_CHECK(condition, ...)               \
+  do {                                          \
+    if (!(condition)) ::l2l::fail(__VA_ARGS__); \
+  } while (false)
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  return text + "]";
+}
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::Double: return DType::float64;
+    default: fail(name, " must be float32, bfloat16, float16 or float64");
+  }
+}
+
+inline DType state_dtype_of(const Tensor& state) {
+  const DType dtype = dtype_of(state, "state");
+  L2L_CHECK(dtype != DType::float16, "state must be float32, bfloat16 or float64, not float16");
+  return dtype;
+}
+
+inline Network network(
+    const std::string& features, int64_t hidden_size, int64_t num_layers, bool projection, const std::string& output,
+    double output_scale, double preprocess_p, double beta1, double beta2, double eps) {
+  Network net{};
+  if (features == "identity")
+    net.features = Features::identity;
+  else if (features == "log_sign")
+    net.features = Features::log_sign;
+  else if (features == "moments")
+    net.features = Features::moments;
+  else if (features == "both")
+    net.features = Features::both;
+  else
+    fail("features must be identity, log_sign, moments or both, got '", features, "'");
+  L2L_CHECK(output == "linear" || output == "tanh", "output must be linear or tanh, got '", output, "'");
+  L2L_CHECK(hidden_size >= 1 && hidden_size <= 4096, "hidden_size must be from 1 to 4096, got ", hidden_size);
+  L2L_CHECK(num_layers >= 1 && num_layers <= 64, "num_layers must be from 1 to 64, got ", num_layers);
+  net.hidden = int(hidden_size);
+  net.layers = int(num_layers);
+  net.projection = projection;
+  net.tanh_output = output == "tanh";
+  net.output_scale = output_scale;
+  net.preprocess_p = preprocess_p;
+  net.beta1 = beta1;
+  net.beta2 = beta2;
+  net.eps = eps;
+  return net;
+}
+
+// The flat weight vector, contiguous.
+inline Tensor checked_weights(const Tensor& weights, const Network& net) {
+  const DType dtype = dtype_of(weights, "weights");
+  L2L_CHECK(
+      dtype == DType::float32 || dtype == DType::float64,
+      "weights must be float32 or float64: arithmetic is done in it");
+  L2L_CHECK(
+      weights.dim() == 1 && weights.numel() == WeightLayout{net}.count(), "weights must be a vector of ",
+      WeightLayout{net}.count(), " for this network, got shape ", shape_text(weights));
+  return weights.is_contiguous() ? weights : torch::stable::contiguous(weights);
+}
+
+// A series [T, N] in the weights' dtype.
+inline Matrix series(const Tensor& tensor, const char* name, const Tensor& weights, int64_t steps, int64_t count) {
+  L2L_CHECK(
+      tensor.dim() == 2 && tensor.size(0) == steps && tensor.size(1) == count, name, " must be [", steps, ", ", count,
+      "], got shape ", shape_text(tensor));
+  L2L_CHECK(tensor.scalar_type() == weights.scalar_type(), name, " must have the dtype of the weights");
+  return {tensor.data_ptr(), dtype_of(tensor, name), tensor.stride(0), tensor.stride(1)};
+}
+
+// A state [N, S].
+inline Matrix states(const Tensor& tensor, const char* name, const Network& net, int64_t count) {
+  L2L_CHECK(
+      tensor.dim() == 2 && tensor.size(0) == count && tensor.size(1) == net.state_rows(), name, " must be [", count,
+      ", ", net.state_rows(), "], got shape ", shape_text(tensor));
+  return {tensor.data_ptr(), state_dtype_of(tensor), tensor.stride(0), tensor.stride(1)};
+}
+
+// Uninitialised [N, S], coordinates contiguous: reference.new_state_like.
+inline Tensor new_state_like(const Tensor& state) {
+  return torch::stable::transpose(torch::stable::new_empty(state, {state.size(1), state.size(0)}), 0, 1);
+}
+
+}  // namespace l2l

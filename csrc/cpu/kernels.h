@@ -1,0 +1,45 @@
+// Every kernel, for the vector type Vec that the including unit has defined.
+#pragma once
+
+#include "../lstm_cell.h"
+#include "math.h"
+#include "coordinates.h"
+#include "cell.h"
+#include "step.h"
+#include "unroll.h"
+#include "outer.h"
+#include "unroll_backward.h"
+
+namespace l2l {
+namespace {
+
+// The last tile of a tensor may be a narrow one.
+template <class V, class F>
+L2L_INLINE void with_width(int count, F f) {
+  constexpr int lanes = V::kLanes;
+  if (count <= lanes) return f(std::integral_constant<int, 1>());
+  if (V::kWide > 2 && count <= 2 * lanes) return f(std::integral_constant<int, 2>());
+  return f(std::integral_constant<int, V::kWide>());
+}
+
+template <class V, class T = typename V::Scalar>
+constexpr Kernels<T> kernels() {
+  return {
+      V::kWide * V::kLanes,
+      V::kLanes,
+      [](const StepCall<T>& call, const StepTensor& tensor, const Corrections<T>& corrections, int64_t first, int count,
+         T* scratch) {
+        with_width<V>(count, [&](auto wide) { step_tile<V, wide>(call, tensor, corrections, first, count, scratch); });
+      },
+      [](const UnrollCall<T>& call, const Matrix& updates, const Matrix& last, int64_t first, int count, T* scratch) {
+        with_width<V>(count, [&](auto wide) { unroll_tile<V, wide>(call, updates, last, first, count, scratch); });
+      },
+      [](const Network& net, int width, int64_t steps) { return backward_scratch<V>(net, width, steps); },
+      [](const UnrollCall<T>& call, int64_t first, int count, T* scratch, double* d_weights) {
+        with_width<V>(count, [&](auto wide) { unroll_backward_tile<V, wide>(call, first, count, scratch, d_weights); });
+      },
+  };
+}
+
+}  // namespace
+}  // namespace l2l

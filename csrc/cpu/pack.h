@@ -1,0 +1,104 @@
+// Packs the flat weight vector for the CPU kernels; see packed.h.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "../lstm_cell.h"
+#include "packed.h"
+
+namespace l2l {
+
+template <class T>
+Corrections<T> bias_corrections(const Network& net, double step) {
+  return {T(1 / (1 - std::pow(net.beta1, step))), T(1 / (1 - std::pow(net.beta2, step)))};
+}
+
+template <class T>
+class Packer {
+ public:
+  enum For { kForward, kBackward };
+
+  Packer(const Network& net, const T* weights, For run) : weights_(weights) {
+    const WeightLayout at{net};
+    const int hidden = net.hidden;
+    for (int layer = 0; layer < net.layers; ++layer) {
+      const int inputs = net.layer_inputs(layer);
+      gates_.push_back(pack_gates(at, layer));
+      inputs_t_.push_back(run == kForward ? std::vector<T>() : transpose(at.weight_ih(layer), kGates * hidden, inputs));
+      hidden_t_.push_back(run == kForward ? std::vector<T>() : transpose(at.weight_hh(layer), kGates * hidden, hidden));
+    }
+    if (net.projection) {
+      projection_ = pack_projection(at);
+      projection_t_ = transpose(at.projection_weight(), hidden, net.inputs());
+    }
+    for (auto list : {&gates_, &inputs_t_, &hidden_t_})
+      for (const std::vector<T>& block : *list) pointers_.push_back(block.data());
+    packed_ = {
+        net,
+        T(1 / net.preprocess_p),
+        T(std::exp(-net.preprocess_p)),
+        T(std::exp(net.preprocess_p)),
+        weights[at.head_bias()],
+        projection_.data(),
+        pointers_.data(),
+        weights + at.head_weight(),
+        projection_t_.data(),
+        pointers_.data() + net.layers,
+        pointers_.data() + 2 * net.layers,
+    };
+  }
+
+  Packer(const Packer&) = delete;
+  Packer& operator=(const Packer&) = delete;
+
+  // Points into this object and into the flat weights.
+  const Packed<T>& packed() const { return packed_; }
+
+ private:
+  std::vector<T> pack_gates(const WeightLayout& at, int layer) const {
+    const int hidden = at.net.hidden, inputs = at.net.layer_inputs(layer);
+    std::vector<T> block;
+    block.reserve(size_t(hidden) * (1 + inputs + hidden) * kGates);
+    for (int unit = 0; unit < hidden; ++unit) {
+      auto push = [&](auto value) {
+        for (int gate = 0; gate < kGates; ++gate) block.push_back(T(gate_scale(gate)) * value(gate * hidden + unit));
+      };
+      push([&](int row) { return weights_[at.bias_ih(layer) + row] + weights_[at.bias_hh(layer) + row]; });
+      for (int k = 0; k < inputs; ++k) push([&](int row) { return weights_[at.weight_ih(layer) + row * inputs + k]; });
+      for (int k = 0; k < hidden; ++k) push([&](int row) { return weights_[at.weight_hh(layer) + row * hidden + k]; });
+    }
+    return block;
+  }
+
+  std::vector<T> pack_projection(const WeightLayout& at) const {
+    const int hidden = at.net.hidden, inputs = at.net.inputs();
+    std::vector<T> block;
+    for (int group = 0; group < groups(hidden); ++group)
+      for (int k = -1; k < inputs; ++k)
+        for (int row = group * kGroup; row < (group + 1) * kGroup; ++row)
+          block.push_back(
+              row >= hidden ? T(0)
+              : k < 0       ? weights_[at.projection_bias() + row]
+                            : weights_[at.projection_weight() + row * inputs + k]);
+    return block;
+  }
+
+  std::vector<T> transpose(int64_t start, int rows, int columns) const {
+    std::vector<T> block;
+    block.reserve(size_t(groups(columns)) * rows * kGroup);
+    for (int group = 0; group < groups(columns); ++group)
+      for (int row = 0; row < rows; ++row)
+        for (int k = group * kGroup; k < (group + 1) * kGroup; ++k)
+          block.push_back(k < columns ? weights_[start + int64_t(row) * columns + k] : T(0));
+    return block;
+  }
+
+  const T* weights_;
+  std::vector<T> projection_, projection_t_;
+  std::vector<std::vector<T>> gates_, inputs_t_, hidden_t_;
+  std::vector<const T*> pointers_;
+  Packed<T> packed_;
+};
+
+}  // namespace l2l

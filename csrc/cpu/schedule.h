@@ -1,0 +1,57 @@
+// Memory and threads for the launchers.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+
+#include "../parallel.h"
+#include "../network.h"
+
+namespace l2l {
+
+// A thread is woken for no less work than this many multiply-adds: some 20 microseconds, a few times what waking costs.
+constexpr double kWorthAThread = 1e6;
+
+inline int useful_workers(const Parallel& parallel, const Network& net, double coordinate_steps) {
+  double work = coordinate_steps * double(WeightLayout{net}.count());
+  return int(std::clamp(work / kWorthAThread, 1.0, double(parallel.threads)));
+}
+
+// Uninitialised memory for each worker, aligned to cache lines.
+template <class T>
+class Scratch {
+ public:
+  Scratch(int workers, int64_t each) : each_((each + kLine - 1) / kLine * kLine) {
+    data_.reset(static_cast<T*>(::operator new(sizeof(T) * each_ * workers, std::align_val_t(64))));
+  }
+  T* of(int worker) const { return data_.get() + each_ * worker; }
+
+ private:
+  struct Delete {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  int64_t each_;
+  std::unique_ptr<T, Delete> data_;
+};
+
+// Calls f(worker, item) for item = 0 .. items - 1; whoever is free takes the next `chunk` of them.
+template <class F>
+void share(const Parallel& parallel, int workers, int64_t items, int64_t chunk, const F& f) {
+  struct Context {
+    std::atomic<int64_t> next{0};
+    int64_t items, chunk;
+    const F& f;
+  } context{{0}, items, chunk, f};
+  auto body = [](void* pointer, int worker) {
+    Context& c = *static_cast<Context*>(pointer);
+    for (int64_t start; (start = c.next.fetch_add(c.chunk)) < c.items;)
+      for (int64_t item = start; item < std::min(start + c.chunk, c.items); ++item) c.f(worker, item);
+  };
+  if (workers <= 1) return body(&context, 0);
+  parallel.run(workers, body, &context);
+}
+
+}  // namespace l2l

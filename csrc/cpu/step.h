@@ -1,0 +1,76 @@
+// The optimizer's step on one tile of one tensor.
+#pragma once
+
+namespace l2l {
+namespace {
+
+// Rows of V's own scalars, each beginning at a whole vector.
+template <class V>
+L2L_INLINE bool aligned(const Place& place, int64_t row) {
+  using T = typename V::Scalar;
+  return place.dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32) && place.stride == 1 && !place.offsets &&
+         reinterpret_cast<uintptr_t>(place.data) % sizeof(V) == 0 && row % V::kLanes == 0;
+}
+
+template <class V, int NV>
+void step_tile(
+    const StepCall<typename V::Scalar>& call, const StepTensor& tensor,
+    const Corrections<typename V::Scalar>& corrections, int64_t first, int count, typename V::Scalar* scratch) {
+  using T = typename V::Scalar;
+  constexpr int width = NV * V::kLanes;
+  const Network& net = call.packed->net;
+
+  T* grad = scratch;
+  T* output = grad + width;
+  T* features = output + width;
+  T* projected = features + 4 * width;
+  T* activations = projected + groups(net.hidden) * kGroup * width;
+  T* state = activations + (kGates + 1) * net.hidden * width;
+  T* new_state = state + net.state_rows() * width;
+
+  int64_t offsets[3][width];
+  Place places[3];
+  const Strided* tensors[3] = {&tensor.param, &tensor.grad, &tensor.state};
+  for (int k = 0; k < 3; ++k) {
+    const Strided& from = *tensors[k];
+    if (tensor.dims == 1) {
+      places[k] = {from.data, from.dtype, from.strides[0], nullptr};
+    } else {
+      offsets_of(tensor.dims, tensor.sizes, from.strides, first, count, offsets[k]);
+      places[k] = {from.data, from.dtype, 0, offsets[k]};
+    }
+  }
+  auto start = [&](int k) { return tensor.dims == 1 ? first * places[k].stride : 0; };
+  const Place &param = places[0], &state_place = places[2];
+
+  load_rows(grad, width, 1, places[1], start(1), 0, count);
+  if (call.maximize)
+    for (int i = 0; i < width; ++i) grad[i] = -grad[i];
+  bool marks[width];
+  const bool* skip = skip_not_finite<V>(grad, width, marks) ? marks : nullptr;
+
+  // A state that lies as new_state lays it out is worked on where it is; any other goes through the scratch.
+  const bool direct = !skip && count == width && aligned<V>(state_place, tensor.state_row);
+  TileStep<T> tile = {grad, state, new_state, width, features, projected, activations, output, corrections, {}};
+  if (direct) {
+    T* data = static_cast<T*>(state_place.data) + first;
+    tile.state = tile.new_state = data;
+    tile.state_stride = tensor.state_row;
+    tile.ahead = {
+        reinterpret_cast<const char*>(data + width), tensor.state_row * int64_t(sizeof(T)), width * int(sizeof(T))};
+  } else {
+    load_rows(state, width, net.state_rows(), state_place, start(2), tensor.state_row, count);
+  }
+  forward<V, NV, false>(*call.packed, tile);
+
+  // The tile's gradient is spent; its row takes the parameter's change.
+  T* change = grad;
+  load_rows(change, width, 1, param, start(0), 0, count);
+  const T scale = T(net.output_scale);
+  for (int i = 0; i < width; ++i) change[i] = call.lr * (scale * output[i] - call.weight_decay * change[i]);
+  add_row(change, param, start(0), count, skip);
+  if (!direct) store_rows(new_state, width, net.state_rows(), state_place, start(2), tensor.state_row, count, skip);
+}
+
+}  // namespace
+}  // namespace l2l

@@ -1,0 +1,52 @@
+// What each instruction set exports: kernels on one tile, as plain functions.
+#pragma once
+
+#include "../lstm_step.h"
+#include "../lstm_unroll.h"
+#include "packed.h"
+
+namespace l2l {
+
+template <class T>
+struct StepCall {
+  const Packed<T>* packed;
+  T lr;
+  T weight_decay;
+  bool maximize;
+};
+
+template <class T>
+struct UnrollCall {
+  const Packed<T>* packed;
+  const Corrections<T>* corrections;  // [steps]
+  const UnrollArguments* arguments;
+  const UnrollGradients* gradients;  // backward only
+};
+
+template <class T>
+struct Kernels {
+  int tile;   // coordinates in a full tile
+  int lanes;  // coordinates in the narrowest
+
+  // Each works on coordinates first .. first + count - 1, count <= tile, in uninitialised scratch aligned to 64 bytes.
+  void (*step)(const StepCall<T>&, const StepTensor&, const Corrections<T>&, int64_t first, int count, T* scratch);
+  void (*unroll)(const UnrollCall<T>&, const Matrix& updates, const Matrix& last, int64_t first, int count, T* scratch);
+  // Scratch of unroll_backward, in scalars, for tiles up to `width` wide.
+  int64_t (*backward_scratch)(const Network&, int width, int64_t steps);
+  // Adds the tile's gradient of the weights to d_weights, in the order of the flat weight vector.
+  void (*unroll_backward)(const UnrollCall<T>&, int64_t first, int count, T* scratch, double* d_weights);
+};
+
+extern const Kernels<float> kPortableFloat;
+extern const Kernels<double> kPortableDouble;
+#if defined(__x86_64__)
+extern const Kernels<float> kAvx2;
+extern const Kernels<float> kAvx512;
+#endif
+
+// Scratch of the step and of the forward unroll, in scalars, for tiles up to `width` wide.
+inline int64_t forward_scratch(const Network& net, int width) {
+  return int64_t(width) * (6 + groups(net.hidden) * kGroup + 5 * net.hidden + 2 * net.state_rows());
+}
+
+}  // namespace l2l

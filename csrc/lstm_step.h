@@ -1,0 +1,44 @@
+// Launcher of the optimizer's step: theta <- theta + lr * (u - weight_decay * theta), (u, state) <- m(grad, state).
+#pragma once
+
+#include "network.h"
+#include "parallel.h"
+
+namespace l2l {
+
+constexpr int kMaxDims = 64;
+
+// One tensor, strided. The caller owns data and strides, and keeps them alive through the call.
+struct Strided {
+  void* data;
+  DType dtype;
+  const int64_t* strides;  // [dims], in elements
+};
+
+// One parameter with its gradient and state. Coordinates of all three are numbered by the same sizes.
+struct StepTensor {
+  int dims;              // 1 .. kMaxDims
+  const int64_t* sizes;  // [dims]
+  int64_t count;         // product of sizes
+  Strided param;         // read and written; no two coordinates share memory; any dtype
+  Strided grad;          // read; any dtype, may alias no other pointer
+  Strided state;         // read and written; state_rows() rows over the coordinates; float32, bfloat16 or float64
+  int64_t state_row;     // elements from one state row to the next
+  double step;           // number of this step, counted from 1
+};
+
+struct StepArguments {
+  Network net;
+  const void* weights;  // [WeightLayout::count()], read
+  DType weights_dtype;  // float32 or float64; the arithmetic is done in it
+  const StepTensor* tensors;
+  int64_t tensor_count;
+  double lr;
+  double weight_decay;
+  bool maximize;
+};
+
+// A coordinate whose gradient is not finite keeps its value and its state.
+void lstm_step_cpu(const StepArguments& arguments, const Parallel& parallel);
+
+}  // namespace l2l

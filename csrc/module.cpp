@@ -1,0 +1,13 @@
+// l2l_fast._C: facts of the build and the choice of instruction set. Loading it registers the ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled kernels of l2l_fast; importing it registers them with torch.";
+  module.def("cpu_isas", &l2l::cpu_isas, "Instruction sets this machine can run, the fastest first.");
+  module.def("cpu_isa", &l2l::cpu_isa, "The instruction set in use.");
+  module.def("use_cpu_isa", &l2l::use_cpu_isa, "Use this instruction set from now on.", pybind11::arg("name"));
+  module.attr("torch_version") = L2L_TORCH_VERSION;
+}

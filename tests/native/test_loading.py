@@ -1,0 +1,54 @@
+"""How the extension is found, chosen and refused: each case in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PRINT = "from l2l_fast import ops, _native; print(_native.build_info())"
+
+
+def run(code, **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("L2L_FAST_")}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=clean | environment
+    )
+
+
+def test_switched_off():
+    result = run(PRINT, L2L_FAST_NATIVE="0")
+    assert "'native': False" in result.stdout
+    assert "switched off by L2L_FAST_NATIVE=0" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+def test_instruction_set_by_environment(name):
+    from l2l_fast import _native
+
+    result = run(PRINT, L2L_FAST_CPU_ISA=name)
+    if name in _native.extension.cpu_isas():
+        assert f"'cpu_isa': '{name}'" in result.stdout
+    else:
+        assert f"this machine cannot run the instruction set '{name}'" in result.stderr
+
+
+def test_unknown_instruction_set():
+    result = run(PRINT, L2L_FAST_CPU_ISA="sse9")
+    assert result.returncode != 0
+    assert "unknown instruction set 'sse9'; this build has" in result.stderr
+
+
+def test_a_build_that_cannot_be_loaded_warns_and_falls_back():
+    # An entry of None in sys.modules makes the import fail as a missing shared library would.
+    broken = """
+import importlib.util, sys, warnings
+from l2l_fast import ops
+sys.modules["l2l_fast._C"] = None
+importlib.util.find_spec = lambda name: True
+warnings.simplefilter("always")
+"""
+    result = run(broken + PRINT)
+    assert "'native': False" in result.stdout
+    assert "built, but cannot be loaded" in result.stdout
+    assert "runs on plain PyTorch, many times slower" in result.stderr

@@ -1,0 +1,268 @@
+"""lstm_step_ against the reference in float64."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import PAPER, RNNPROP, make_grads, make_state, make_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from l2l_fast import _native, ops, reference
+from l2l_fast.reference import Config
+
+# One below, at and above the widths of every tile: 2 to 64 coordinates.
+SIZES = [0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129, 100_003]
+
+
+def config_id(config: Config) -> str:
+    projection = "-projection" * config.projection
+    return f"{config.features}-{config.hidden_size}x{config.num_layers}{projection}-{config.output}"
+
+
+CONFIGS = [
+    Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.95, 0.95, 1e-8)
+    for features, (hidden, layers), projection, output in itertools.product(
+        ["identity", "log_sign", "moments", "both"],
+        [(1, 1), (7, 3), (20, 2), (64, 1)],
+        [False, True],
+        ["linear", "tanh"],
+    )
+]
+
+
+def step_both(params, grads, states, config, *, lr=0.7, number=3, weights=None, **options):
+    """Runs the kernel in place, and the reference on float64 copies; returns the copies (params, states)."""
+    weights = make_weights(config) if weights is None else weights
+    expected = [p.double().clone() for p in params], [s.double().clone() for s in states]
+    steps = [torch.tensor(float(number)) for _ in params]
+    reference.lstm_step_(
+        expected[0], [g.double() for g in grads], expected[1], weights.double(), torch.tensor(lr, dtype=torch.float64),
+        steps, *config, options.get("weight_decay", 0.0), options.get("maximize", False),
+    )  # fmt: skip
+    ops.lstm_step_(params, grads, states, weights, torch.tensor(lr), steps, config, **options)
+    return expected
+
+
+def close(actual, expected, rtol=2e-5, atol=2e-6):
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
+
+
+def test_kernel_is_what_runs(isa):
+    assert _native.build_info()["native"]
+    assert _native.build_info()["cpu_isa"] == isa
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+def test_sizes(isa, config, size):
+    param, grad, state = torch.randn(size), make_grads(size), make_state(size, config)
+    params, states = step_both([param], [grad], [state], config)
+    close(param, params[0])
+    close(state, states[0])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+def test_options(isa, config):
+    param, grad, state = torch.randn(70), make_grads(70), make_state(70, config)
+    grad = grad.clamp(-1, 1)
+    params, states = step_both([param], [grad], [state], config, weight_decay=0.3, maximize=True)
+    close(param, params[0])
+    close(state, states[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    features=st.sampled_from(sorted(reference.FEATURES)),
+    hidden=st.integers(1, 64),
+    layers=st.integers(1, 3),
+    projection=st.booleans(),
+    output=st.sampled_from(reference.OUTPUTS),
+    sizes=st.lists(st.integers(0, 140), max_size=4),
+    number=st.integers(1, 1000),
+    seed=st.integers(0, 2**16),
+)
+def test_any_network_and_group(features, hidden, layers, projection, output, sizes, number, seed):
+    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.9, 0.95, 1e-8)
+    params = [torch.randn(size) for size in sizes]
+    grads = [make_grads(size, seed=seed + i).clamp(-1, 1) for i, size in enumerate(sizes)]
+    states = [make_state(size, config, seed=seed + i) for i, size in enumerate(sizes)]
+    expected = step_both(params, grads, states, config, number=number)
+    for actual, wanted in zip(params + states, expected[0] + expected[1], strict=True):
+        close(actual, wanted)
+
+
+LAYOUTS = {
+    "transposed": lambda: torch.randn(9, 11).t(),
+    "channels_last": lambda: torch.randn(3, 5, 4, 6).to(memory_format=torch.channels_last),
+    "every_other": lambda: torch.randn(200)[::2],
+    "column": lambda: torch.randn(40, 3)[:, 1],
+    "window": lambda: torch.randn(12, 14)[2:9, 3:11],
+    "scalar": lambda: torch.randn(()),
+    "permuted": lambda: torch.randn(4, 5, 6, 3).permute(2, 0, 3, 1),
+}
+
+
+@pytest.mark.parametrize("grad_like_param", [True, False])
+@pytest.mark.parametrize("canonical", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(isa, layout, canonical, grad_like_param):
+    param = LAYOUTS[layout]()
+    grad = torch.empty_like(param) if grad_like_param else torch.empty(param.shape)
+    grad.copy_(make_grads(*param.shape))
+    state = ops.new_state(param, PAPER) if canonical else torch.empty(*param.shape, reference.state_size(PAPER))
+    state.copy_(torch.empty(state.shape).uniform_(-0.9, 0.9))
+    params, states = step_both([param], [grad], [state], PAPER)
+    close(param, params[0])
+    close(state, states[0])
+
+
+def test_neighbours_in_memory_stay():
+    whole = torch.randn(12, 14)
+    before, window = whole.clone(), whole[2:9, 3:11]
+    state = ops.new_state(window, PAPER)
+    step_both([window], [torch.randn(window.shape)], [state], PAPER)
+    changed = whole != before
+    assert changed[2:9, 3:11].all()
+    changed[2:9, 3:11] = False
+    assert not changed.any()
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(isa, param_dtype, grad_dtype, state_dtype):
+    param, grad = torch.randn(99).to(param_dtype), make_grads(99).to(grad_dtype)
+    state = make_state(99, PAPER, dtype=state_dtype)
+    params, states = step_both([param], [grad], [state], PAPER)
+    # Half a unit in the last place of what is stored, over the float32 arithmetic.
+    close(param, params[0], rtol=2e-5 + torch.finfo(param_dtype).eps / 2)
+    close(state, states[0], rtol=2e-5 + torch.finfo(state_dtype).eps / 2)
+
+
+def test_a_float64_parameter_is_not_rounded_to_float32():
+    param, state = torch.full((3,), 1.0 + 2.0**-40, dtype=torch.float64), make_state(3, PAPER)
+    before = param.clone()
+    ops.lstm_step_(
+        [param], [torch.ones(3)], [state], make_weights(PAPER), torch.tensor(0.0), [torch.tensor(1.0)], PAPER
+    )
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("size", [1, 64, 65])
+def test_gradients_that_are_not_finite_change_nothing(isa, config, size):
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        param, grad, state = torch.randn(size), make_grads(size), make_state(size, config)
+        grad[0] = bad
+        before = param.clone(), state.clone()
+        params, states = step_both([param], [grad], [state], config, weight_decay=0.1)
+        assert torch.equal(param[0], before[0][0])
+        assert torch.equal(state[0], before[1][0])
+        close(param, params[0])
+        close(state, states[0])
+
+
+def test_a_nan_in_the_weights_is_seen(isa):
+    weights = make_weights(PAPER)
+    weights[100] = float("nan")
+    param, state = torch.zeros(5), make_state(5, PAPER)
+    ops.lstm_step_([param], [torch.ones(5)], [state], weights, torch.tensor(1.0), [torch.tensor(1.0)], PAPER)
+    assert param.isnan().all()
+
+
+def test_float64_weights_give_float64():
+    param, grad = torch.randn(33, dtype=torch.float64), make_grads(33, dtype=torch.float64)
+    state = make_state(33, PAPER, dtype=torch.float64)
+    weights = make_weights(PAPER, dtype=torch.float64)
+    params, states = step_both([param], [grad], [state], PAPER, weights=weights, lr=0.5)
+    close(param, params[0], rtol=1e-9, atol=1e-11)
+    close(state, states[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_a_thousand_steps(isa, config, state_dtype):
+    """The state is a fading memory, so errors do not pile up: the run stays with that in float64."""
+    curvature = torch.logspace(-2, 1, 50)
+    theta = torch.linspace(-1, 1, 50)
+    state = ops.new_state(theta, config, state_dtype)
+    theta64, state64 = theta.double(), state.double()
+    weights = make_weights(config)
+    for number in range(1, 1001):
+        step = [torch.tensor(float(number))]
+        # Both get the gradient of the float64 run: two chaotic runs would part however small the errors.
+        grad = (curvature * theta64).float()
+        ops.lstm_step_([theta], [grad], [state], weights, torch.tensor(0.01), step, config)
+        reference.lstm_step_(
+            [theta64],
+            [grad.double()],
+            [state64],
+            weights.double(),
+            torch.tensor(0.01).double(),
+            step,
+            *config,
+            0.0,
+            False,
+        )
+    tolerance = 1e-4 if state_dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(theta.double(), theta64, rtol=tolerance, atol=tolerance)
+    if state_dtype is torch.float32:
+        close(state, state64, rtol=1e-3, atol=1e-4)
+
+
+def test_many_tensors_give_what_one_does(isa):
+    whole, grad, state = torch.randn(1000), make_grads(1000), make_state(1000, PAPER)
+    cuts = [0, 1, 4, 60, 300, 301, 1000]
+    pieces = list(itertools.pairwise(cuts))
+    params = [whole[a:b].clone() for a, b in pieces]
+    states = [state[a:b].clone() for a, b in pieces]
+    weights, lr, one = make_weights(PAPER), torch.tensor(1.0), torch.tensor(1.0)
+    ops.lstm_step_(params, [grad[a:b] for a, b in pieces], states, weights, lr, [one] * len(pieces), PAPER)
+    ops.lstm_step_([whole], [grad], [state], weights, lr, [one], PAPER)
+    assert torch.equal(torch.cat(params), whole)
+    assert torch.equal(torch.cat(states), state)
+
+
+def test_threads_do_not_matter():
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        param, grad, state = torch.ones(20_000), make_grads(20_000), make_state(20_000, PAPER)
+        step_both([param], [grad], [state], PAPER)
+        results.append((param, state))
+    torch.set_num_threads(before)
+    assert all(torch.equal(r[0], results[0][0]) and torch.equal(r[1], results[0][1]) for r in results)
+
+
+GOOD = dict(
+    params=lambda: [torch.zeros(3)], grads=lambda: [torch.zeros(3)], states=lambda: [make_state(3, PAPER)],
+    weights=lambda: make_weights(PAPER), lr=lambda: torch.tensor(1.0), steps=lambda: [torch.tensor(1.0)],
+    config=lambda: PAPER,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grads": lambda: [torch.zeros(4)]}, r"a gradient has shape \[4\], its parameter \[3\]"),
+        ({"grads": lambda: []}, "one gradient, state and step for each of the 1 parameters, got 0"),
+        ({"states": lambda: [torch.zeros(3, 79)]}, r"a state has shape \[3, 79\].*must add one dimension of 80"),
+        ({"states": lambda: [make_state(3, PAPER).half()]}, "state must be float32, bfloat16 or float64, not float16"),
+        ({"weights": lambda: torch.zeros(7)}, r"weights must be a vector of 5301 for this network, got shape \[7\]"),
+        ({"weights": lambda: make_weights(PAPER).bfloat16()}, "weights must be float32 or float64"),
+        ({"params": lambda: [torch.zeros(3, dtype=torch.int32)]}, "a parameter must be float32, bfloat16"),
+        ({"params": lambda: [torch.zeros(1).expand(3)]}, "a parameter of shape .* is expanded"),
+        ({"lr": lambda: torch.zeros(2)}, r"lr must be a single number, got shape \[2\]"),
+        ({"steps": lambda: [torch.tensor(True)]}, "a step must be float32, float64, int32 or int64"),
+        ({"config": lambda: PAPER._replace(features="sign")}, "features must be .* or both, got 'sign'"),
+        ({"config": lambda: PAPER._replace(output="relu")}, "output must be linear or tanh, got 'relu'"),
+        ({"config": lambda: PAPER._replace(hidden_size=0)}, "hidden_size must be from 1"),
+        ({"config": lambda: PAPER._replace(num_layers=0)}, "num_layers must be from 1"),
+    ],
+)  # fmt: skip
+def test_errors_say_what_is_wrong(change, message):
+    values = {name: make() for name, make in (GOOD | change).items()}
+    with pytest.raises(RuntimeError, match=message):
+        ops.lstm_step_(*values.values())
