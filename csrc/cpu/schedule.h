@@ -5,6 +5,9 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include "../parallel.h"
 #include "../network.h"
@@ -37,6 +40,22 @@ class Scratch {
   std::unique_ptr<T, Delete> data_;
 };
 
+// While it lives, results too small for a normal float become zero. Gradients that have all but vanished (a saturated
+// unit's) would otherwise send the backward run into denormals, where it was measured to take 24 times as long. Inputs
+// that are denormal still count as they are.
+class FlushToZero {
+ public:
+#if defined(__SSE__)
+  FlushToZero() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushToZero() { _mm_setcsr(saved_); }
+  FlushToZero(const FlushToZero&) = delete;
+  FlushToZero& operator=(const FlushToZero&) = delete;
+
+ private:
+  unsigned saved_;
+#endif
+};
+
 // Calls f(worker, item) for item = 0 .. items - 1; whoever is free takes the next `chunk` of them.
 template <class F>
 void share(const Parallel& parallel, int workers, int64_t items, int64_t chunk, const F& f) {
@@ -46,6 +65,7 @@ void share(const Parallel& parallel, int workers, int64_t items, int64_t chunk, 
     const F& f;
   } context{{0}, items, chunk, f};
   auto body = [](void* pointer, int worker) {
+    const FlushToZero flush;
     Context& c = *static_cast<Context*>(pointer);
     for (int64_t start; (start = c.next.fetch_add(c.chunk)) < c.items;)
       for (int64_t item = start; item < std::min(start + c.chunk, c.items); ++item) c.f(worker, item);
