@@ -1,4 +1,4 @@
-"""Peak extra memory of one meta-gradient: suffix sums and the tiled backward, beside autograd through the unroll.
+"""Peak extra memory of one meta-gradient: suffix sums and the tiled backward, beside autograd through nn.LSTMCell.
 
     python bench/memory.py [--coordinates 1000000] [--unroll 20]
 
@@ -10,15 +10,18 @@ is measured at an eighth and at a sixteenth of it; both are printed per coordina
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import l2l_fast as l2l
-from l2l_fast import reference
+import rivals
 from l2l_fast.meta.unroll import Rule, Trajectory, unroll
 
 
@@ -40,21 +43,30 @@ class Bowl:
         return (params["x"] - batch).square().mean()
 
 
-def autograd(trajectory: Trajectory, rule: Rule, length: int) -> Tensor:
+def autograd(trajectory: Trajectory, move: rivals.Cells, state: list, length: int) -> None:
     """The meta-gradient as public implementations form it: a graph through every step, gradients detached."""
-    phi = rule.weights.requires_grad_()
-    theta, grad = trajectory.theta, trajectory.grad
-    state, total = trajectory.state.view(theta.numel(), -1), 0.0
-    for t in range(length):
-        updates, state = reference.lstm_unroll(grad.view(1, -1), state, phi, torch.tensor(t + 1.0), *rule.config)
+    theta, grad, total = trajectory.theta, trajectory.grad, 0.0
+    for _ in range(length):
+        updates, state = move(grad.view(-1), state)
         theta = theta + updates
         loss = trajectory.instances.losses(trajectory.instances.unflatten(theta), trajectory.instances.draw())
         (grad,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
         grad, total = grad.detach(), total + loss.sum()
-    return torch.autograd.grad(total, phi)[0]
+    total.backward()
+
+
+def forget_peak() -> None:
+    """Give freed memory back and let the high-water mark be what is resident now (Linux; elsewhere it stays)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak() -> int:
+    """High-water mark of resident memory; ru_maxrss would count what the parent had when it started this process."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -71,9 +83,12 @@ def child(way: str, coordinates: int, length: int) -> int:
     small = Trajectory(l2l.tasks.Instances(Bowl(64), [0]), rule.config)
     unroll(small, rule, 2)  # what loads on first use does not count
     trajectory = Trajectory(l2l.tasks.Instances(Bowl(coordinates), [0]), rule.config)
+    cells = rivals.Cells(network)
+    state = cells.new_state(coordinates if way == "autograd" else 0)
+    forget_peak()
     before = peak()
     if way == "autograd":
-        autograd(trajectory, rule, length)
+        autograd(trajectory, cells, state, length)
     else:
         unroll(trajectory, rule, length)
     return peak() - before

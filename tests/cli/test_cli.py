@@ -26,7 +26,7 @@ def run(capsys):
     return run
 
 
-COMMANDS = ["demo", "meta-train", "compare", "sweep", "tasks", "info"]
+COMMANDS = ["demo", "meta-train", "compare", "sweep", "bench", "tasks", "info"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

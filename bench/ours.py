@@ -1,0 +1,46 @@
+"""Ours, in the forms that the benches compare: the optimizer's variants and the meta-gradient of an unroll."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import cases
+from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, ops
+from l2l_fast.meta.unroll import suffix_sums
+
+STEPS = {
+    "ours": ("paper", torch.float32),
+    "ours bf16 state": ("paper", torch.bfloat16),
+    "ours moments": ("moments", torch.float32),
+}
+
+
+def optimizer(way: str, params) -> LSTMOptimizer:
+    name, state_dtype = STEPS[way]
+    return LSTMOptimizer(params, cases.network(name), state_dtype=state_dtype)
+
+
+@torch.no_grad()
+def meta_gradient(network: CoordinatewiseLSTM, grads: Tensor, *, forward: bool = True) -> Tensor:
+    """That of ``rivals.meta_gradient``: T in-place steps, suffix sums, one backward.
+
+    Args:
+        network: the optimizer.
+        grads: [T + 1, N].
+        forward: make the steps too; without them this is the backward alone.
+    """
+    length, size = len(grads) - 1, grads.shape[1]
+    weights, theta, lr = network.flat_weights(), torch.zeros(size), torch.ones(())
+    state = ops.new_state(theta, network.config)
+    if forward:
+        first_state = state.clone(memory_format=torch.preserve_format)
+        for t in range(length):
+            step = torch.tensor(t + 1.0)
+            ops.lstm_step_([theta], [grads[t]], [state], weights, lr, [step], network.config)
+        state = first_state
+    sums = suffix_sums(grads[1:, None], torch.ones(length, 1)).view(length, size)
+    *_, found = ops.lstm_unroll_backward(
+        sums, None, grads[:-1], state, weights, network.config, torch.ones(())
+    )  # fmt: skip
+    return found

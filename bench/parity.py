@@ -1,0 +1,58 @@
+"""No number without parity: the ops that will be timed, held to the float64 reference."""
+
+from __future__ import annotations
+
+import torch
+
+import cases
+from l2l_fast import ops, reference
+
+SIZE, STEPS = 4111, 3  # a tile of the reference and a ragged end
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def check() -> None:
+    """Raises AssertionError with what differs and by how much."""
+    for name in cases.NETWORKS:
+        network = cases.network(name)
+        for state_dtype, tolerance in TOLERANCE.items():
+            _compare(f"step, {name} network, {state_dtype} state", *_steps(network, state_dtype), tolerance)
+        _compare(f"meta-gradient, {name} network", *_backward(network), 1e-4)
+
+
+def _steps(network, state_dtype):
+    """Parameters after a few steps, by the op and by the reference."""
+    (param,) = cases.params([(SIZE,)])
+    weights, config, found = network.flat_weights().detach(), network.config, []
+    for kernel, dtype, held in (
+        (torch.ops.l2l_fast.lstm_step_, torch.float32, state_dtype),
+        (reference.lstm_step_, torch.float64, torch.float64),
+    ):
+        theta, state = torch.zeros_like(param, dtype=dtype), ops.new_state(param, config, held)
+        for step in range(1, STEPS + 1):
+            kernel([theta], [param.grad.to(dtype)], [state], weights.to(dtype), torch.ones((), dtype=dtype),
+                   [torch.tensor(float(step))], *config, 0.0, False)  # fmt: skip
+        found.append(theta)
+    return found
+
+
+def _backward(network):
+    """Gradient of the weights of a few steps, by the op and by the reference."""
+    (param,) = cases.params([(STEPS, SIZE)])
+    weights, config, found = network.flat_weights().detach(), network.config, []
+    for kernel, dtype in (
+        (torch.ops.l2l_fast.lstm_unroll_backward, torch.float32),
+        (reference.lstm_unroll_backward, torch.float64),
+    ):
+        state = ops.new_state(param[0], config, dtype)
+        flags = (False, False, True)
+        *_, d_weights = kernel(
+            param.to(dtype), None, param.grad.to(dtype), state, weights.to(dtype), torch.ones(()), *config, *flags
+        )
+        found.append(d_weights)
+    return found
+
+
+def _compare(what: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    error = ((found.double() - expected).abs().max() / expected.abs().max()).item()
+    assert error <= tolerance, f"{what}: relative error {error:.1e}, allowed {tolerance:.0e}"
