@@ -280,6 +280,10 @@ class MetaTrainer:
         number, self.started = self.started, self.started + 1
         rng = np.random.default_rng((_TRAJECTORY, self.seed, number))
         horizon = self.horizon.draw(rng, progress)
+        if number < self.parallel:
+            # The first trajectories end one after another, so that from then on a meta-step averages over early and
+            # late windows. In step, they would pull the network to and fro between what the two ask of it.
+            horizon = max(1, round(horizon * (number + 1) / self.parallel))
         first, last = self.imitation
         led = rng.random() < first + (last - first) * progress
         return self._make_stream(number, number % len(self.tasks), horizon, led)

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from conftest import PAPER, RNNPROP, make_grads, make_state, make_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import PAPER, RNNPROP, make_grads, make_state, make_weights
 from l2l_fast import _native, ops, reference
 from l2l_fast.reference import Config
 

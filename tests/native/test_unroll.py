@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import PAPER, RNNPROP, make_grads, make_state, make_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_step import CONFIGS, config_id
 
+from conftest import PAPER, RNNPROP, make_grads, make_state, make_weights
 from l2l_fast import ops, reference
 from l2l_fast.reference import Config
+from test_step import CONFIGS, config_id
 
 SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1003]
 
