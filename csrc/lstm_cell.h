@@ -112,32 +112,27 @@ L2L_HOST_DEVICE V gate_exp(V scaled) {
   return exp2(min(V(kGateLimit), scaled));
 }
 
-template <class V>
-struct Unit {
-  V h, c;
-};
+// With E = e^-z (e^-2z for g), sigmoid = 1/(1+E) and tanh = (1-E)/(1+E), so that each half of a unit costs one division.
+// The halves are functions of their own because each is a long chain: callers run many of the first, then of the second.
 
-// New h and c of one unit from its four scaled pre-activations. With E = e^-z (e^-2z for g), sigmoid = 1/(1+E) and
-// tanh = (1-E)/(1+E), so that c' = f c + i g and h' = o tanh(c') cost one division each.
-template <class V>
-L2L_HOST_DEVICE Unit<V> lstm_unit(V i, V f, V g, V o, V c) {
-  V one(1);
-  V a = one + gate_exp(i), b = one + gate_exp(f), e_g = gate_exp(g);
-  V ag = a * (one + e_g);
-  V c_new = fma(c, ag, (one - e_g) * b) / (ag * b);
-  V e_c = gate_exp(c_new * V(gate_scale(kCell)));
-  V h_new = (one - e_c) / ((one + gate_exp(o)) * (one + e_c));
-  return {h_new, c_new};
-}
-
-// The same, leaving what lstm_unit_backward needs.
+// What lstm_unit_backward needs.
 template <class V>
 struct Activations {
   V i, f, g, o, tanh_c;
 };
 
+// c' = f c + i g, from scaled pre-activations.
 template <class V>
-L2L_HOST_DEVICE Unit<V> lstm_unit(V i, V f, V g, V o, V c, Activations<V>& saved) {
+L2L_HOST_DEVICE V lstm_c(V i, V f, V g, V c) {
+  V one(1);
+  V a = one + gate_exp(i), b = one + gate_exp(f), e_g = gate_exp(g);
+  V ag = a * (one + e_g);
+  return fma(c, ag, (one - e_g) * b) / (ag * b);
+}
+
+// The same, leaving i, f and g.
+template <class V>
+L2L_HOST_DEVICE V lstm_c(V i, V f, V g, V c, Activations<V>& saved) {
   V one(1);
   V a = one + gate_exp(i), b = one + gate_exp(f), e_g = gate_exp(g);
   V ag = a * (one + e_g);
@@ -146,13 +141,25 @@ L2L_HOST_DEVICE Unit<V> lstm_unit(V i, V f, V g, V o, V c, Activations<V>& saved
   saved.f = inverse * ag;
   saved.i = inverse_b * (one + e_g);
   saved.g = inverse_b * a * (one - e_g);
-  V c_new = fma(saved.f, c, saved.i * saved.g);
-  V e_c = gate_exp(c_new * V(gate_scale(kCell)));
+  return fma(saved.f, c, saved.i * saved.g);
+}
+
+// h' = o tanh(c').
+template <class V>
+L2L_HOST_DEVICE V lstm_h(V o, V c_new) {
+  V one(1), e_c = gate_exp(c_new * V(gate_scale(kCell)));
+  return (one - e_c) / ((one + gate_exp(o)) * (one + e_c));
+}
+
+// The same, leaving o and tanh c'.
+template <class V>
+L2L_HOST_DEVICE V lstm_h(V o, V c_new, Activations<V>& saved) {
+  V one(1), e_c = gate_exp(c_new * V(gate_scale(kCell)));
   V d = one + gate_exp(o), t = one + e_c;
-  V inverse_dt = one / (d * t);
-  saved.o = inverse_dt * t;
-  saved.tanh_c = inverse_dt * d * (one - e_c);
-  return {saved.o * saved.tanh_c, c_new};
+  V inverse = one / (d * t);
+  saved.o = inverse * t;
+  saved.tanh_c = inverse * d * (one - e_c);
+  return saved.o * saved.tanh_c;
 }
 
 template <class V>

@@ -143,8 +143,8 @@ void multiply_gates(
   }
 }
 
-// Two passes, products and then activations: each activation is a long chain, of which many must be under way together.
-// The first reads the whole old h, so the second may write the new one over it.
+// Three passes, products, then c, then h: an activation is a long chain, of which many must be under way together. The
+// first pass reads the whole old h, so the last may write the new one over it.
 template <class V, int NV, bool kKeep>
 void forward_layer(
     const Packed<typename V::Scalar>& packed, const TileStep<typename V::Scalar>& tile, int layer,
@@ -165,27 +165,37 @@ void forward_layer(
   const int gate = hidden * width;
   for (int unit = 0; unit < hidden; ++unit) {
     const auto* c = tile.state + (net.c_row(layer) + unit) * tile.state_stride;
-    auto* h_new = tile.new_state + (net.h_row(layer) + unit) * tile.state_stride;
     auto* c_new = tile.new_state + (net.c_row(layer) + unit) * tile.state_stride;
 #pragma GCC unroll 8
     for (int at = 0; at < width; at += V::kLanes) {
       auto* a = gates + unit * width + at;
-      V i = V::load(a + kInput * gate), f = V::load(a + kForget * gate), g = V::load(a + kCell * gate),
-        o = V::load(a + kOutput * gate), c_old = V::load(c + at);
-      Unit<V> next;
+      V i = V::load(a + kInput * gate), f = V::load(a + kForget * gate), g = V::load(a + kCell * gate);
       if constexpr (kKeep) {
         Activations<V> kept;
-        next = lstm_unit(i, f, g, o, c_old, kept);
+        lstm_c(i, f, g, V::load(c + at), kept).store(c_new + at);
         kept.i.store(a + kInput * gate);
         kept.f.store(a + kForget * gate);
         kept.g.store(a + kCell * gate);
+      } else {
+        lstm_c(i, f, g, V::load(c + at)).store(c_new + at);
+      }
+    }
+  }
+  for (int unit = 0; unit < hidden; ++unit) {
+    const auto* c_new = tile.new_state + (net.c_row(layer) + unit) * tile.state_stride;
+    auto* h_new = tile.new_state + (net.h_row(layer) + unit) * tile.state_stride;
+#pragma GCC unroll 8
+    for (int at = 0; at < width; at += V::kLanes) {
+      auto* a = gates + unit * width + at;
+      V o = V::load(a + kOutput * gate);
+      if constexpr (kKeep) {
+        Activations<V> kept;
+        lstm_h(o, V::load(c_new + at), kept).store(h_new + at);
         kept.o.store(a + kOutput * gate);
         kept.tanh_c.store(a + kGates * gate);
       } else {
-        next = lstm_unit(i, f, g, o, c_old);
+        lstm_h(o, V::load(c_new + at)).store(h_new + at);
       }
-      next.h.store(h_new + at);
-      next.c.store(c_new + at);
     }
   }
 }
