@@ -259,7 +259,7 @@ def lstm_step_(params, grads, states, weights, lr, steps, *args) -> None:
         for tile in _tiles(flat_param.numel()):
             d = flat_grad[tile].to(weights.dtype)
             update, new_state = cell(-d if maximize else d, flat_state[tile].T.to(weights.dtype), step, named, config)
-            theta = flat_param[tile].to(weights.dtype)
+            theta = flat_param[tile].to(torch.promote_types(param.dtype, weights.dtype))  # float64 stays float64
             moved = theta + lr * (update - weight_decay * theta)
             flat_param[tile] = torch.where(d.isfinite(), moved, theta).to(param.dtype)
             flat_state[tile] = new_state.T.to(state.dtype)

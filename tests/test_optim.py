@@ -240,6 +240,16 @@ def test_parameters_of_every_dtype(network, dtype):
     torch.testing.assert_close(real(theta.detach()), expected)
 
 
+@pytest.mark.parametrize("fused", [None, False])
+def test_float64_parameters_keep_their_precision(network, fused):
+    theta = nn.Parameter(torch.tensor([1.0 + 2.0**-40], dtype=torch.float64))
+    start = theta.detach().clone()
+    theta.grad = torch.ones(1, dtype=torch.float64)
+    LSTMOptimizer([theta], network, fused=fused).step()
+    updates, _ = network(torch.ones(1, 1))
+    torch.testing.assert_close(theta.detach() - start, updates[0].detach().double(), rtol=1e-6, atol=1e-12)
+
+
 def test_awkward_parameters(network):
     transposed = nn.Parameter(torch.randn(4, 3).T)
     empty, no_grad, scalar = (
