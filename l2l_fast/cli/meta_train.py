@@ -32,7 +32,7 @@ def meta_train(
     projection: Annotated[bool | None, Choice(help="ELU projection before the LSTM.", show_default="by task")] = None,
     output: Annotated[str | None, Choice(help="linear or tanh.", show_default="by task")] = None,
     output_scale: Annotated[float | None, Choice(help="Factor of the update.", show_default="by task")] = None,
-    unroll: Annotated[int, Choice(help="Steps between meta-updates.", min=1)] = 20,
+    unroll: Annotated[int | None, Choice(help="Steps a meta-update.", min=1, show_default="by task")] = None,
     horizon: Annotated[str | None, Choice(help=HORIZONS, show_default="by task")] = None,
     instances: Annotated[int | None, Choice(help="Instances side by side.", min=1, show_default="by task")] = None,
     parallel: Annotated[int | None, Choice(help="Trajectories a meta-update.", min=1, show_default="by task")] = None,
@@ -73,13 +73,13 @@ def meta_train(
     torch.manual_seed(seed)
     learned = CoordinatewiseLSTM.from_pretrained(network) if network else CoordinatewiseLSTM(**recipe.network | shape)
     training = recipe.training | _given(
-        instances=instances, parallel=parallel,
+        unroll=unroll, instances=instances, parallel=parallel,
         meta_lr=meta_lr, schedule=schedule, objective=objective, scaling=scaling,
         horizon=None if horizon is None else parse_horizon(horizon),
     )  # fmt: skip
     out = out or Path("runs") / f"meta-train-{'-'.join(tasks)}"
     trainer = MetaTrainer(
-        learned, mixture, unroll=unroll, imitation=imitation, second_derivatives=second_derivatives, device=device,
+        learned, mixture, imitation=imitation, second_derivatives=second_derivatives, device=device,
         seed=seed, checkpoint=out / "checkpoint", log_dir=out / "tensorboard" if tensorboard else None, **training,
     )  # fmt: skip
     begun = time.monotonic()

@@ -24,11 +24,11 @@ QUADRATIC = Recipe(
 )
 
 # Networks have gradients of every scale: log_sign tells the LSTM which, the moments tell signal from noise. A linear
-# head may take large first steps. Four trajectories a meta-step: minibatch losses, and so meta-gradients, are noisy.
+# head may take large first steps, and an unroll of half the horizon sees what they lead to. Four trajectories a meta-step: minibatch losses, and so meta-gradients, are noisy.
 CLASSIFIER = Recipe(
     network={"features": "both", "hidden_size": 20, "num_layers": 1, "output_scale": 0.01},
-    training={"parallel": 4, "meta_lr": 1e-2, "schedule": "cosine", "validate_every": 250},
-    meta_steps=2000,
+    training={"unroll": 50, "parallel": 4, "meta_lr": 1e-2, "schedule": "cosine"},
+    meta_steps=800,
 )
 
 # What the demo trains: sees raw gradients and their moments, so what it learns on quadratics carries over to networks.

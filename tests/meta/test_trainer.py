@@ -59,7 +59,8 @@ def test_one_meta_step_is_one_adam_step_on_the_unrolls_gradient():
 
 
 def test_parallel_trajectories_are_averaged():
-    trainer = make_trainer(parallel=3, clip=None, meta_optimizer=lambda params: torch.optim.SGD(params, lr=0.01))
+    sgd = {"clip": None, "meta_optimizer": lambda params: torch.optim.SGD(params, lr=0.01)}
+    trainer = make_trainer(parallel=3, horizon=30, **sgd)
     before = trainer.network.flat_weights().detach()
     expected = torch.zeros_like(before)
     for number in range(3):
@@ -67,6 +68,15 @@ def test_parallel_trajectories_are_averaged():
         expected += unroll(stream.trajectory, Rule(trainer.network.config, before), 5)[2] / 3
     trainer._step()
     torch.testing.assert_close(before - trainer.network.flat_weights().detach(), 0.01 * expected)
+
+
+def test_parallel_trajectories_are_out_of_step():
+    trainer = make_trainer(parallel=3, horizon=30)
+    trainer._step()
+    assert [stream.horizon for stream in trainer.streams] == [10, 20, 30]
+    for _ in range(5):
+        trainer._step()
+    assert sorted(stream.trajectory.steps_done for stream in trainer.streams if stream) == [10, 20]
 
 
 def test_tasks_take_turns():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
 
-from conftest import PAPER, RNNPROP, make_grads, make_state, make_weights
 from l2l_fast import _native, ops, reference
 from l2l_fast.reference import Config
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
+from test_native_step import CONFIGS, config_id
 
-from conftest import PAPER, RNNPROP, make_grads, make_state, make_weights
 from l2l_fast import ops, reference
 from l2l_fast.reference import Config
-from test_step import CONFIGS, config_id
 
 SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1003]
 
