@@ -24,7 +24,8 @@ QUADRATIC = Recipe(
 )
 
 # Networks have gradients of every scale: log_sign tells the LSTM which, the moments tell signal from noise. A linear
-# head may take large first steps, and an unroll of half the horizon sees what they lead to. Four trajectories a meta-step: minibatch losses, and so meta-gradients, are noisy.
+# head may take large first steps, and an unroll of half the horizon sees what they lead to. Four trajectories a
+# meta-step: minibatch losses, and so meta-gradients, are noisy.
 CLASSIFIER = Recipe(
     network={"features": "both", "hidden_size": 20, "num_layers": 1, "output_scale": 0.01},
     training={"unroll": 50, "parallel": 4, "meta_lr": 1e-2, "schedule": "cosine"},
