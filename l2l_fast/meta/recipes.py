@@ -36,7 +36,7 @@ CLASSIFIER = Recipe(
 DEMO = Recipe(
     network={"features": "both", "hidden_size": 20, "num_layers": 1},
     training={"instances": 128, "meta_lr": 1e-2, "schedule": "cosine"},
-    meta_steps=1500,
+    meta_steps=2000,
 )
 
 
