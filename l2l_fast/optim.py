@@ -16,6 +16,7 @@ from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.reference import Config
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # known not to be sharded without asking, which takes a microsecond each
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -137,8 +138,9 @@ class LSTMOptimizer(Optimizer):
         work = [(group, self._with_gradient(group)) for group in self.param_groups]
         for group, params in work:
             config, _ = self._networks[group["network"]]
-            for device in {param.device for param in params}:
-                here = [param for param in params if param.device == device]
+            devices = {param.device for param in params}
+            for device in devices:
+                here = params if len(devices) == 1 else [param for param in params if param.device == device]
                 self._step_device(group, config, device, here)
         return loss
 
@@ -265,7 +267,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor: a learned step is coordinatewise, so ranks need nothing of each other."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor if type(tensor) in _PLAIN or not hasattr(tensor, "to_local") else tensor.to_local()
 
 
 def _new_state(param: Tensor, config: Config, dtype: torch.dtype) -> Tensor:
