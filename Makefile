@@ -4,6 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo test bench sanitize lint clean
 
@@ -13,10 +14,12 @@ help:  ## show this list
 setup: $(READY)  ## make .venv and install the package with everything in it
 
 $(READY): pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel "pybind11>=2.13" ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	@echo "1 of 3: a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "2 of 3: $(TORCH), a download of some 200 MB"
+	@$(PIP) "$(TORCH)" numpy "setuptools>=77" wheel "pybind11>=2.13" ninja
+	@echo "3 of 3: l2l_fast itself; compiling its kernels takes a minute or two"
+	@$(PIP) --no-build-isolation --editable ".[test]"
 	@touch $@
 
 demo: $(READY)  ## learn an optimizer, beat tuned Adam with it, train a network: a few minutes
