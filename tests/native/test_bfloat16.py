@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from test_loading import PRINT, run
 
 from conftest import PAPER, RNNPROP, make_grads, make_state, make_weights
 from l2l_fast import _native, ops, reference
-from test_loading import PRINT, run
 from test_step import CONFIGS, close, config_id, step_both
 
 NAME = "amx_bf16"
