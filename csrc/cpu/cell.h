@@ -73,6 +73,7 @@ struct TileStep {
   T* output;       // [1], written: y, the head's output (after tanh, with output "tanh")
   Corrections<T> corrections;
   Ahead ahead;
+  T* pairs;  // [pair_rows], written (by a product of pairs only)
 };
 
 template <class V, int NV>
@@ -117,8 +118,8 @@ void forward_projection(const Packed<typename V::Scalar>& packed, const TileStep
   }
 }
 
-// Pre-activations of a layer's gates, scaled: row gate * hidden + unit. The sizes of the paper's network are compiled
-// in (kInputs, kHidden), so that its loops are unrolled; 0 stands for whatever comes.
+// The sizes of the paper's network are compiled in (kInputs, kHidden), so that its loops are unrolled; 0 stands for
+// whatever comes.
 template <class V, int NV, int kInputs, int kHidden>
 void multiply_gates(
     const Packed<typename V::Scalar>& packed, const TileStep<typename V::Scalar>& tile, int layer,
@@ -143,29 +144,44 @@ void multiply_gates(
   }
 }
 
+// Pre-activations of a layer's gates, scaled: row gate * hidden + unit. Another Product may stand in for this one.
+struct ScalarProduct {
+  // Whether it takes the weights as Packed's pairs, and is too short to spread calls for the next tile over.
+  static constexpr bool kPairs = false;
+
+  template <class V, int NV>
+  static void gates(
+      const Packed<typename V::Scalar>& packed, const TileStep<typename V::Scalar>& tile, int layer,
+      const typename V::Scalar* inputs, int64_t input_stride, typename V::Scalar* gates) {
+    const int hidden = packed.net.hidden, count = packed.net.layer_inputs(layer);
+    if (hidden == 20 && count == 20) {
+      multiply_gates<V, NV, 20, 20>(packed, tile, layer, inputs, input_stride, gates);
+    } else if (hidden == 20 && count == 2) {
+      multiply_gates<V, NV, 2, 20>(packed, tile, layer, inputs, input_stride, gates);
+    } else {
+      multiply_gates<V, NV, 0, 0>(packed, tile, layer, inputs, input_stride, gates);
+    }
+  }
+};
+
 // Three passes, products, then c, then h: an activation is a long chain, of which many must be under way together. The
 // first pass reads the whole old h, so the last may write the new one over it.
-template <class V, int NV, bool kKeep>
+template <class V, int NV, bool kKeep, class Product>
 void forward_layer(
     const Packed<typename V::Scalar>& packed, const TileStep<typename V::Scalar>& tile, int layer,
     const typename V::Scalar* inputs, int64_t input_stride) {
   constexpr int width = NV * V::kLanes;
   const Network& net = packed.net;
-  const int hidden = net.hidden, count = net.layer_inputs(layer);
+  const int hidden = net.hidden;
   auto* gates = tile.activations + (kKeep ? layer * (kGates + 1) * hidden * width : 0);
 
-  if (hidden == 20 && count == 20) {
-    multiply_gates<V, NV, 20, 20>(packed, tile, layer, inputs, input_stride, gates);
-  } else if (hidden == 20 && count == 2) {
-    multiply_gates<V, NV, 2, 20>(packed, tile, layer, inputs, input_stride, gates);
-  } else {
-    multiply_gates<V, NV, 0, 0>(packed, tile, layer, inputs, input_stride, gates);
-  }
+  Product::template gates<V, NV>(packed, tile, layer, inputs, input_stride, gates);
 
   const int gate = hidden * width;
   for (int unit = 0; unit < hidden; ++unit) {
     const auto* c = tile.state + (net.c_row(layer) + unit) * tile.state_stride;
     auto* c_new = tile.new_state + (net.c_row(layer) + unit) * tile.state_stride;
+    if constexpr (Product::kPairs) tile.ahead.fetch(net.c_row(layer) + unit);
 #pragma GCC unroll 8
     for (int at = 0; at < width; at += V::kLanes) {
       auto* a = gates + unit * width + at;
@@ -184,6 +200,7 @@ void forward_layer(
   for (int unit = 0; unit < hidden; ++unit) {
     const auto* c_new = tile.new_state + (net.c_row(layer) + unit) * tile.state_stride;
     auto* h_new = tile.new_state + (net.h_row(layer) + unit) * tile.state_stride;
+    if constexpr (Product::kPairs) tile.ahead.fetch(net.h_row(layer) + unit);
 #pragma GCC unroll 8
     for (int at = 0; at < width; at += V::kLanes) {
       auto* a = gates + unit * width + at;
@@ -214,7 +231,7 @@ void forward_head(const Packed<typename V::Scalar>& packed, const TileStep<typen
   for (int v = 0; v < NV; ++v) (net.tanh_output ? tanh_of(y[v]) : y[v]).store(tile.output + v * V::kLanes);
 }
 
-template <class V, int NV, bool kKeep>
+template <class V, int NV, bool kKeep, class Product = ScalarProduct>
 void forward(const Packed<typename V::Scalar>& packed, const TileStep<typename V::Scalar>& tile) {
   const Network& net = packed.net;
   forward_features<V, NV>(packed, tile);
@@ -225,7 +242,7 @@ void forward(const Packed<typename V::Scalar>& packed, const TileStep<typename V
     inputs = tile.projected;
   }
   for (int layer = 0; layer < net.layers; ++layer) {
-    forward_layer<V, NV, kKeep>(packed, tile, layer, inputs, stride);
+    forward_layer<V, NV, kKeep, Product>(packed, tile, layer, inputs, stride);
     inputs = tile.new_state + net.h_row(layer) * tile.state_stride;
     stride = tile.state_stride;
   }

@@ -1,6 +1,8 @@
 // Coordinates of tensors of any dtype and strides, to and from the rows of a tile.
 #pragma once
 
+#include "bfloat16.h"
+
 namespace l2l {
 namespace {
 
@@ -11,20 +13,9 @@ struct Half {
   uint16_t bits;
 };
 
-L2L_INLINE uint32_t float_bits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-L2L_INLINE float bits_float(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 L2L_INLINE float widen(float x) { return x; }
 L2L_INLINE double widen(double x) { return x; }
-L2L_INLINE float widen(BFloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
+L2L_INLINE float widen(BFloat16 x) { return from_bfloat16(x.bits); }
 L2L_INLINE float widen(Half x) {
   uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
   if (rest >= 0x7c00) return bits_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
@@ -37,11 +28,7 @@ L2L_INLINE void narrow(double x, double& to) { to = x; }
 L2L_INLINE void narrow(double x, float& to) { to = float(x); }
 L2L_INLINE void narrow(float x, float& to) { to = x; }
 L2L_INLINE void narrow(float x, double& to) { to = x; }
-L2L_INLINE void narrow(float x, BFloat16& to) {
-  uint32_t bits = float_bits(x);
-  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  to.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
+L2L_INLINE void narrow(float x, BFloat16& to) { to.bits = to_bfloat16(x); }
 L2L_INLINE void narrow(double x, BFloat16& to) { narrow(float(x), to); }
 L2L_INLINE void narrow(float x, Half& to) {
   uint32_t bits = float_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;

@@ -22,14 +22,18 @@ L2L_INLINE void with_width(int count, F f) {
   return f(std::integral_constant<int, V::kWide>());
 }
 
-template <class V, class T = typename V::Scalar>
+// Product is that of the optimizer's step alone: what the unroll ops hand to meta-training stays float32 arithmetic.
+template <class V, class Product = ScalarProduct, class T = typename V::Scalar>
 constexpr Kernels<T> kernels() {
   return {
       V::kWide * V::kLanes,
       V::kLanes,
+      Product::kPairs,
       [](const StepCall<T>& call, const StepTensor& tensor, const Corrections<T>& corrections, int64_t first, int count,
          T* scratch) {
-        with_width<V>(count, [&](auto wide) { step_tile<V, wide>(call, tensor, corrections, first, count, scratch); });
+        with_width<V>(count, [&](auto wide) {
+          step_tile<V, wide, Product>(call, tensor, corrections, first, count, scratch);
+        });
       },
       [](const UnrollCall<T>& call, const Matrix& updates, const Matrix& last, int64_t first, int count, T* scratch) {
         with_width<V>(count, [&](auto wide) { unroll_tile<V, wide>(call, updates, last, first, count, scratch); });

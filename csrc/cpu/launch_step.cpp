@@ -68,7 +68,8 @@ void step(const StepArguments& arguments, const Parallel& parallel) {
   }
   if (tiles == 0) return;
 
-  const Packer<T> packer(net, static_cast<const T*>(arguments.weights), Packer<T>::kForward);
+  const auto run = kernels.pairs ? Packer<T>::kForwardPairs : Packer<T>::kForward;
+  const Packer<T> packer(net, static_cast<const T*>(arguments.weights), run);
   const StepCall<T> call = {&packer.packed(), T(arguments.lr), T(arguments.weight_decay), arguments.maximize};
   const int workers = useful_workers(parallel, net, double(coordinates));
   const Scratch<T> scratch(workers, forward_scratch(net, kernels.tile));

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../lstm_cell.h"
+#include "bfloat16.h"
 #include "packed.h"
 
 namespace l2l {
@@ -17,16 +18,18 @@ Corrections<T> bias_corrections(const Network& net, double step) {
 template <class T>
 class Packer {
  public:
-  enum For { kForward, kBackward };
+  enum For { kForward, kForwardPairs, kBackward };
 
   Packer(const Network& net, const T* weights, For run) : weights_(weights) {
     const WeightLayout at{net};
     const int hidden = net.hidden;
+    const bool backward = run == kBackward;
     for (int layer = 0; layer < net.layers; ++layer) {
       const int inputs = net.layer_inputs(layer);
       gates_.push_back(pack_gates(at, layer));
-      inputs_t_.push_back(run == kForward ? std::vector<T>() : transpose(at.weight_ih(layer), kGates * hidden, inputs));
-      hidden_t_.push_back(run == kForward ? std::vector<T>() : transpose(at.weight_hh(layer), kGates * hidden, hidden));
+      if (run == kForwardPairs) pairs_.push_back(pack_pairs(gates_.back(), net, layer));
+      inputs_t_.push_back(backward ? transpose(at.weight_ih(layer), kGates * hidden, inputs) : std::vector<T>());
+      hidden_t_.push_back(backward ? transpose(at.weight_hh(layer), kGates * hidden, hidden) : std::vector<T>());
     }
     if (net.projection) {
       projection_ = pack_projection(at);
@@ -34,6 +37,7 @@ class Packer {
     }
     for (auto list : {&gates_, &inputs_t_, &hidden_t_})
       for (const std::vector<T>& block : *list) pointers_.push_back(block.data());
+    for (const std::vector<uint16_t>& block : pairs_) pair_pointers_.push_back(block.data());
     packed_ = {
         net,
         T(1 / net.preprocess_p),
@@ -43,6 +47,7 @@ class Packer {
         projection_.data(),
         pointers_.data(),
         weights + at.head_weight(),
+        pair_pointers_.data(),
         projection_t_.data(),
         pointers_.data() + net.layers,
         pointers_.data() + 2 * net.layers,
@@ -68,6 +73,31 @@ class Packer {
       for (int k = 0; k < inputs; ++k) push([&](int row) { return weights_[at.weight_ih(layer) + row * inputs + k]; });
       for (int k = 0; k < hidden; ++k) push([&](int row) { return weights_[at.weight_hh(layer) + row * hidden + k]; });
     }
+    return block;
+  }
+
+  // From what pack_gates returned.
+  static std::vector<uint16_t> pack_pairs(const std::vector<T>& gates, const Network& net, int layer) {
+    const int hidden = net.hidden, inputs = net.layer_inputs(layer), rows = kGates * hidden;
+    const int first_input = 2, first_hidden = first_input + 2 * pairs(inputs);
+    const int columns = 2 * block_pairs(net, layer), depth = pair_blocks(net, layer);  // columns of one block
+    std::vector<uint16_t> block(size_t(blocks(rows)) * depth * kBlock * kBlock * 2);
+    uint16_t* to = block.data();
+    for (int b = 0; b < blocks(rows); ++b)
+      for (int start = 0; start < depth * columns; start += columns)
+        for (int row = block_start(b, rows); row < block_start(b, rows) + kBlock; ++row)
+          for (int k = start; k < start + 2 * kBlock; ++k, ++to) {
+            if (row >= rows || k >= start + columns) continue;
+            const T* from = gates.data() + size_t(row % hidden) * (1 + inputs + hidden) * kGates + row / hidden;
+            if (k < first_input) {
+              const float bias = float(from[0]), high = from_bfloat16(to_bfloat16(bias));
+              *to = to_bfloat16(k == 0 ? bias : bias - high);
+            } else if (k < first_input + inputs) {
+              *to = to_bfloat16(float(from[(1 + k - first_input) * kGates]));
+            } else if (k >= first_hidden && k < first_hidden + hidden) {
+              *to = to_bfloat16(float(from[(1 + inputs + k - first_hidden) * kGates]));
+            }
+          }
     return block;
   }
 
@@ -98,6 +128,8 @@ class Packer {
   std::vector<T> projection_, projection_t_;
   std::vector<std::vector<T>> gates_, inputs_t_, hidden_t_;
   std::vector<const T*> pointers_;
+  std::vector<std::vector<uint16_t>> pairs_;
+  std::vector<const uint16_t*> pair_pointers_;
   Packed<T> packed_;
 };
 

@@ -12,6 +12,34 @@ constexpr int kGroup = 4;
 
 L2L_HOST_DEVICE constexpr int groups(int rows) { return (rows + kGroup - 1) / kGroup; }
 
+// Products of bfloat16 pairs go by blocks: 16 rows of the matrix times up to 16 pairs of columns, one register of AMX.
+// Columns are a layer's bias (its two halves, against ones), its inputs, its hidden units, each padded to whole pairs
+// with zero weights. The pairs are shared out evenly among the blocks, so that little is padded.
+constexpr int kBlock = 16;
+
+L2L_HOST_DEVICE constexpr int blocks(int rows) { return (rows + kBlock - 1) / kBlock; }
+L2L_HOST_DEVICE constexpr int pairs(int columns) { return (columns + 1) / 2; }
+
+L2L_HOST_DEVICE int all_pairs(const Network& net, int layer) {
+  return 1 + pairs(net.layer_inputs(layer)) + pairs(net.hidden);
+}
+L2L_HOST_DEVICE int pair_blocks(const Network& net, int layer) { return blocks(all_pairs(net, layer)); }
+L2L_HOST_DEVICE int block_pairs(const Network& net, int layer) {
+  const int count = pair_blocks(net, layer);
+  return (all_pairs(net, layer) + count - 1) / count;
+}
+// Rows of the largest layer.
+L2L_HOST_DEVICE int pair_rows(const Network& net) {
+  int first = pair_blocks(net, 0), rest = net.layers > 1 ? pair_blocks(net, 1) : 0;
+  return kBlock * (first > rest ? first : rest);
+}
+
+// The first gate row of a block. The last block begins early enough to be whole, unless there are too few rows at all.
+L2L_HOST_DEVICE constexpr int block_start(int block, int rows) {
+  int last = rows > kBlock ? rows - kBlock : 0;
+  return block * kBlock < last ? block * kBlock : last;
+}
+
 // Bias corrections of the moments at one step: 1 / (1 - beta^step).
 template <class T>
 struct Corrections {
@@ -28,6 +56,8 @@ struct Packed {
   const T* projection;    // [groups(hidden)][1 + inputs][4]
   const T* const* gates;  // a layer: [hidden][1 + layer_inputs + hidden][4], a unit's gates scaled by gate_scale
   const T* head;          // [hidden]
+  // The gates in bfloat16, null unless asked for. A layer: [blocks(4 * hidden)][pair_blocks][16 rows][16 pairs][2].
+  const uint16_t* const* pairs;
 
   // Backward: transposed, without biases or scale.
   const T* projection_t;     // [groups(inputs)][hidden][4]

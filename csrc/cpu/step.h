@@ -12,7 +12,7 @@ L2L_INLINE bool aligned(const Place& place, int64_t row) {
          reinterpret_cast<uintptr_t>(place.data) % sizeof(V) == 0 && row % V::kLanes == 0;
 }
 
-template <class V, int NV>
+template <class V, int NV, class Product>
 void step_tile(
     const StepCall<typename V::Scalar>& call, const StepTensor& tensor,
     const Corrections<typename V::Scalar>& corrections, int64_t first, int count, typename V::Scalar* scratch) {
@@ -27,6 +27,7 @@ void step_tile(
   T* activations = projected + groups(net.hidden) * kGroup * width;
   T* state = activations + (kGates + 1) * net.hidden * width;
   T* new_state = state + net.state_rows() * width;
+  T* pairs = new_state + net.state_rows() * width;
 
   int64_t offsets[3][width];
   Place places[3];
@@ -51,7 +52,7 @@ void step_tile(
 
   // A state that lies as new_state lays it out is worked on where it is; any other goes through the scratch.
   const bool direct = !skip && count == width && aligned<V>(state_place, tensor.state_row);
-  TileStep<T> tile = {grad, state, new_state, width, features, projected, activations, output, corrections, {}};
+  TileStep<T> tile = {grad, state, new_state, width, features, projected, activations, output, corrections, {}, pairs};
   if (direct) {
     T* data = static_cast<T*>(state_place.data) + first;
     tile.state = tile.new_state = data;
@@ -61,7 +62,7 @@ void step_tile(
   } else {
     load_rows(state, width, net.state_rows(), state_place, start(2), tensor.state_row, count);
   }
-  forward<V, NV, false>(*call.packed, tile);
+  forward<V, NV, false, Product>(*call.packed, tile);
 
   // The tile's gradient is spent; its row takes the parameter's change.
   T* change = grad;

@@ -27,6 +27,7 @@ template <class T>
 struct Kernels {
   int tile;   // coordinates in a full tile
   int lanes;  // coordinates in the narrowest
+  bool pairs;  // whether the step takes the weights as Packed's pairs
 
   // Each works on coordinates first .. first + count - 1, count <= tile, in uninitialised scratch aligned to 64 bytes.
   void (*step)(const StepCall<T>&, const StepTensor&, const Corrections<T>&, int64_t first, int count, T* scratch);
@@ -42,11 +43,12 @@ extern const Kernels<double> kPortableDouble;
 #if defined(__x86_64__)
 extern const Kernels<float> kAvx2;
 extern const Kernels<float> kAvx512;
+extern const Kernels<float> kAmxBf16;
 #endif
 
 // Scratch of the step and of the forward unroll, in scalars, for tiles up to `width` wide.
 inline int64_t forward_scratch(const Network& net, int width) {
-  return int64_t(width) * (6 + groups(net.hidden) * kGroup + 5 * net.hidden + 2 * net.state_rows());
+  return int64_t(width) * (6 + groups(net.hidden) * kGroup + 5 * net.hidden + 2 * net.state_rows() + pair_rows(net));
 }
 
 }  // namespace l2l

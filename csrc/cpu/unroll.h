@@ -41,7 +41,7 @@ void unroll_tile(
     const bool some = skip_not_finite<V>(grad, width, skip);
     forward<V, NV, false>(
         *call.packed,
-        {grad, state, new_state, width, features, projected, activations, output, call.corrections[t], {}});
+        {grad, state, new_state, width, features, projected, activations, output, call.corrections[t], {}, nullptr});
     if (some) keep_skipped(new_state, state, skip, width, rows);
     for (int i = 0; i < width; ++i) output[i] = some && skip[i] ? T(0) : T(net.output_scale) * output[i];
     store_rows(output, width, 1, steps(updates), t * updates.row + first * updates.column, 0, count, nullptr);

@@ -284,7 +284,8 @@ void unroll_backward_tile(
                  step.activations,
                  step.output,
                  call.corrections[t],
-                 {}});
+                 {},
+                 nullptr});
     if (some) keep_skipped(new_state, state, skip, width, rows);
   }
 

@@ -1,0 +1,27 @@
+// The kernels for AVX-512 with the step's products in bfloat16 on AMX.
+#include "vec.h"
+#include "tables.h"
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16,fma"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16,fma")
+#endif
+
+#include "vec_avx512.h"
+#include "kernels.h"
+#include "product_amx.h"
+
+namespace l2l {
+const Kernels<float> kAmxBf16 = kernels<Vec, PairProduct>();
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif
