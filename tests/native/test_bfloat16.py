@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
 from test_loading import PRINT, run
+from test_native_step import CONFIGS, close, config_id, step_both
 
-from conftest import PAPER, RNNPROP, make_grads, make_state, make_weights
 from l2l_fast import _native, ops, reference
-from test_step import CONFIGS, close, config_id, step_both
 
 NAME = "amx_bf16"
 # bfloat16 keeps eight bits: a weight and an activation are each wrong by 2^-9 of themselves at most.
