@@ -167,6 +167,7 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
     trainer = make_trainer(checkpoint=tmp_path, checkpoint_every=10**6)
     step = trainer._step
 
@@ -180,7 +181,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         trainer.fit(30)
     resumed = make_trainer(checkpoint=tmp_path)
     assert resumed.fit(30).meta_losses == make_trainer().fit(30).meta_losses
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_checkpoint_of_other_options_is_refused(tmp_path):
