@@ -3,7 +3,6 @@
 Install with ``pip install --no-build-isolation .``, so that the kernels are built against the torch that is there.
 
     L2L_FAST_REQUIRE_EXT=1   fail when the kernels cannot be built; without it the package is installed without them
-    FORCE_ONLY_CPU=1         leave the CUDA kernels out
 """
 
 import os

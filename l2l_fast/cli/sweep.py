@@ -13,6 +13,7 @@ import typer
 from l2l_fast import tasks as library
 from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, parse_floats, report, stages
 from l2l_fast.evaluate import plot_curves
+from l2l_fast.evaluate.comparison import finite_or_null
 from l2l_fast.evaluate.trajectories import Lane, trajectories
 from l2l_fast.meta import MetaTrainer, recipes
 from l2l_fast.networks import CoordinatewiseLSTM
@@ -53,12 +54,12 @@ def sweep(
         for rate in rates:
             torch.manual_seed(seed)  # every rate starts from the same network and sees the same trajectories
             network = CoordinatewiseLSTM(**recipe.network)
-            settings = recipe.training | {"meta_lr": rate, "horizon": horizon, "schedule": "constant"}
-            trainer = MetaTrainer(network, problem, seed=seed, device=device, progress=False, **settings)
-            for done in range(0, meta_steps, 10):
-                progress(f"meta-lr {rate:g}", done, meta_steps)
-                trainer.fit(min(done + 10, meta_steps))
-            progress(f"meta-lr {rate:g}", meta_steps, meta_steps)
+            # Validated often: at a large rate the weights are good for moments only.
+            settings = {"meta_lr": rate, "horizon": horizon, "schedule": "constant", "validate_every": 10}
+            trainer = MetaTrainer(
+                network, problem, seed=seed, device=device, progress=False, **recipe.training | settings
+            )
+            trainer.fit(meta_steps, on_step=lambda done, rate=rate: progress(f"meta-lr {rate:g}", done, meta_steps))
             networks[rate] = network
         lanes = [Lane(lambda params, network=network: LSTMOptimizer(params, network)) for network in networks.values()]
         held_out_seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + seeds)
@@ -77,15 +78,12 @@ def sweep(
     )  # fmt: skip
     result = {
         "task": task, "horizon": horizon, "seeds": seeds, "meta_steps": meta_steps, "best": best,
-        "meta_lrs": {f"{rate:g}": {"mean_loss": means[rate] if rate in finite else None,
-                                   "curve": _finite(curve.mean(0).tolist())} for rate, curve in curves.items()},
+        "meta_lrs": {f"{rate:g}": {"mean_loss": means[rate],
+                                   "curve": curve.mean(0).tolist()} for rate, curve in curves.items()},
     }  # fmt: skip
+    result = finite_or_null(result)
     (out / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
     note(f"sweep.json and sweep.png are in {out}")
     lines = [f"{task}: mean loss over {horizon} steps by meta learning rate, {seeds} held-out seeds", ""]
     lines += [f"{rate:>10g}  {means[rate]:>10.4g}{'  best' if rate == best else ''}" for rate in rates]
     report(result, "\n".join(lines), as_json)
-
-
-def _finite(values: list[float]) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in values]

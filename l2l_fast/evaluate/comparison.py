@@ -156,7 +156,7 @@ class Comparison:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+        path.write_text(json.dumps(finite_or_null(content), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def from_json(cls, path: str | PathLike) -> Comparison:
@@ -228,11 +228,12 @@ def _divide(a: float | None, b: float | None) -> float | None:
     return a / b
 
 
-def _finite(value):
+def finite_or_null(value):
+    """The same nested value with None, JSON's null, for every number that is not finite."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite_or_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

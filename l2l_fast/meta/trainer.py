@@ -187,7 +187,13 @@ class MetaTrainer:
 
     # ------------------------------------------------------------ the loop
 
-    def fit(self, meta_steps: int, *, max_seconds: float = math.inf) -> History:
+    def fit(
+        self,
+        meta_steps: int,
+        *,
+        max_seconds: float = math.inf,
+        on_step: Callable[[int], None] | None = None,
+    ) -> History:
         """Train until ``meta_steps`` meta-steps have been made in all, and leave the best weights in the network.
 
         Ctrl-C stops after the meta-step in progress; with a ``checkpoint`` folder nothing is lost, and the same call
@@ -196,6 +202,7 @@ class MetaTrainer:
         Args:
             meta_steps: in all, those of earlier calls and of a resumed checkpoint included.
             max_seconds: stop earlier after this time.
+            on_step: called with the number of meta-steps done, after each.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, once everything is saved.
@@ -217,6 +224,8 @@ class MetaTrainer:
                 if self.checkpoint is not None and self.meta_step % self.checkpoint_every == 0:
                     self._save()
                 bar(self.meta_step, self.history.meta_losses[-1], self.history.best_score)
+                if on_step:
+                    on_step(self.meta_step)
         if writer:
             writer.close()
         stopped = self.meta_step < meta_steps

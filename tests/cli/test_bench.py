@@ -3,30 +3,11 @@
 import importlib.util
 import json
 
-import pytest
-
 import l2l_fast
-from l2l_fast.cli import main
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def run(capfd):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            main(["bench", *map(str, arguments)])
-        shown = capfd.readouterr()
-        return stop.value.code or 0, shown.out, shown.err
-
-    return run
 
 
 def test_help_has_examples(run):
-    code, out, _ = run("--help")
+    code, out, _ = run("bench", "--help")
     assert code == 0
     assert "Examples:" in out
     assert "--quick" in out
@@ -35,7 +16,9 @@ def test_help_has_examples(run):
 
 def test_a_tiny_selection(run, tmp_path):
     selection = "test_step and 1k and (ours or SGD) and not bf16 and not moments and not fused and not foreach"
-    code, out, err = run("--quick", "--sizes", "1k", "--select", selection, "--out", tmp_path / "found", "--json")
+    code, out, err = run(
+        "bench", "--quick", "--sizes", "1k", "--select", selection, "--out", tmp_path / "found", "--json"
+    )
     assert code == 0, err
     result = json.loads(out)
     assert {"cpu", "kernels", "torch", "threads", "commit", "command"} <= set(result["environment"])
@@ -48,7 +31,7 @@ def test_a_tiny_selection(run, tmp_path):
 
 
 def test_a_selection_of_nothing(run):
-    code, out, err = run("--quick", "--select", "no_such_bench")
+    code, out, err = run("bench", "--quick", "--select", "no_such_bench")
     assert code == 1
     assert out == ""
     assert "no bench matches" in err.splitlines()[-1]
@@ -56,7 +39,7 @@ def test_a_selection_of_nothing(run):
 
 def test_an_installed_package_has_no_benches(run, monkeypatch, tmp_path):
     monkeypatch.setattr(l2l_fast, "__file__", str(tmp_path / "l2l_fast" / "__init__.py"))
-    code, out, err = run("--quick")
+    code, out, err = run("bench", "--quick")
     assert (code, out) == (1, "")
     assert "source checkout" in err
     assert len(err.splitlines()) == 1
@@ -64,7 +47,7 @@ def test_an_installed_package_has_no_benches(run, monkeypatch, tmp_path):
 
 def test_without_pytest_benchmark(run, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    code, out, err = run("--quick")
+    code, out, err = run("bench", "--quick")
     assert (code, out) == (1, "")
     assert "l2l_fast[test]" in err
     assert len(err.splitlines()) == 1

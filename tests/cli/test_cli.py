@@ -7,24 +7,6 @@ import sys
 import pytest
 
 from l2l_fast import CoordinatewiseLSTM, tasks
-from l2l_fast.cli import main
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        return stop.value.code or 0, shown.out, shown.err
-
-    return run
-
 
 COMMANDS = ["demo", "meta-train", "compare", "sweep", "bench", "tasks", "info"]
 
@@ -172,7 +154,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(run, monkeypatch):
     assert "stopped at meta-step 3" in err
 
 
-def test_without_the_command_lines_packages_it_says_what_to_install(run, monkeypatch, capsys):
+def test_without_the_command_lines_packages_it_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
     code, *_ = run("tasks")
     assert "pip install 'l2l_fast[all]'" in code
