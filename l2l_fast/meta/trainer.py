@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from l2l_fast import reference
 from l2l_fast import tasks as task_names
@@ -24,8 +24,8 @@ from l2l_fast.meta.unroll import (
     OBJECTIVES,
     Rule,
     Trajectory,
+    advance_,
     imitate,
-    step_,
     unroll,
     unroll_second_derivatives,
 )
@@ -177,7 +177,7 @@ class MetaTrainer:
         self.device, self.progress = torch.device(device), progress
 
         self.parameters = [network.get_parameter(name) for name in reference.weight_shapes(network.config)]
-        make = meta_optimizer or (lambda params: torch.optim.Adam(params, lr=meta_lr))
+        make = meta_optimizer or (lambda params: torch.optim.Adam(params, lr=meta_lr, fused=True))
         self.meta_optimizer = make(self.parameters)
         self.meta_step, self.started, self.history = 0, 0, History()
         self.streams: list[_Stream | None] = [None] * parallel
@@ -261,23 +261,23 @@ class MetaTrainer:
             losses.append(meta_loss)
             gradient += d_weights / self.parallel
         gradient, losses = _average(gradient, torch.stack(losses))
-        for slot, (stream, loss) in enumerate(zip(self.streams, losses.tolist(), strict=True)):
+        *losses, norm = torch.cat([losses, gradient.norm()[None]]).tolist()  # the one wait for the device
+        for slot, (stream, loss) in enumerate(zip(self.streams, losses, strict=True)):
             if stream.trajectory.steps_done >= stream.horizon or not math.isfinite(loss):
                 self.streams[slot] = None  # ended, or diverged beyond use
-        if losses.isfinite().all() and gradient.isfinite().all():
-            self._update(gradient, progress)
+        if all(map(math.isfinite, [*losses, norm])):
+            self._update(gradient, norm, progress)
         else:
             self.history.skipped += 1
         self.meta_step += 1
-        self.history.meta_losses.append(losses.mean().item())
+        self.history.meta_losses.append(sum(losses) / len(losses))
 
-    def _update(self, gradient: Tensor, progress: float) -> None:
-        for parameter, piece in zip(
-            self.parameters, reference.split_weights(gradient, self.network.config).values(), strict=True
-        ):
-            parameter.grad = piece.clone()
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+    def _update(self, gradient: Tensor, norm: float, progress: float) -> None:
+        if self.clip is not None and norm > self.clip:
+            gradient = gradient * (self.clip / norm)
+        pieces = reference.split_weights(gradient, self.network.config).values()
+        for parameter, piece in zip(self.parameters, pieces, strict=True):
+            parameter.grad = piece
         if self.schedule == "cosine":
             factor = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
             for group in self.meta_optimizer.param_groups:
@@ -316,9 +316,10 @@ class MetaTrainer:
             seeds = [_seed(_VALIDATION, self.seed, index, i) for i in range(self.validation_instances)]
             trajectory = Trajectory(Instances(task, seeds, self.device), self.network.config, rule.weights.dtype)
             total = torch.zeros_like(trajectory.losses)
-            for _ in range(self.horizon.validation):
-                step_(trajectory, rule)
-                total += trajectory.losses / trajectory.first_losses
+            while left := self.horizon.validation - trajectory.steps_done:
+                batches = trajectory.instances.draws(length := min(left, self.unroll))
+                grads = trajectory.grad.expand(length, -1, -1)  # each step's in the place of the one before
+                total += (advance_(trajectory, rule, batches, grads) / trajectory.first_losses).sum(0)
             scores.append(total.mean().item() / self.horizon.validation)
         score = sum(scores) / len(scores)
         score = score if math.isfinite(score) else math.inf

@@ -12,14 +12,17 @@ without autograd, keeps its T gradients and its first state, and one call of ``l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from l2l_fast import ops
 from l2l_fast.reference import Config
 from l2l_fast.tasks import Instances
+from l2l_fast.tasks.base import Batch
 
 OBJECTIVES = ("sum", "relative", "log")
 EPSILON = 1e-6  # keeps the log and relative objectives finite at a loss of zero
@@ -38,6 +41,8 @@ class Rule:
 class Trajectory:
     """B instances of a task on their way, with the learned optimizer's state and the gradient at the current point.
 
+    Its tensors keep their places in memory: a window changes them in place.
+
     Args:
         instances: the B optimizees.
         config: what the network computes.
@@ -54,11 +59,28 @@ class Trajectory:
             self.theta = self.theta / scaling
         self.state = ops.new_state(self.theta, config, dtype)
         self.steps_done = 0
-        self.losses, self.grad = self.evaluate(self.theta)
-        self.first_losses = self.losses
+        self.step = torch.zeros((), device=self.theta.device)  # the same number, where the kernels read it
+        self.grad = torch.empty_like(self.theta)
+        self.losses = self.evaluator()(instances.draw(), self.grad)
+        self.first_losses = self.losses.clone()
+
+    def evaluator(self) -> Callable[[Batch, Tensor], Tensor]:
+        """Makes ``evaluate(batch, out)``: losses [B] at wherever theta is by then, gradients [B, N] in ``out``."""
+        point = self.theta if self.scaling is None else torch.empty_like(self.theta)
+        leaves = self.instances.leaves(point)
+
+        def evaluate(batch: Batch, out: Tensor) -> Tensor:
+            if self.scaling is not None:
+                torch.mul(self.theta, self.scaling, out=point)
+            losses = self.instances.gradients(leaves, batch, out)
+            if self.scaling is not None:
+                out.mul_(self.scaling)
+            return losses
+
+        return evaluate
 
     def evaluate(self, theta: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-        """Losses [B] and gradients [B, N] at ``theta``, on the next batch."""
+        """Losses [B] and gradients [B, N] at another point, on the next batch."""
         scale = 1.0 if self.scaling is None else self.scaling
         losses, grads = self.instances.evaluate(theta * scale, self.instances.draw(), create_graph=create_graph)
         return losses, grads * scale
@@ -72,6 +94,7 @@ class Trajectory:
         self.instances.load_state_dict(saved.pop("instances"))
         self.state.copy_(saved.pop("state"))
         self.__dict__.update(saved)
+        self.step.fill_(self.steps_done)
 
 
 def loss_weights(
@@ -113,25 +136,45 @@ def suffix_sums(grads: Tensor, d_losses: Tensor, lr: float = 1.0, weight_decay: 
     Returns:
         [T, B, N].
     """
-    sums = lr * d_losses[:, :, None] * grads
-    for t in reversed(range(len(sums) - 1)):
-        sums[t].add_(sums[t + 1], alpha=1 - lr * weight_decay)
+    sums = grads * (lr * d_losses)[:, :, None]
+    rows = sums.unbind()
+    for earlier, later in zip(rows[-2::-1], rows[:0:-1], strict=True):
+        earlier.add_(later, alpha=1 - lr * weight_decay)
     return sums
 
 
 @torch.no_grad()
-def step_(trajectory: Trajectory, rule: Rule) -> None:
-    """One step of the learned optimizer, and the loss and gradient where it leads."""
-    device = trajectory.theta.device
-    trajectory.steps_done += 1
-    ops.lstm_step_(
-        [trajectory.theta], [trajectory.grad], [trajectory.state], rule.weights,
-        torch.tensor(rule.lr, dtype=rule.weights.dtype, device=device),
-        [torch.tensor(float(trajectory.steps_done), device=device)], rule.config, weight_decay=rule.weight_decay,
-    )  # fmt: skip
-    trajectory.losses, trajectory.grad = trajectory.evaluate(trajectory.theta)
+def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor) -> Tensor:
+    """Steps of the learned optimizer, each followed by the loss and the gradient where it leads.
+
+    Nothing here waits for the device.
+
+    Args:
+        trajectory: moved on in place.
+        rule: the optimizer.
+        batches: of T steps, from ``trajectory.instances.draws(T)``.
+        grads: [T, B, N], takes the gradients at theta[1] .. theta[T].
+
+    Returns:
+        losses [T, B].
+    """
+    evaluate, grad, losses = trajectory.evaluator(), trajectory.grad, []
+    lr = torch.full((), rule.lr, dtype=rule.weights.dtype, device=grad.device)
+    for t in range(len(grads)):
+        trajectory.step += 1
+        ops.lstm_step_(
+            [trajectory.theta], [grad], [trajectory.state], rule.weights, lr, [trajectory.step], rule.config,
+            weight_decay=rule.weight_decay,
+        )  # fmt: skip
+        grad = grads[t]
+        losses.append(evaluate(_at(batches, t), grad))
+    trajectory.steps_done += len(grads)
+    trajectory.grad.copy_(grad)
+    trajectory.losses.copy_(losses[-1])
+    return torch.stack(losses)
 
 
+@torch.no_grad()
 def unroll(
     trajectory: Trajectory, rule: Rule, length: int, *, objective: str = "sum", weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,23 +189,18 @@ def unroll(
     Returns:
         losses [T, B], the 0-dim meta-loss, and its gradient with respect to the flat weights [W].
     """
+    batches = trajectory.instances.draws(length)  # all that is done on the CPU
     size, first_state = trajectory.theta.numel(), trajectory.state.clone(memory_format=torch.preserve_format)
+    first_step = trajectory.step + 1
     grads = trajectory.grad.new_empty(length + 1, *trajectory.grad.shape)
     grads[0] = trajectory.grad
-    losses = []
-    first_step = torch.tensor(trajectory.steps_done + 1.0, device=grads.device)
-    with torch.no_grad():
-        for t in range(length):
-            step_(trajectory, rule)
-            grads[t + 1] = trajectory.grad
-            losses.append(trajectory.losses)
-        losses = torch.stack(losses)
-        meta_loss, d_losses = loss_weights(objective, losses, trajectory.first_losses, weights)
-        sums = suffix_sums(grads[1:], d_losses, rule.lr, rule.weight_decay)
-        *_, d_weights = ops.lstm_unroll_backward(
-            sums.view(length, size), None, grads[:length].view(length, size), first_state.view(size, -1), rule.weights,
-            rule.config, first_step,
-        )  # fmt: skip
+    losses = advance_(trajectory, rule, batches, grads[1:])
+    meta_loss, d_losses = loss_weights(objective, losses, trajectory.first_losses, weights)
+    sums = suffix_sums(grads[1:], d_losses, rule.lr, rule.weight_decay)
+    *_, d_weights = ops.lstm_unroll_backward(
+        sums.view(length, size), None, grads[:length].view(length, size), first_state.view(size, -1), rule.weights,
+        rule.config, first_step,
+    )  # fmt: skip
     return losses, meta_loss, d_weights
 
 
@@ -184,8 +222,11 @@ def unroll_second_derivatives(
         meta_loss, _ = loss_weights(objective, losses, trajectory.first_losses, weights)
         (d_weights,) = torch.autograd.grad(meta_loss, phi)
     with torch.no_grad():
-        trajectory.theta, trajectory.grad, trajectory.losses = theta.detach(), grad.detach(), losses[-1].detach()
+        trajectory.theta.copy_(theta)
+        trajectory.grad.copy_(grad)
+        trajectory.losses.copy_(losses[-1])
         trajectory.state.view(trajectory.theta.numel(), -1).copy_(state)
+        trajectory.step += length
     trajectory.steps_done += length
     return losses.detach(), meta_loss.detach(), d_weights
 
@@ -207,21 +248,29 @@ def imitate(
         as :func:`unroll`: losses of the teacher's trajectory, the meta-loss, its gradient.
     """
     size, theta = trajectory.theta.numel(), trajectory.theta
-    grads = theta.new_empty(length, *theta.shape)
-    moves, losses = torch.empty_like(grads), []
+    evaluate, batches = trajectory.evaluator(), trajectory.instances.draws(length)
+    grads = theta.new_empty(length + 1, *theta.shape)
+    grads[0] = trajectory.grad
+    moves, losses = theta.new_empty(length, *theta.shape), []
     for t in range(length):
-        grads[t], before = trajectory.grad, theta.detach().clone()
-        theta.grad = trajectory.grad
+        before = theta.clone()
+        theta.grad = grads[t]
         teacher.step()
-        moves[t] = theta.detach() - before
-        trajectory.losses, trajectory.grad = trajectory.evaluate(theta.detach())
-        losses.append(trajectory.losses)
+        moves[t] = theta - before
+        losses.append(evaluate(_at(batches, t), grads[t + 1]))
+    trajectory.grad.copy_(grads[length])
+    trajectory.losses.copy_(losses[-1])
     with torch.no_grad():
-        step = torch.tensor(float(trajectory.steps_done + 1), device=theta.device)
-        first_state, flat = trajectory.state.view(size, -1), grads.view(length, size)
+        step = trajectory.step + 1
+        first_state, flat = trajectory.state.view(size, -1), grads[:length].view(length, size)
         updates, last_state = ops.lstm_unroll(flat, first_state, rule.weights, rule.config, step)
         error = updates - moves.view(length, size)
         *_, d_weights = ops.lstm_unroll_backward(error / size, None, flat, first_state, rule.weights, rule.config, step)
         first_state.copy_(last_state)
+        trajectory.step += length
     trajectory.steps_done += length
     return torch.stack(losses), error.square().sum() / (2 * size), d_weights
+
+
+def _at(batches: Batch, t: int) -> Batch:
+    return tree_map(lambda leaf: leaf[t], batches)

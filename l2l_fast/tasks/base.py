@@ -10,6 +10,7 @@ import math
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -35,12 +36,36 @@ class Task(Protocol):
         ...
 
     def sample(self, generator: torch.Generator) -> Batch:
-        """What one step's loss is computed on."""
+        """What one step's loss is computed on, on the CPU. Many are drawn ahead: of a data set, only the rows."""
         ...
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """0-dim loss; pure, and made of operations that ``torch.vmap`` can batch."""
+        """0-dim loss; pure, and made of operations that ``torch.vmap`` can batch. ``batch`` is where the params are."""
         ...
+
+
+class Resident:
+    """Constants of a task, such as its data, copied once to each device where they are used.
+
+    Args:
+        tensors: a tensor, or a nested tuple, list or dictionary of tensors.
+    """
+
+    def __init__(self, tensors: Batch) -> None:
+        self._tensors, self._copies = tensors, {}
+
+    def on(self, device: torch.device) -> Batch:
+        if device not in self._copies:
+            self._copies[device] = tree_map(lambda tensor: tensor.to(device), self._tensors)
+        return self._copies[device]
+
+
+def look_up(table: Tensor, rows: Tensor) -> Tensor:
+    """``table[rows]``, for rows [n] of a table [M, ...]."""
+    if table.ndim == 1:
+        return table[rows]
+    # ``torch.vmap`` batches an embedding many times faster than an index_select.
+    return F.embedding(rows, table.flatten(1)).view(*rows.shape, *table.shape[1:])
 
 
 class Instances:
@@ -65,7 +90,7 @@ class Instances:
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         self._starts = [task.init(generator) for generator in self.generators]
         self.shapes = {name: param.shape for name, param in self._starts[0].items()}
-        self._fixed = None if task.resample else self._draw()
+        self._fixed = None if task.resample else self._draw(1)
 
     def start(self) -> Tensor:
         """Flat starting parameters [B, N]."""
@@ -73,8 +98,14 @@ class Instances:
         return torch.stack(rows).to(self.device)
 
     def draw(self) -> Batch:
-        """The next step's stacked batch."""
-        return self._draw() if self.task.resample else self._fixed
+        """The next step's stacked batch, leaves [B, ...]."""
+        return tree_map(lambda leaf: leaf[0], self.draws(1))
+
+    def draws(self, steps: int) -> Batch:
+        """The next steps' batches at once, leaves [steps, B, ...]: one copy to the device for all of them."""
+        if self._fixed is None:
+            return self._draw(steps)
+        return tree_map(lambda leaf: leaf.expand(steps, *leaf.shape[1:]), self._fixed)
 
     def unflatten(self, theta: Tensor) -> Params:
         """Views of flat parameters [B, N] as a dictionary of [B, *shape]."""
@@ -86,18 +117,34 @@ class Instances:
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
         """Loss of every instance, [B], for stacked parameters."""
-        return torch.vmap(self.task.loss)(params, batch)
+        if len(self.generators) > 1:
+            return torch.vmap(self.task.loss)(params, batch)
+        # One instance by itself: the batching rules would take as long as a small network.
+        params = {name: param.squeeze(0) for name, param in params.items()}
+        return self.task.loss(params, tree_map(lambda leaf: leaf.squeeze(0), batch)).unsqueeze(0)
+
+    def leaves(self, theta: Tensor) -> Params:
+        """Where to differentiate: ``theta`` [B, N] unflattened, and still so after it is changed in place."""
+        return {name: param.detach().requires_grad_() for name, param in self.unflatten(theta).items()}
+
+    def gradients(self, leaves: Params, batch: Batch, out: Tensor) -> Tensor:
+        """Losses [B] at ``leaves``; their gradients go to ``out`` [B, N]."""
+        with torch.enable_grad():
+            losses = self.losses(leaves, batch)
+            grads = torch.autograd.grad(losses, list(leaves.values()), torch.ones_like(losses))
+        torch.cat([grad.flatten(1) for grad in grads], dim=1, out=out)
+        return losses.detach()
 
     def evaluate(self, theta: Tensor, batch: Batch, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """Losses [B] and their gradients [B, N] with respect to ``theta`` [B, N]."""
+        if not create_graph:
+            grads = torch.empty_like(theta)
+            return self.gradients(self.leaves(theta), batch, grads), grads
         with torch.enable_grad():
             params = self.unflatten(theta)
-            if not create_graph:
-                params = {name: param.detach().requires_grad_() for name, param in params.items()}
             losses = self.losses(params, batch)
-            grads = torch.autograd.grad(losses.sum(), list(params.values()), create_graph=create_graph)
-        flat = torch.cat([grad.reshape(grad.shape[0], -1) for grad in grads], dim=1)
-        return (losses, flat) if create_graph else (losses.detach(), flat)
+            grads = torch.autograd.grad(losses.sum(), list(params.values()), create_graph=True)
+        return losses, torch.cat([grad.flatten(1) for grad in grads], dim=1)
 
     def state_dict(self) -> dict:
         return {"generators": [generator.get_state() for generator in self.generators]}
@@ -106,6 +153,10 @@ class Instances:
         for generator, saved in zip(self.generators, state["generators"], strict=True):
             generator.set_state(saved)
 
-    def _draw(self) -> Batch:
-        batches = [self.task.sample(generator) for generator in self.generators]
-        return tree_map(lambda *leaves: torch.stack(leaves).to(self.device), *batches)
+    def _draw(self, steps: int) -> Batch:
+        batches = [self.task.sample(generator) for _ in range(steps) for generator in self.generators]
+
+        def stacked(*leaves: Tensor) -> Tensor:
+            return torch.stack(leaves).view(steps, len(self.generators), *leaves[0].shape).to(self.device)
+
+        return tree_map(stacked, *batches)

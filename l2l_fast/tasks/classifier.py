@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l2l_fast.data import HALVES, Dataset, digits, halves, mnist
+from l2l_fast.tasks.base import Resident, look_up
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu}
 DATASETS = ("digits", "mnist")
@@ -93,8 +94,8 @@ class Classifier:
         _one_of("half", half, HALVES)
         other = copy.copy(self)
         other.half = half
-        other.__dict__.pop("_data", None)
-        other.__dict__.pop("_shapes", None)
+        for kept in ("_half", "_data", "_shapes"):
+            other.__dict__.pop(kept, None)
         return other
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -111,13 +112,18 @@ class Classifier:
             params |= {f"{layer}.weight": weight, f"{layer}.bias": bias}
         return params
 
-    def sample(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        inputs, targets, _ = self._data
-        rows = torch.randint(len(targets), (self.batch_size,), generator=generator)
-        return inputs.index_select(0, rows), targets.index_select(0, rows)
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Rows [n] of the task's half; :meth:`examples` has what stands there."""
+        return torch.randint(len(self._half), (self.batch_size,), generator=generator)
 
-    def loss(self, params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, targets = batch
+    def examples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [n, ...] and targets [n], on the device of ``rows``."""
+        inputs, targets = self._data.on(rows.device)
+        return look_up(inputs, rows), targets[rows]
+
+    def loss(self, params: dict[str, Tensor], batch: Tensor) -> Tensor:
+        x, targets = self.examples(batch)
+        x = x.to(params["0.weight"].dtype)
         activation = ACTIVATIONS[self.activation]
         for layer in range(len(self.hidden)):
             weight, bias = params[f"{layer}.weight"], params[f"{layer}.bias"]
@@ -129,8 +135,8 @@ class Classifier:
         return -F.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).mean()
 
     @functools.cached_property
-    def _data(self) -> tuple[Tensor, Tensor, int]:
-        """Inputs as the network takes them, targets and the number of classes, of this task's half."""
+    def _half(self) -> Dataset:
+        """This task's half, with inputs as the network takes them."""
         dataset = self.dataset
         if dataset == "digits":
             dataset = digits()
@@ -148,12 +154,16 @@ class Classifier:
                 f'kind="conv" needs images [M, height, width] or [M, channels, height, width]; {half.name} has '
                 f"{list(half.inputs.shape)}"
             )
-        return inputs.contiguous(), half.targets, half.classes
+        return Dataset(half.name, inputs.contiguous(), half.targets, half.classes)
+
+    @functools.cached_property
+    def _data(self) -> Resident:
+        return Resident((self._half.inputs, self._half.targets))
 
     @functools.cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each layer's weight."""
-        inputs, _, classes = self._data
+        inputs, classes = self._half.inputs, self._half.classes
         shapes: list[tuple[int, ...]] = []
         width, image = inputs.shape[1], inputs.shape[2:]
         for units in self.hidden:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from l2l_fast.tasks.base import Resident, look_up
+
 
 class ModuleTask:
     r"""Training your own module on your own data.
@@ -62,20 +64,20 @@ class ModuleTask:
         self.batch_size, self.name, self.resample = batch_size, name, resample
         self._module = self._make(seed=0)
         _check_module(self._module)
+        self._data, self._constants = Resident(self.data), Resident(_constants(self._module))
         self._try()
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
         module = self._make(int(torch.randint(2**62, (), generator=generator)))
         return {name: param.detach().clone() for name, param in _trainable(module).items()}
 
-    def sample(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = torch.randint(len(self.data[0]), (self.batch_size,), generator=generator)
-        return tuple(tensor.index_select(0, rows) for tensor in self.data)
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Rows [n] of the data."""
+        return torch.randint(len(self.data[0]), (self.batch_size,), generator=generator)
 
-    def loss(self, params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
-        inputs, *targets = batch
-        # Constants follow the parameters' device; where they are there already this costs nothing.
-        constants = {name: constant.to(inputs.device) for name, constant in self._constants().items()}
+    def loss(self, params: dict[str, Tensor], batch: Tensor) -> Tensor:
+        inputs, *targets = (look_up(tensor, batch) for tensor in self._data.on(batch.device))
+        constants = self._constants.on(batch.device)
         return self.loss_fn(functional_call(self._module, (params, constants), (inputs,)), *targets)
 
     def _make(self, seed: int) -> nn.Module:
@@ -87,16 +89,11 @@ class ModuleTask:
             raise ValueError(f"make_module must return a torch.nn.Module, got {type(module).__name__}")
         return module
 
-    def _constants(self) -> dict[str, Tensor]:
-        trainable = _trainable(self._module)
-        frozen = {name: param.detach() for name, param in self._module.named_parameters() if name not in trainable}
-        return frozen | dict(self._module.named_buffers())
-
     def _try(self) -> None:
         """Evaluate two instances on two rows: what cannot work is refused here, not in the middle of training."""
         buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
         params = {name: param.detach().expand(2, *param.shape) for name, param in _trainable(self._module).items()}
-        batch = tuple(torch.stack([tensor[:2], tensor[:2]]) for tensor in self.data)
+        batch = torch.arange(min(2, len(self.data[0]))).expand(2, -1)
         try:
             losses = torch.vmap(self.loss)(params, batch)
         except RuntimeError as error:
@@ -113,6 +110,12 @@ class ModuleTask:
 
 def _trainable(module: nn.Module) -> dict[str, Tensor]:
     return {name: param for name, param in module.named_parameters() if param.requires_grad}
+
+
+def _constants(module: nn.Module) -> dict[str, Tensor]:
+    trainable = _trainable(module)
+    frozen = {name: param.detach() for name, param in module.named_parameters() if name not in trainable}
+    return frozen | dict(module.named_buffers())
 
 
 def _check_data(data: tuple[Tensor, ...]) -> None:

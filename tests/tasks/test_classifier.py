@@ -36,8 +36,9 @@ def plain(task: Classifier) -> nn.Sequential:
 def test_loss_and_gradient_equal_plain_modules(activation, kind, hidden):
     task = Classifier("digits", hidden, activation, kind=kind)
     params = {name: param.double().requires_grad_() for name, param in task.init(seeded(1)).items()}
-    inputs, targets = task.sample(seeded(2))
-    loss = task.loss(params, (inputs.double(), targets))
+    rows = task.sample(seeded(2))
+    inputs, targets = task.examples(rows)
+    loss = task.loss(params, rows)
     module = plain(task).double()
     with torch.no_grad():
         for mine, theirs in zip(params.values(), module.parameters(), strict=True):
@@ -58,7 +59,7 @@ def test_instances_equal_a_loop(activation, kind):
     theta, batch = instances.start(), instances.draw()
     losses, grads = instances.evaluate(theta, batch)
     second = instances.draw()
-    assert not torch.equal(second[0], batch[0])
+    assert not torch.equal(second, batch)
     for i, seed in enumerate(seeds):
         generator = seeded(seed)
         params = {name: param.requires_grad_() for name, param in task.init(generator).items()}
@@ -67,7 +68,7 @@ def test_instances_equal_a_loop(activation, kind):
         flat = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(params.values()))])
         torch.testing.assert_close(losses[i], loss.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(grads[i], flat, rtol=1e-4, atol=1e-6)
-        assert torch.equal(task.sample(generator)[1], second[1][i])
+        assert torch.equal(task.sample(generator), second[i])
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
@@ -76,10 +77,10 @@ def test_second_derivatives(kind):
     task = Classifier(tiny, (2,), "tanh", kind=kind, batch_size=4)
     names = list(task.init(seeded()))
     params = tuple(param.double().requires_grad_() for param in task.init(seeded()).values())
-    inputs, targets = task.sample(seeded(1))
+    rows = task.sample(seeded(1))
 
     def loss(*params):
-        return task.loss(dict(zip(names, params, strict=True)), (inputs.double(), targets))
+        return task.loss(dict(zip(names, params, strict=True)), rows)
 
     assert torch.autograd.gradgradcheck(loss, params, fast_mode=True)
 
@@ -90,11 +91,11 @@ def test_pure_and_its_own_randomness():
     first, again = (task.init(seeded(3)) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     one, two = (task.sample(seeded(3)) for _ in range(2))
-    assert torch.equal(one[0], two[0])
-    assert torch.equal(one[1], two[1])
+    assert torch.equal(one, two)
     assert not torch.equal(task.init(seeded(4))["0.weight"], first["0.weight"])
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert (one[0].shape, one[0].dtype, one[1].shape, one[1].dtype) == ((128, 64), torch.float32, (128,), torch.int64)
+    inputs, targets = task.examples(one)
+    assert (inputs.shape, inputs.dtype, targets.shape, targets.dtype) == ((128, 64), torch.float32, (128,), torch.int64)
 
 
 def test_halves_share_no_example():
@@ -103,13 +104,14 @@ def test_halves_share_no_example():
     assert (task.half, other.half, other.name) == ("meta-train", "meta-test", task.name)
     seen = {}
     for each in (task, other):
-        inputs, targets = each.sample(seeded())
+        inputs, targets = each.examples(each.sample(seeded()))
         half = halves(digits())[each.half]
         known = {(*row.tolist(), int(target)) for row, target in zip(half.inputs.flatten(1), half.targets, strict=True)}
         seen[each.half] = {(*row.tolist(), int(target)) for row, target in zip(inputs, targets, strict=True)}
         assert seen[each.half] == known  # all of its half (20,000 draws from 899 miss none), and nothing else
     assert not seen["meta-train"] & seen["meta-test"]
-    assert torch.equal(other.with_half("meta-train").sample(seeded())[0], task.sample(seeded())[0])
+    rows = task.sample(seeded())
+    assert torch.equal(other.with_half("meta-train").examples(rows)[0], task.examples(rows)[0])
 
 
 def test_default_start_is_torch_s():

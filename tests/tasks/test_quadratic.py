@@ -17,7 +17,8 @@ def test_equals_its_equation():
 
 def test_one_function_a_trajectory():
     instances = Instances(Quadratic(), seeds=[0])
-    assert instances.draw() is instances.draw()
+    for one, two in zip(instances.draw(), instances.draw(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_start_scale():
@@ -39,4 +40,14 @@ def test_instances_resume():
     expected = instances.draw()
     instances.draw()
     instances.load_state_dict(saved)
-    assert torch.equal(instances.draw()[0], expected[0])
+    assert torch.equal(instances.draw(), expected)
+
+
+def test_drawing_ahead_is_drawing_one_after_another():
+    one, other = (Instances(Classifier("digits", batch_size=8), seeds=[0, 1]) for _ in range(2))
+    ahead = one.draws(3)
+    assert ahead.shape == (3, 2, 8)
+    assert torch.equal(ahead, torch.stack([other.draw() for _ in range(3)]))
+    assert torch.equal(one.draw(), other.draw())
+    matrix, target = Instances(Quadratic(), seeds=[0, 1]).draws(3)
+    assert (matrix.shape, target.shape) == ((3, 2, 10, 10), (3, 2, 10))
