@@ -1,12 +1,13 @@
 # make demo and make test do their own set-up; neither needs the other.
-PYTHON ?= python3
-TORCH  ?= torch==2.13.0
-VENV   ?= .venv
-BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTHON  ?= python3
+TORCH   ?= torch==2.13.0
+TORCHES ?= 2.11.0 2.14.1
+VENV    ?= .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test bench sanitize lint clean
+.PHONY: help setup demo test bench compat sanitize lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +35,9 @@ bench: $(READY)  ## time every step and meta-gradient beside its rivals: under t
 	@mkdir -p runs
 	$(BIN)/python -m pytest bench -rs --benchmark-quiet --benchmark-json=runs/benchmark.json
 	$(BIN)/python bench/report.py runs/benchmark.json
+
+compat: $(READY)  ## sdist and wheel, then that one wheel on each of TORCHES: gigabytes to download, minutes for each
+	tests/compat.sh $(BIN)/python "$(TORCHES)"
 
 sanitize:  ## the kernels without torch under AddressSanitizer and UndefinedBehaviorSanitizer
 	csrc/sanitize.sh
