@@ -1,0 +1,274 @@
+// One step of the network for a tile of 32 coordinates, by one warp on the matrix units.
+//
+// A product has the coordinates as rows, the gates as columns. Which coordinate, gate and k stand in which row, column
+// and k of a fragment is ours to choose, so that a lane's results are just what it needs next. With lane = 4 r + q:
+//   rows     the lane's four rows, r and r + 8 of two fragments, are the coordinates 4 r .. 4 r + 3 of the tile: 16
+//            bytes of a state row
+//   columns  its two columns of fragments (j, 0) and (j, 1) are the gates i, f and g, o of unit 4 j + q
+//   k        q and q + 4 of chunk m are element q of the slots 2 m and 2 m + 1; slot s of h is the units 4 s .. 4 s + 3
+// So a lane owns units q, 4 + q, 8 + q, .. of four coordinates: it has all four gates of each and its c, and the h that
+// it forms is its part of the left operand of the next product. Activations never leave the lane.
+//
+// The products keep float32's accuracy: each factor is a sum of two tf32 numbers, high + low, and of the four products
+// only low * low is left out (2^-22 of the product).
+#pragma once
+
+#include <cmath>
+
+#include "matrix_weights.cuh"
+#include "real.cuh"
+
+namespace l2l {
+namespace matrix {
+
+constexpr int kTile = device::kWarp;
+constexpr int kOwn = 4;  // coordinates of which a lane holds states
+
+struct Place {
+  int r = device::lane() / 4, q = device::lane() % 4;
+};
+
+// One number for each of the lane's coordinates.
+struct Four {
+  float at[kOwn];
+};
+
+// The same as a left operand; the matrix unit reads the first 19 bits of each.
+struct Slot {
+  uint32_t high[kOwn], low[kOwn];
+};
+
+L2L_DEVICE Slot slot(const Four& x) {
+  Slot s;
+#pragma unroll
+  for (int n = 0; n < kOwn; ++n) {
+    s.high[n] = device::float_bits(x.at[n]) & ~0x1fffu;
+    s.low[n] = device::float_bits(x.at[n] - device::bits_float(s.high[n]));
+  }
+  return s;
+}
+
+// acc[column fragment][row fragment] += a chunk of the operand times fragments of weights, the small products first.
+template <int kColumns>
+L2L_DEVICE void multiply(float (&acc)[kColumns][2][4], const Slot& a, const Slot& b, const float4 (&weights)[kColumns]) {
+#pragma unroll
+  for (int product = 0; product < 3; ++product) {
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) {
+      const float4& w = weights[column];
+      const uint32_t right[2] = {
+          device::float_bits(product == 0 ? w.z : w.x), device::float_bits(product == 0 ? w.w : w.y)};
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const uint32_t high[4] = {a.high[2 * t], a.high[2 * t + 1], b.high[2 * t], b.high[2 * t + 1]};
+        const uint32_t low[4] = {a.low[2 * t], a.low[2 * t + 1], b.low[2 * t], b.low[2 * t + 1]};
+        device::multiply_tf32(acc[column][t], product == 1 ? low : high, right);
+      }
+    }
+  }
+}
+
+// One layer: the weights of Packer, `inputs` from below, h and c by memory.h(j), memory.c(j), the new ones handed to
+// memory.keep(j, c, h), j = 0 .. kSlots - 1 for the slots; the new h is returned in `outputs` too, which may be inputs.
+template <int kSlots, int kInputs, class Memory, int kOutputs>
+L2L_DEVICE void run_layer(
+    const float4* weights, const Four (&inputs)[kInputs], Memory& memory, Four (&outputs)[kOutputs]) {
+  constexpr int kChunks = chunks(kInputs, kSlots);
+  const Place place;
+  Slot operand[2 * kChunks];
+#pragma unroll
+  for (int i = 0; i < kInputs; ++i) operand[i] = slot(inputs[i]);
+#pragma unroll
+  for (int j = 0; j < kSlots; ++j) operand[kInputs + j] = slot(memory.h(j));
+  if constexpr ((kInputs + kSlots) % 2 != 0) operand[2 * kChunks - 1] = Slot{};
+  memory.h_read();
+
+  const float4* const biases = weights + layer_fragments(kInputs, kSlots);
+#pragma unroll
+  for (int j = 0; j < kSlots; ++j) {
+    const float4 bias = biases[4 * j + place.q];
+    float acc[2][2][4];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      acc[0][t][0] = acc[0][t][2] = bias.x;
+      acc[0][t][1] = acc[0][t][3] = bias.y;
+      acc[1][t][0] = acc[1][t][2] = bias.z;
+      acc[1][t][1] = acc[1][t][3] = bias.w;
+    }
+#pragma unroll
+    for (int m = 0; m < kChunks; ++m) {
+      const float4* const from = weights + (j * kChunks + m) * 2 * device::kWarp + device::lane();
+      const float4 pair[2] = {from[0], from[device::kWarp]};
+      multiply(acc, operand[2 * m], operand[2 * m + 1], pair);
+    }
+    const Four c_old = memory.c(j);
+    Four c;
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      const float* const if_ = acc[0][n / 2] + n % 2 * 2;
+      const float* const go = acc[1][n / 2] + n % 2 * 2;
+      const Real c_new = lstm_c(Real(if_[0]), Real(if_[1]), Real(go[0]), Real(c_old.at[n]));
+      c.at[n] = c_new.value;
+      outputs[j].at[n] = lstm_h(Real(go[1]), c_new).value;
+    }
+    memory.keep(j, c, outputs[j]);
+  }
+  memory.c_read();
+}
+
+// The projected features: slots of units, as a layer takes them.
+template <int kSlots>
+L2L_DEVICE void project(const float4* weights, const Four& features, Four (&outputs)[kSlots]) {
+  const Place place;
+  const Slot operand = slot(features);
+  const float* const biases = reinterpret_cast<const float*>(weights + projection_fragments(kSlots));
+#pragma unroll
+  for (int p = 0; p < kSlots; p += 2) {
+    float acc[1][2][4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int slot = p + e % 2;
+      acc[0][0][e] = acc[0][1][e] = slot < kSlots ? biases[4 * slot + place.q] : 0.0f;
+    }
+    const float4 column[1] = {weights[p / 2 * device::kWarp + device::lane()]};
+    multiply(acc, operand, Slot{}, column);
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (p + e < kSlots) outputs[p + e].at[n] = elu(Real(acc[0][n / 2][n % 2 * 2 + e])).value;
+  }
+}
+
+// ---------------------------------------------------------------- between coordinates' owners and slots
+// Gradients, parameters and moments go lane by lane: lane = 4 r + q owns coordinate 4 r + q.
+
+// The slot of features of which each lane has those of its own coordinate.
+L2L_DEVICE Four feature_slot(const float (&features)[4], int inputs) {
+  const Place place;
+  Four found = {};
+#pragma unroll
+  for (int f = 0; f < 4; ++f) {
+    if (f >= inputs) break;
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      const float of_owner = device::shuffle(features[f], 4 * place.r + n);
+      if (place.q == f) found.at[n] = of_owner;
+    }
+  }
+  return found;
+}
+
+// Sums over the four lanes of equal r; each gets that of its own coordinate.
+L2L_DEVICE float sum_for_owner(const Four& partial) {
+  const int q = Place().q;
+  const bool upper = q & 2, odd = q & 1;
+  float pair[2];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const float kept = upper ? partial.at[2 + n] : partial.at[n], sent = upper ? partial.at[n] : partial.at[2 + n];
+    pair[n] = kept + device::shuffle_xor(sent, 2);
+  }
+  return (odd ? pair[1] : pair[0]) + device::shuffle_xor(odd ? pair[0] : pair[1], 1);
+}
+
+// y, the head's output for the lane's own coordinate, before tanh.
+template <int kSlots>
+L2L_DEVICE float head(const float4* weights, const Four (&h)[kSlots]) {
+  const float* const head = reinterpret_cast<const float*>(weights);
+  Four partial = {};
+#pragma unroll
+  for (int j = 0; j < kSlots; ++j) {
+    const float w = head[4 * j + Place().q];
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) partial.at[n] = fmaf(w, h[j].at[n], partial.at[n]);
+  }
+  return sum_for_owner(partial) + head[4 * kSlots];
+}
+
+// ---------------------------------------------------------------- the whole network
+
+// What a network's options come to.
+struct Preprocessing {
+  float inverse_p, threshold, steep;
+  float beta1, beta2, rest1, rest2, eps;
+  float log_beta1, log_beta2;
+  float correction1, correction2;  // of one step
+
+  explicit Preprocessing(const Network& net)
+      : inverse_p(float(1 / net.preprocess_p)),
+        threshold(float(std::exp(-net.preprocess_p))),
+        steep(float(std::exp(net.preprocess_p))),
+        beta1(float(net.beta1)),
+        beta2(float(net.beta2)),
+        rest1(float(1 - net.beta1)),
+        rest2(float(1 - net.beta2)),
+        eps(float(net.eps)),
+        log_beta1(float(std::log(net.beta1))),
+        log_beta2(float(std::log(net.beta2))),
+        correction1(1),
+        correction2(1) {}
+
+  // 1 / (1 - beta^step) without the cancellation.
+  L2L_DEVICE void correct(double step) {
+    correction1 = -1.0f / expm1f(float(step) * log_beta1);
+    correction2 = -1.0f / expm1f(float(step) * log_beta2);
+  }
+
+  L2L_DEVICE LogSignScale<Real> log_sign() const { return {Real(inverse_p), Real(threshold), Real(steep)}; }
+  L2L_DEVICE MomentScale<Real> moments() const {
+    return {Real(beta1), Real(beta2), Real(rest1), Real(rest2), Real(eps), Real(correction1), Real(correction2)};
+  }
+};
+
+// The features of one coordinate's gradient, which is finite; advances its moments.
+L2L_DEVICE void preprocess(
+    const Network& net, const Preprocessing& by, Real grad, Moments<Real>& moments, float (&features)[4]) {
+  features[0] = features[1] = features[2] = features[3] = 0;
+  if (net.features == Features::identity) features[0] = grad.value;
+  if (net.has_moments()) {
+    moments = advance(moments, grad, by.moments());
+    const Ratios<Real> ratio = ratios(moments, grad, by.moments());
+    features[0] = ratio.momentum.value;
+    features[1] = ratio.gradient.value;
+  }
+  if (net.has_log_sign()) {
+    const LogSign<Real> pair = log_sign(grad, by.log_sign());
+    if (net.has_moments()) {
+      features[2] = pair.log.value;
+      features[3] = pair.sign.value;
+    } else {
+      features[0] = pair.log.value;
+      features[1] = pair.sign.value;
+    }
+  }
+}
+
+// y of the lane's own coordinate; features: of that coordinate. memory.layer(l) begins a layer.
+template <int kSlots, class Memory>
+L2L_DEVICE float run_network(const Network& net, const float4* weights, const float (&features)[4], Memory& memory) {
+  const Four input = feature_slot(features, net.inputs());
+  Four x[kSlots];
+  int layer = 0;
+  if (net.projection) {
+    project<kSlots>(weights, input, x);
+    weights += projection_size(kSlots);
+  } else {
+    memory.layer(0);
+    const Four inputs[1] = {input};
+    run_layer<kSlots, 1>(weights, inputs, memory, x);
+    weights += layer_size(1, kSlots);
+    layer = 1;
+  }
+#pragma unroll 1
+  for (; layer < net.layers; ++layer) {
+    memory.layer(layer);
+    run_layer<kSlots, kSlots>(weights, x, memory, x);
+    weights += layer_size(kSlots, kSlots);
+  }
+  const float y = head<kSlots>(weights, x);
+  return net.tanh_output ? tanh_of(Real(y)).value : y;
+}
+
+}  // namespace matrix
+}  // namespace l2l

@@ -1,0 +1,124 @@
+// The weights in shared memory in the order in which the matrix units take them; see matrix_cell.cuh for the map.
+//
+// A fragment is what the 32 lanes hold of a [8 k, 8 columns] piece of a right operand: one float4 a lane,
+// high(k = q), high(k = q + 4), low(k = q), low(k = q + 4) of column r, with lane = 4 r + q. In the whole area, one
+// after the other:
+//   projection        [units / 8, up][32 lanes] float4, then the biases [hidden] rounded up to float4
+//   layer 0, 1, ..    [hidden / 4][chunks of 8 k][2][32 lanes] float4, then the biases [hidden] float4: i, f, g, o
+//   head              [hidden], then its bias, rounded up to float4
+// Gates are scaled by gate_scale.
+#pragma once
+
+#include "../lstm_cell.h"
+#include "device.cuh"
+
+namespace l2l {
+namespace matrix {
+
+// A slot is a group of 4 k. A layer's operand: the slots of its inputs, those of its own h, and one of zeros if that
+// makes them even.
+L2L_HOST_DEVICE constexpr int chunks(int input_slots, int slots) { return (input_slots + slots + 1) / 2; }
+
+// float4s of each part.
+L2L_HOST_DEVICE constexpr int projection_fragments(int slots) { return (slots + 1) / 2 * device::kWarp; }
+L2L_HOST_DEVICE constexpr int layer_fragments(int input_slots, int slots) {
+  return slots * chunks(input_slots, slots) * 2 * device::kWarp;
+}
+L2L_HOST_DEVICE constexpr int layer_size(int input_slots, int slots) {
+  return layer_fragments(input_slots, slots) + 4 * slots;
+}
+L2L_HOST_DEVICE constexpr int projection_size(int slots) { return projection_fragments(slots) + slots; }
+L2L_HOST_DEVICE constexpr int head_size(int slots) { return slots + 1; }
+
+L2L_HOST_DEVICE int weights_size(const Network& net) {
+  const int slots = net.hidden / 4;
+  const int first = net.projection ? projection_size(slots) + layer_size(slots, slots) : layer_size(1, slots);
+  return first + (net.layers - 1) * layer_size(slots, slots) + head_size(slots);
+}
+
+// x = high + low, high in tf32 (the nearest), low exact: the matrix unit drops what tf32 does not hold of it, one bit.
+L2L_DEVICE float high(float x) {
+  return device::bits_float((device::float_bits(x) + 0x1000u) & ~0x1fffu);
+}
+
+L2L_DEVICE float4 fragment(float first, float second) {
+  const float a = high(first), b = high(second);
+  return make_float4(a, b, first - a, second - b);
+}
+
+// Packs with all threads of the block; the caller puts a barrier behind it.
+template <int kSlots>
+class Packer {
+ public:
+  L2L_DEVICE Packer(const Network& net, const float* weights, float4* to) : at_{net}, weights_(weights), to_(to) {
+    if (net.projection) {
+      projection();
+      layer<kSlots>(0);
+    } else {
+      layer<1>(0);
+    }
+    for (int i = 1; i < net.layers; ++i) layer<kSlots>(i);
+    each(head_size(kSlots) * 4, [&](int i) {
+      reinterpret_cast<float*>(to_)[i] = i <= kHidden ? weights_[at_.head_weight() + i] : 0.0f;
+    });
+  }
+
+ private:
+  static constexpr int kHidden = 4 * kSlots;
+
+  template <class Body>
+  L2L_DEVICE static void each(int count, const Body& body) {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) body(i);
+  }
+
+  // Columns r of the pair of fragments (j, 0), (j, 1): gates i, f and g, o of the units 4 j .. 4 j + 3, unit by unit.
+  template <int kInputs>
+  L2L_DEVICE void layer(int layer) {
+    constexpr int kChunks = chunks(kInputs, kSlots);
+    const int inputs = at_.net.layer_inputs(layer);
+    const float* const weight_ih = weights_ + at_.weight_ih(layer);
+    const float* const weight_hh = weights_ + at_.weight_hh(layer);
+    each(layer_fragments(kInputs, kSlots), [&](int i) {
+      const int q = i % 4, r = i / 4 % 8, half = i / 32 % 2, chunk = i / 64 % kChunks, j = i / 64 / kChunks;
+      const int gate = 2 * half + r % 2, row = gate * kHidden + 4 * j + r / 2;
+      const float scale = float(gate_scale(gate));
+      auto weight = [&](int slot) {
+        if (slot < kInputs) {
+          const int k = 4 * slot + q;
+          return k < inputs ? scale * weight_ih[row * inputs + k] : 0.0f;
+        }
+        const int k = 4 * (slot - kInputs) + q;
+        return k < kHidden ? scale * weight_hh[row * kHidden + k] : 0.0f;
+      };
+      to_[i] = fragment(weight(2 * chunk), weight(2 * chunk + 1));
+    });
+    to_ += layer_fragments(kInputs, kSlots);
+    const float* const bias_ih = weights_ + at_.bias_ih(layer);
+    const float* const bias_hh = weights_ + at_.bias_hh(layer);
+    each(4 * kHidden, [&](int i) {
+      const int gate = i % kGates, row = gate * kHidden + i / kGates;
+      reinterpret_cast<float*>(to_)[i] = float(gate_scale(gate)) * (bias_ih[row] + bias_hh[row]);
+    });
+    to_ += 4 * kSlots;
+  }
+
+  // Columns r of fragment p: units 8 p + 4 (r % 2) + r / 2. The second k's are a slot of zeros.
+  L2L_DEVICE void projection() {
+    const int inputs = at_.net.inputs();
+    const float* const weight = weights_ + at_.projection_weight();
+    each(projection_fragments(kSlots), [&](int i) {
+      const int q = i % 4, r = i / 4 % 8, unit = i / 32 * 8 + 4 * (r % 2) + r / 2;
+      to_[i] = fragment(unit < kHidden && q < inputs ? weight[unit * inputs + q] : 0.0f, 0.0f);
+    });
+    to_ += projection_fragments(kSlots);
+    each(kHidden, [&](int i) { reinterpret_cast<float*>(to_)[i] = weights_[at_.projection_bias() + i]; });
+    to_ += kSlots;
+  }
+
+  const WeightLayout at_;
+  const float* const weights_;
+  float4* to_;
+};
+
+}  // namespace matrix
+}  // namespace l2l
