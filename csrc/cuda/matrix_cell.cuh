@@ -68,16 +68,18 @@ L2L_DEVICE void multiply(float (&acc)[kColumns][2][4], const Slot& a, const Slot
   }
 }
 
-// One layer: the weights of Packer, `inputs` from below, h and c by memory.h(j), memory.c(j), the new ones handed to
-// memory.keep(j, c, h), j = 0 .. kSlots - 1 for the slots; the new h is returned in `outputs` too, which may be inputs.
-template <int kSlots, int kInputs, class Memory, int kOutputs>
-L2L_DEVICE void run_layer(
-    const float4* weights, const Four (&inputs)[kInputs], Memory& memory, Four (&outputs)[kOutputs]) {
+// One layer with the weights that Packer left, where memory is
+//   below(i)        what comes from below: slot i of features, of projected features, of the new h of the layer before
+//   h(j), c(j)      slot j of the old state; after h_read() and c_read() they are not asked for again
+//   keep(j, c, h)   takes the new ones
+//   put_below(j, h) leaves them for the next layer; only when all of below() has been read
+template <int kSlots, int kInputs, class Memory>
+L2L_DEVICE void run_layer(const float4* weights, Memory& memory) {
   constexpr int kChunks = chunks(kInputs, kSlots);
   const Place place;
   Slot operand[2 * kChunks];
 #pragma unroll
-  for (int i = 0; i < kInputs; ++i) operand[i] = slot(inputs[i]);
+  for (int i = 0; i < kInputs; ++i) operand[i] = slot(memory.below(i));
 #pragma unroll
   for (int j = 0; j < kSlots; ++j) operand[kInputs + j] = slot(memory.h(j));
   if constexpr ((kInputs + kSlots) % 2 != 0) operand[2 * kChunks - 1] = Slot{};
@@ -102,23 +104,24 @@ L2L_DEVICE void run_layer(
       multiply(acc, operand[2 * m], operand[2 * m + 1], pair);
     }
     const Four c_old = memory.c(j);
-    Four c;
+    Four c, h;
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) {
       const float* const if_ = acc[0][n / 2] + n % 2 * 2;
       const float* const go = acc[1][n / 2] + n % 2 * 2;
       const Real c_new = lstm_c(Real(if_[0]), Real(if_[1]), Real(go[0]), Real(c_old.at[n]));
       c.at[n] = c_new.value;
-      outputs[j].at[n] = lstm_h(Real(go[1]), c_new).value;
+      h.at[n] = lstm_h(Real(go[1]), c_new).value;
     }
-    memory.keep(j, c, outputs[j]);
+    memory.keep(j, c, h);
+    memory.put_below(j, h);
   }
   memory.c_read();
 }
 
-// The projected features: slots of units, as a layer takes them.
-template <int kSlots>
-L2L_DEVICE void project(const float4* weights, const Four& features, Four (&outputs)[kSlots]) {
+// The projected features, put below the first layer.
+template <int kSlots, class Memory>
+L2L_DEVICE void project(const float4* weights, const Four& features, Memory& memory) {
   const Place place;
   const Slot operand = slot(features);
   const float* const biases = reinterpret_cast<const float*>(weights + projection_fragments(kSlots));
@@ -133,10 +136,12 @@ L2L_DEVICE void project(const float4* weights, const Four& features, Four (&outp
     const float4 column[1] = {weights[p / 2 * device::kWarp + device::lane()]};
     multiply(acc, operand, Slot{}, column);
 #pragma unroll
-    for (int n = 0; n < kOwn; ++n)
+    for (int e = 0; e < 2; ++e) {
+      Four projected;
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (p + e < kSlots) outputs[p + e].at[n] = elu(Real(acc[0][n / 2][n % 2 * 2 + e])).value;
+      for (int n = 0; n < kOwn; ++n) projected.at[n] = elu(Real(acc[0][n / 2][n % 2 * 2 + e])).value;
+      if (p + e < kSlots) memory.put_below(p + e, projected);
+    }
   }
 }
 
@@ -173,15 +178,16 @@ L2L_DEVICE float sum_for_owner(const Four& partial) {
 }
 
 // y, the head's output for the lane's own coordinate, before tanh.
-template <int kSlots>
-L2L_DEVICE float head(const float4* weights, const Four (&h)[kSlots]) {
+template <int kSlots, class Memory>
+L2L_DEVICE float head(const float4* weights, const Memory& memory) {
   const float* const head = reinterpret_cast<const float*>(weights);
   Four partial = {};
 #pragma unroll
   for (int j = 0; j < kSlots; ++j) {
     const float w = head[4 * j + Place().q];
+    const Four h = memory.below(j);
 #pragma unroll
-    for (int n = 0; n < kOwn; ++n) partial.at[n] = fmaf(w, h[j].at[n], partial.at[n]);
+    for (int n = 0; n < kOwn; ++n) partial.at[n] = fmaf(w, h.at[n], partial.at[n]);
   }
   return sum_for_owner(partial) + head[4 * kSlots];
 }
@@ -248,25 +254,24 @@ L2L_DEVICE void preprocess(
 template <int kSlots, class Memory>
 L2L_DEVICE float run_network(const Network& net, const float4* weights, const float (&features)[4], Memory& memory) {
   const Four input = feature_slot(features, net.inputs());
-  Four x[kSlots];
   int layer = 0;
   if (net.projection) {
-    project<kSlots>(weights, input, x);
+    project<kSlots>(weights, input, memory);
     weights += projection_size(kSlots);
   } else {
+    memory.put_below(0, input);
     memory.layer(0);
-    const Four inputs[1] = {input};
-    run_layer<kSlots, 1>(weights, inputs, memory, x);
+    run_layer<kSlots, 1>(weights, memory);
     weights += layer_size(1, kSlots);
     layer = 1;
   }
 #pragma unroll 1
   for (; layer < net.layers; ++layer) {
     memory.layer(layer);
-    run_layer<kSlots, kSlots>(weights, x, memory, x);
+    run_layer<kSlots, kSlots>(weights, memory);
     weights += layer_size(kSlots, kSlots);
   }
-  const float y = head<kSlots>(weights, x);
+  const float y = head<kSlots>(weights, memory);
   return net.tanh_output ? tanh_of(Real(y)).value : y;
 }
 

@@ -16,9 +16,9 @@ namespace l2l {
 namespace matrix {
 namespace {
 
-// One block on a multiprocessor: three warps for each of its four schedulers, 168 registers a thread.
-constexpr int kThreads = 384;
-constexpr int kWarps = kThreads / device::kWarp;
+// One block on a multiprocessor: three warps for each of its four schedulers with 168 registers a thread, or two with
+// 255, which the largest size needs.
+L2L_HOST_DEVICE constexpr int threads(int slots) { return slots > 5 ? 256 : 384; }
 
 // Four state elements.
 template <class T>
@@ -85,8 +85,12 @@ class Stream {
  public:
   using Piece = PieceOf<T>;
 
-  L2L_DEVICE Stream(int layers, unsigned char* mailbox, const Part<T>& first)
-      : layers_(layers), mailbox_(reinterpret_cast<Piece*>(mailbox) + threadIdx.x), next_(first), ahead_(first) {
+  L2L_DEVICE Stream(int layers, float4* shared, const Part<T>& first)
+      : layers_(layers),
+        below_(shared + threadIdx.x),
+        mailbox_(reinterpret_cast<Piece*>(shared + kSlots * kThreads) + threadIdx.x),
+        next_(first),
+        ahead_(first) {
     send(0, 0);
     send(kHidden, kSlots);
   }
@@ -121,10 +125,13 @@ class Stream {
     store(row_ + 4 * j, h);
   }
 
+  L2L_DEVICE Four below(int i) const { return to_four(below_[i * kThreads]); }
+  L2L_DEVICE void put_below(int i, const Four& x) { set(below_[i * kThreads], x); }
+
   L2L_DEVICE void c_read() { send(ahead_row_ + kHidden, kSlots); }
 
  private:
-  static constexpr int kHidden = 4 * kSlots;
+  static constexpr int kHidden = 4 * kSlots, kThreads = threads(kSlots);
 
   // A group of copies: kSlots pieces from the row on, to the mailbox's slots from `slot` on.
   L2L_DEVICE void send(int row, int slot) {
@@ -146,7 +153,8 @@ class Stream {
   }
 
   const int layers_;
-  Piece* const mailbox_;
+  float4* const below_;   // [slot][thread], like the mailbox, but written by the thread
+  Piece* const mailbox_;  // [h and c][slot][thread]
   Part<T> now_, next_, ahead_;
   int row_, ahead_row_;
   bool whole_;
@@ -173,12 +181,13 @@ L2L_DEVICE Own load_own(const DenseEntry& entry, const Tile& tile, const Network
 }
 
 template <int kSlots, class T, class Table>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(threads(kSlots), 1)
     step(const __grid_constant__ Table table, const __grid_constant__ Call call) {
+  constexpr int kThreads = threads(kSlots);
   float4* const weights = reinterpret_cast<float4*>(device::shared_memory());
   const Network& net = call.net;
   // Neighbouring tiles go to different multiprocessors, so that few tiles use as many as there are.
-  const int64_t stride = int64_t(kWarps) * gridDim.x;
+  const int64_t stride = int64_t((kThreads / device::kWarp)) * gridDim.x;
   int64_t index = int64_t(threadIdx.x / device::kWarp) * gridDim.x + blockIdx.x;
   auto find = [&](int64_t index) {
     return index < table.tiles ? find_tile(table, index, kTile) : Tile{0, 0, 0};
@@ -186,9 +195,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   Tile next = find(index);
   Own next_own = load_own<T>(table.entries[next.entry], next, net);
-  Stream<kSlots, T> stream(
-      net.layers, device::shared_memory() + weights_size(net) * sizeof(float4),
-      part<T>(table.entries[next.entry], next, net));
+  Stream<kSlots, T> stream(net.layers, weights + weights_size(net), part<T>(table.entries[next.entry], next, net));
   Packer<kSlots>(net, call.weights, weights);
   __syncthreads();
 
@@ -247,8 +254,8 @@ int attribute(cudaDeviceAttr which) {
 }
 
 size_t shared_bytes(const Network& net, DType state) {
-  const int mailbox = 2 * net.hidden / 4 * kThreads * (state == DType::float32 ? 16 : 8);
-  return weights_size(net) * sizeof(float4) + mailbox;
+  const int slots = net.hidden / 4, pieces = 2 * (state == DType::float32 ? 16 : 8) + int(sizeof(float4));
+  return weights_size(net) * sizeof(float4) + slots * pieces * threads(slots);
 }
 
 template <int kSlots, class T>
@@ -257,7 +264,7 @@ void launch(const Call& call, const std::vector<DenseEntry>& entries, size_t byt
   for_each_table(entries, kTile, [&](const auto& table) {
     using Table = std::decay_t<decltype(table)>;
     const int grid = int(std::min<int64_t>(table.tiles, multiprocessors));
-    check(device::launch(step<kSlots, T, Table>, grid, kThreads, bytes, stream, table, call));
+    check(device::launch(step<kSlots, T, Table>, grid, threads(kSlots), bytes, stream, table, call));
   });
 }
 
