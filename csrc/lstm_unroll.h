@@ -23,7 +23,7 @@ struct UnrollArguments {
   DType weights_dtype;  // float32 or float64; the arithmetic is done in it
   int64_t steps;        // T
   int64_t count;        // N
-  double first_step;    // number of the first step, counted from 1
+  Scalar first_step;    // number of the first step, counted from 1
   Matrix grads;         // [T, N], read
   Matrix state;         // [N, S], read: float32, bfloat16 or float64
 };
