@@ -42,8 +42,9 @@ L2L_DEVICE Slot slot(const Four& x) {
   Slot s;
 #pragma unroll
   for (int n = 0; n < kOwn; ++n) {
-    s.high[n] = device::float_bits(x.at[n]) & ~0x1fffu;
-    s.low[n] = device::float_bits(x.at[n] - device::bits_float(s.high[n]));
+    const float nearest = high(x.at[n]);
+    s.high[n] = device::float_bits(nearest);
+    s.low[n] = device::float_bits(x.at[n] - nearest);
   }
   return s;
 }
@@ -69,10 +70,10 @@ L2L_DEVICE void multiply(float (&acc)[kColumns][2][4], const Slot& a, const Slot
 }
 
 // One layer with the weights that Packer left, where memory is
-//   below(i)        what comes from below: slot i of features, of projected features, of the new h of the layer before
-//   h(j), c(j)      slot j of the old state; after h_read() and c_read() they are not asked for again
-//   keep(j, c, h)   takes the new ones
-//   put_below(j, h) leaves them for the next layer; only when all of below() has been read
+//   below(i)       slot i of what comes from below: features, projected features, the new h of the layer before
+//   h(j), c(j)     slot j of the old state; h_read() follows the last h
+//   keep(j, c, h)  takes the new ones, h for the next layer's below too: the last below and h were read before
+// There is no branch in it, so that the products of one slot and the activations of another overlap.
 template <int kSlots, int kInputs, class Memory>
 L2L_DEVICE void run_layer(const float4* weights, Memory& memory) {
   constexpr int kChunks = chunks(kInputs, kSlots);
@@ -114,9 +115,7 @@ L2L_DEVICE void run_layer(const float4* weights, Memory& memory) {
       h.at[n] = lstm_h(Real(go[1]), c_new).value;
     }
     memory.keep(j, c, h);
-    memory.put_below(j, h);
   }
-  memory.c_read();
 }
 
 // The projected features, put below the first layer.
@@ -250,7 +249,8 @@ L2L_DEVICE void preprocess(
   }
 }
 
-// y of the lane's own coordinate; features: of that coordinate. memory.layer(l) begins a layer.
+// y of the lane's own coordinate; features: of that coordinate. memory.begin(layer) and memory.end() enclose a layer,
+// memory.put_below(i, x) leaves what the first one finds below.
 template <int kSlots, class Memory>
 L2L_DEVICE float run_network(const Network& net, const float4* weights, const float (&features)[4], Memory& memory) {
   const Four input = feature_slot(features, net.inputs());
@@ -260,15 +260,17 @@ L2L_DEVICE float run_network(const Network& net, const float4* weights, const fl
     weights += projection_size(kSlots);
   } else {
     memory.put_below(0, input);
-    memory.layer(0);
+    memory.begin(0);
     run_layer<kSlots, 1>(weights, memory);
+    memory.end();
     weights += layer_size(1, kSlots);
     layer = 1;
   }
 #pragma unroll 1
   for (; layer < net.layers; ++layer) {
-    memory.layer(layer);
+    memory.begin(layer);
     run_layer<kSlots, kSlots>(weights, memory);
+    memory.end();
     weights += layer_size(kSlots, kSlots);
   }
   const float y = head<kSlots>(weights, memory);

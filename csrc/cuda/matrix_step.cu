@@ -79,11 +79,13 @@ L2L_DEVICE Part<T> part(const DenseEntry& entry, const Tile& tile, const Network
   return {row + (count ? tile.first + kOwn * place.r : 0), entry.state_row, count};
 }
 
-// The state of a warp's tiles, one after the other, as run_layer wants it.
+// The state of a warp's tiles, one after the other, as run_layer wants it. New state waits in shared memory, too, and
+// goes out when the layer is done.
 template <int kSlots, class T>
 class Stream {
  public:
   using Piece = PieceOf<T>;
+  static constexpr int kHidden = 4 * kSlots, kThreads = threads(kSlots);
 
   L2L_DEVICE Stream(int layers, float4* shared, const Part<T>& first)
       : layers_(layers),
@@ -95,7 +97,8 @@ class Stream {
     send(kHidden, kSlots);
   }
 
-  // Goes on to the tile that was next. Only what `keep` has a bit for is stored of the lane's four coordinates.
+  // Goes on to the tile that was next. whole: all 32 coordinates are stored; otherwise, of the lane's four, those that
+  // `keep` has a bit for.
   L2L_DEVICE void advance(const Part<T>& next, bool whole, uint32_t keep) {
     now_ = next_;
     next_ = next;
@@ -103,58 +106,66 @@ class Stream {
     keep_ = keep;
   }
 
-  L2L_DEVICE void layer(int layer) {
+  L2L_DEVICE void begin(int layer) {
     const bool last = layer + 1 == layers_;
     row_ = 2 * kHidden * layer;
     ahead_row_ = last ? 0 : row_ + 2 * kHidden;
     ahead_ = last ? next_ : now_;
-    device::copies_landed<1>();
+    device::copies_landed<1>();  // h, not yet c
   }
+
+  L2L_DEVICE Four below(int i) const { return to_four(below_[i * kThreads]); }
+  L2L_DEVICE void put_below(int i, const Four& x) const { set(below_[i * kThreads], x); }
 
   L2L_DEVICE Four h(int j) const { return to_four(mailbox_[j * kThreads]); }
 
-  L2L_DEVICE void h_read() {
+  L2L_DEVICE void h_read() const {
     send(ahead_row_, 0);
-    device::copies_landed<1>();
+    device::copies_landed<1>();  // c, not yet the h just sent for
   }
 
   L2L_DEVICE Four c(int j) const { return to_four(mailbox_[(kSlots + j) * kThreads]); }
 
   L2L_DEVICE void keep(int j, const Four& c, const Four& h) const {
-    store(row_ + kHidden + 4 * j, c);
-    store(row_ + 4 * j, h);
+    set(mailbox_[(kSlots + j) * kThreads], c);
+    put_below(j, h);
   }
 
-  L2L_DEVICE Four below(int i) const { return to_four(below_[i * kThreads]); }
-  L2L_DEVICE void put_below(int i, const Four& x) { set(below_[i * kThreads], x); }
-
-  L2L_DEVICE void c_read() { send(ahead_row_ + kHidden, kSlots); }
+  L2L_DEVICE void end() const {
+    if (whole_) {
+#pragma unroll
+      for (int j = 0; j < kSlots; ++j) {
+        set(*reinterpret_cast<Piece*>(now_.row(row_ + 4 * j)), below(j));
+        *reinterpret_cast<Piece*>(now_.row(row_ + kHidden + 4 * j)) = mailbox_[(kSlots + j) * kThreads];
+      }
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < kSlots; ++j) {
+        store_some(now_.row(row_ + 4 * j), below(j));
+        store_some(now_.row(row_ + kHidden + 4 * j), c(j));
+      }
+    }
+    send(ahead_row_ + kHidden, kSlots);
+  }
 
  private:
-  static constexpr int kHidden = 4 * kSlots, kThreads = threads(kSlots);
-
-  // A group of copies: kSlots pieces from the row on, to the mailbox's slots from `slot` on.
-  L2L_DEVICE void send(int row, int slot) {
+  // A group of copies: a piece for every slot from the row on, to the mailbox's pieces from `at` on.
+  L2L_DEVICE void send(int row, int at) const {
 #pragma unroll
     for (int j = 0; j < kSlots; ++j)
-      copy(&mailbox_[(slot + j) * kThreads], ahead_.row(row + 4 * j), ahead_.count * int(sizeof(T)));
+      copy(&mailbox_[(at + j) * kThreads], ahead_.row(row + 4 * j), ahead_.count * int(sizeof(T)));
     device::copies_end();
   }
 
-  L2L_DEVICE void store(int row, const Four& values) const {
-    T* const to = now_.row(row);
-    if (whole_) {
-      set(*reinterpret_cast<Piece*>(to), values);
-    } else {
+  L2L_DEVICE void store_some(T* to, const Four& values) const {
 #pragma unroll
-      for (int n = 0; n < kOwn; ++n)
-        if (keep_ >> n & 1) to[n] = from_float<T>(values.at[n]);
-    }
+    for (int n = 0; n < kOwn; ++n)
+      if (keep_ >> n & 1) to[n] = from_float<T>(values.at[n]);
   }
 
   const int layers_;
-  float4* const below_;   // [slot][thread], like the mailbox, but written by the thread
-  Piece* const mailbox_;  // [h and c][slot][thread]
+  float4* const below_;   // this thread's, [slot][thread], like the mailbox
+  Piece* const mailbox_;  // [h, then c][slot][thread]
   Part<T> now_, next_, ahead_;
   int row_, ahead_row_;
   bool whole_;
@@ -195,9 +206,10 @@ __global__ void __launch_bounds__(threads(kSlots), 1)
 
   Tile next = find(index);
   Own next_own = load_own<T>(table.entries[next.entry], next, net);
-  Stream<kSlots, T> stream(net.layers, weights + weights_size(net), part<T>(table.entries[next.entry], next, net));
-  Packer<kSlots>(net, call.weights, weights);
+  float4* const rest = weights + weights_size(net);
+  Packer<kSlots>(net, call.weights, weights, reinterpret_cast<float*>(rest));
   __syncthreads();
+  Stream<kSlots, T> stream(net.layers, rest, part<T>(table.entries[next.entry], next, net));
 
   const float lr = float(read(call.lr));
   Preprocessing preprocessing = call.preprocessing;
@@ -255,7 +267,8 @@ int attribute(cudaDeviceAttr which) {
 
 size_t shared_bytes(const Network& net, DType state) {
   const int slots = net.hidden / 4, pieces = 2 * (state == DType::float32 ? 16 : 8) + int(sizeof(float4));
-  return weights_size(net) * sizeof(float4) + slots * pieces * threads(slots);
+  const int64_t flat = WeightLayout{net}.count() * int64_t(sizeof(float));  // there before the streams begin
+  return weights_size(net) * sizeof(float4) + std::max<int64_t>(flat, slots * pieces * threads(slots));
 }
 
 template <int kSlots, class T>

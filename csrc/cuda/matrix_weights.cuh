@@ -46,11 +46,17 @@ L2L_DEVICE float4 fragment(float first, float second) {
   return make_float4(a, b, first - a, second - b);
 }
 
-// Packs with all threads of the block; the caller puts a barrier behind it.
+// Packs with all threads of the block, from a copy of the flat weights, which it makes where `flat` points. The caller
+// puts a barrier behind it; then the place is free again.
 template <int kSlots>
 class Packer {
  public:
-  L2L_DEVICE Packer(const Network& net, const float* weights, float4* to) : at_{net}, weights_(weights), to_(to) {
+  L2L_DEVICE Packer(const Network& net, const float* weights, float4* to, float* flat)
+      : at_{net}, weights_(flat), to_(to) {
+    const int count = int(at_.count());
+#pragma unroll 8
+    for (int i = threadIdx.x; i < count; i += blockDim.x) flat[i] = weights[i];
+    __syncthreads();
     if (net.projection) {
       projection();
       layer<kSlots>(0);
@@ -68,6 +74,7 @@ class Packer {
 
   template <class Body>
   L2L_DEVICE static void each(int count, const Body& body) {
+#pragma unroll 2
     for (int i = threadIdx.x; i < count; i += blockDim.x) body(i);
   }
 
