@@ -41,9 +41,12 @@ struct StepArguments {
 // A coordinate whose gradient is not finite keeps its value and its state.
 void lstm_step_cpu(const StepArguments& arguments, const Parallel& parallel);
 
-// The same on a GPU: data, weights and scalars in its memory, the structs and strides in the host's, where they are
-// needed until the return only. Queued on the stream (a cudaStream_t) without waiting for it and without allocating, so
-// that a CUDA graph can capture it. Throws std::runtime_error when a launch fails.
-void lstm_step_cuda(const StepArguments& arguments, void* stream);
+// The same on a GPU: data, weights and scalars in its memory, structs and strides in the host's, where they are needed
+// until the return only. Queued on the stream (a cudaStream_t) without waiting for it, so that a CUDA graph can capture
+// it. Throws std::runtime_error when a launch fails.
+//   workspace: lstm_step_cuda_workspace(arguments) bytes that nobody else uses until the stream has passed; none for
+//   networks whose tile fits in shared memory.
+int64_t lstm_step_cuda_workspace(const StepArguments& arguments);
+void lstm_step_cuda(const StepArguments& arguments, void* workspace, void* stream);
 
 }  // namespace l2l

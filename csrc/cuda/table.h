@@ -55,6 +55,7 @@ constexpr int kSmallTable = 3 << 10, kLargeTable = 31 << 10;
 // Kernels take one by value, as a __grid_constant__.
 template <class Entry, int bytes>
 struct Table {
+  static constexpr int kBytes = bytes;
   static constexpr int kCapacity = (bytes - 16) / int(sizeof(Entry));
   int64_t tiles;
   int count;
