@@ -95,21 +95,7 @@ L2L_DEVICE float min_nan(float x, float y) {
   return z;
 }
 
-// ---------------------------------------------------------------- numbers of 16 bits, by their bits
-
-L2L_DEVICE float half_float(uint16_t bits) {
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-}
-
-L2L_DEVICE uint16_t float_half(float value) {
-  uint16_t bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
-
-// low in the lower half.
+// Two of bfloat16, rounded to nearest; low in the lower half.
 L2L_DEVICE uint32_t floats_bfloat16(float low, float high) {
   uint32_t bits;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
@@ -133,6 +119,13 @@ inline int64_t shared_limit() {
   if (cudaGetDevice(&device) != cudaSuccess) return 48 * 1024;
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return bytes;
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
 }
 
 // Runs kernel(arguments...) on the stream. A kernel that needs more than 48 KB of shared memory is allowed it first.

@@ -13,15 +13,14 @@
 // only low * low is left out (2^-22 of the product).
 #pragma once
 
-#include <cmath>
-
 #include "matrix_weights.cuh"
-#include "real.cuh"
+#include "tile.cuh"
 
 namespace l2l {
 namespace matrix {
 
-constexpr int kTile = device::kWarp;
+using V = Real<float>;
+
 constexpr int kOwn = 4;  // coordinates of which a lane holds states
 
 struct Place {
@@ -110,9 +109,9 @@ L2L_DEVICE void run_layer(const float4* weights, Memory& memory) {
     for (int n = 0; n < kOwn; ++n) {
       const float* const if_ = acc[0][n / 2] + n % 2 * 2;
       const float* const go = acc[1][n / 2] + n % 2 * 2;
-      const Real c_new = lstm_c(Real(if_[0]), Real(if_[1]), Real(go[0]), Real(c_old.at[n]));
-      c.at[n] = c_new.value;
-      h.at[n] = lstm_h(Real(go[1]), c_new).value;
+      const V c_new = lstm_c(V(if_[0]), V(if_[1]), V(go[0]), V(c_old.at[n]));
+      c.at[n] = c_new.v;
+      h.at[n] = lstm_h(V(go[1]), c_new).v;
     }
     memory.keep(j, c, h);
   }
@@ -138,7 +137,7 @@ L2L_DEVICE void project(const float4* weights, const Four& features, Memory& mem
     for (int e = 0; e < 2; ++e) {
       Four projected;
 #pragma unroll
-      for (int n = 0; n < kOwn; ++n) projected.at[n] = elu(Real(acc[0][n / 2][n % 2 * 2 + e])).value;
+      for (int n = 0; n < kOwn; ++n) projected.at[n] = elu(V(acc[0][n / 2][n % 2 * 2 + e])).v;
       if (p + e < kSlots) memory.put_below(p + e, projected);
     }
   }
@@ -193,58 +192,26 @@ L2L_DEVICE float head(const float4* weights, const Memory& memory) {
 
 // ---------------------------------------------------------------- the whole network
 
-// What a network's options come to.
-struct Preprocessing {
-  float inverse_p, threshold, steep;
-  float beta1, beta2, rest1, rest2, eps;
-  float log_beta1, log_beta2;
-  float correction1, correction2;  // of one step
-
-  explicit Preprocessing(const Network& net)
-      : inverse_p(float(1 / net.preprocess_p)),
-        threshold(float(std::exp(-net.preprocess_p))),
-        steep(float(std::exp(net.preprocess_p))),
-        beta1(float(net.beta1)),
-        beta2(float(net.beta2)),
-        rest1(float(1 - net.beta1)),
-        rest2(float(1 - net.beta2)),
-        eps(float(net.eps)),
-        log_beta1(float(std::log(net.beta1))),
-        log_beta2(float(std::log(net.beta2))),
-        correction1(1),
-        correction2(1) {}
-
-  // 1 / (1 - beta^step) without the cancellation.
-  L2L_DEVICE void correct(double step) {
-    correction1 = -1.0f / expm1f(float(step) * log_beta1);
-    correction2 = -1.0f / expm1f(float(step) * log_beta2);
-  }
-
-  L2L_DEVICE LogSignScale<Real> log_sign() const { return {Real(inverse_p), Real(threshold), Real(steep)}; }
-  L2L_DEVICE MomentScale<Real> moments() const {
-    return {Real(beta1), Real(beta2), Real(rest1), Real(rest2), Real(eps), Real(correction1), Real(correction2)};
-  }
-};
-
-// The features of one coordinate's gradient, which is finite; advances its moments.
+// The features of one coordinate's gradient; advances its moments. scale: of this step; not read without moments.
 L2L_DEVICE void preprocess(
-    const Network& net, const Preprocessing& by, Real grad, Moments<Real>& moments, float (&features)[4]) {
+    const Cell<float>& cell, const MomentScale<V>& scale, V grad, Moments<V>& moments, float (&features)[4]) {
+  const Network& net = cell.net;
   features[0] = features[1] = features[2] = features[3] = 0;
-  if (net.features == Features::identity) features[0] = grad.value;
+  if (net.features == Features::identity) features[0] = grad.v;
   if (net.has_moments()) {
-    moments = advance(moments, grad, by.moments());
-    const Ratios<Real> ratio = ratios(moments, grad, by.moments());
-    features[0] = ratio.momentum.value;
-    features[1] = ratio.gradient.value;
+    moments = advance(moments, grad, scale);
+    const Ratios<V> ratio = ratios(moments, grad, scale);
+    features[0] = ratio.momentum.v;
+    features[1] = ratio.gradient.v;
   }
   if (net.has_log_sign()) {
-    const LogSign<Real> pair = log_sign(grad, by.log_sign());
+    const LogSign<V> pair = log_sign(grad, cell.log_sign);
     if (net.has_moments()) {
-      features[2] = pair.log.value;
-      features[3] = pair.sign.value;
+      features[2] = pair.log.v;
+      features[3] = pair.sign.v;
     } else {
-      features[0] = pair.log.value;
-      features[1] = pair.sign.value;
+      features[0] = pair.log.v;
+      features[1] = pair.sign.v;
     }
   }
 }
@@ -274,7 +241,7 @@ L2L_DEVICE float run_network(const Network& net, const float4* weights, const fl
     weights += layer_size(kSlots, kSlots);
   }
   const float y = head<kSlots>(weights, memory);
-  return net.tanh_output ? tanh_of(Real(y)).value : y;
+  return net.tanh_output ? tanh_of(V(y)).v : y;
 }
 
 }  // namespace matrix

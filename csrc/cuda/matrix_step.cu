@@ -4,13 +4,8 @@
 // coordinates, one after the other, without barriers. State rows come by asynchronous copies into a mailbox of which
 // every thread owns its part, one layer ahead: as soon as a lane has read a layer's h (or c) there, it sends for the next
 // layer's or, from the last layer, for that of the warp's next tile. So a load has the time of a whole layer to arrive.
-#include <cmath>
-#include <stdexcept>
-#include <string>
-
 #include "matrix_cell.cuh"
 #include "matrix_step.h"
-#include "memory.cuh"
 
 namespace l2l {
 namespace matrix {
@@ -22,19 +17,10 @@ L2L_HOST_DEVICE constexpr int threads(int slots) { return slots > 5 ? 256 : 384;
 
 // Four state elements.
 template <class T>
-struct PieceType {
-  using Type = float4;
-};
-template <>
-struct PieceType<Bfloat16> {
-  using Type = uint2;
-};
-template <class T>
-using PieceOf = typename PieceType<T>::Type;
+using PieceOf = std::conditional_t<sizeof(T) == 4, float4, uint2>;
 
 L2L_DEVICE Four to_four(const float4& piece) { return {{piece.x, piece.y, piece.z, piece.w}}; }
 L2L_DEVICE Four to_four(const uint2& piece) {
-  using device::bits_float;
   return {{bits_float(piece.x << 16), bits_float(piece.x & 0xffff0000u), bits_float(piece.y << 16),
            bits_float(piece.y & 0xffff0000u)}};
 }
@@ -51,14 +37,11 @@ L2L_DEVICE void copy(Piece* shared, const void* global, int bytes) {
     device::copy_8(shared, global, bytes);
 }
 
-// What is the same for all tiles.
 struct Call {
-  Network net;
-  const float* weights;
+  Cell<float> cell;
   Scalar lr;
-  float weight_decay, output_scale;
+  float weight_decay;
   bool maximize;
-  Preprocessing preprocessing;
 };
 
 // The part of a tile's state that a lane holds: coordinates 4 r .. 4 r + 3 of unit q of every slot.
@@ -160,7 +143,7 @@ class Stream {
   L2L_DEVICE void store_some(T* to, const Four& values) const {
 #pragma unroll
     for (int n = 0; n < kOwn; ++n)
-      if (keep_ >> n & 1) to[n] = from_float<T>(values.at[n]);
+      if (keep_ >> n & 1) narrow(values.at[n], to[n]);
   }
 
   const int layers_;
@@ -172,21 +155,21 @@ class Stream {
   uint32_t keep_;
 };
 
-// What the owner of one coordinate needs first, as it comes from memory.
+// What the owner of a coordinate needs of it first.
 struct Own {
-  uint32_t grad;
-  Moments<float> moments;
+  float grad;
+  Moments<V> moments;
 };
 
 template <class T>
 L2L_DEVICE Own load_own(const DenseEntry& entry, const Tile& tile, const Network& net) {
-  Own own = {};
-  const int64_t at = tile.first + device::lane();
+  Own own = {0, {V(0), V(0)}};
   if (device::lane() >= tile.count) return own;
-  own.grad = load_bits(entry.grad, entry.grad_dtype, at);
+  const int64_t at = tile.first + device::lane();
+  own.grad = load<float>(entry.grad, entry.grad_dtype, at);
   if (net.has_moments()) {
     const T* const state = static_cast<const T*>(entry.state) + at;
-    own.moments = {to_float(state[0]), to_float(state[entry.state_row])};
+    own.moments = {V(widen(state[0])), V(widen(state[entry.state_row]))};
   }
   return own;
 }
@@ -194,76 +177,59 @@ L2L_DEVICE Own load_own(const DenseEntry& entry, const Tile& tile, const Network
 template <int kSlots, class T, class Table>
 __global__ void __launch_bounds__(threads(kSlots), 1)
     step(const __grid_constant__ Table table, const __grid_constant__ Call call) {
-  constexpr int kThreads = threads(kSlots);
   float4* const weights = reinterpret_cast<float4*>(device::shared_memory());
-  const Network& net = call.net;
-  // Neighbouring tiles go to different multiprocessors, so that few tiles use as many as there are.
-  const int64_t stride = int64_t((kThreads / device::kWarp)) * gridDim.x;
-  int64_t index = int64_t(threadIdx.x / device::kWarp) * gridDim.x + blockIdx.x;
-  auto find = [&](int64_t index) {
-    return index < table.tiles ? find_tile(table, index, kTile) : Tile{0, 0, 0};
-  };
+  const Cell<float>& cell = call.cell;
+  const Network& net = cell.net;
+  // Neighbouring tiles go to different multiprocessors, so that few tiles keep as many as possible at work.
+  int64_t index = int64_t(warp()) * gridDim.x + blockIdx.x;
+  const int64_t stride = int64_t(warps()) * gridDim.x;
+  auto find = [&](int64_t index) { return index < table.tiles ? find_tile(table, index, kWidth) : Tile{0, 0, 0}; };
 
   Tile next = find(index);
   Own next_own = load_own<T>(table.entries[next.entry], next, net);
   float4* const rest = weights + weights_size(net);
-  Packer<kSlots>(net, call.weights, weights, reinterpret_cast<float*>(rest));
+  Packer<kSlots>(net, cell.weights, weights, reinterpret_cast<float*>(rest));
   __syncthreads();
   Stream<kSlots, T> stream(net.layers, rest, part<T>(table.entries[next.entry], next, net));
 
   const float lr = float(read(call.lr));
-  Preprocessing preprocessing = call.preprocessing;
-  int corrected = -1;  // the entry whose step the corrections in it are for
+  MomentScale<V> scale;
+  int scale_entry = -1;  // whose step it is for
   for (; index < table.tiles; index += stride) {
     const Tile tile = next;
     const DenseEntry& entry = table.entries[tile.entry];
-    const int64_t own_at = tile.first + device::lane();
-    const bool mine = device::lane() < tile.count;
-    const uint32_t param = mine ? load_bits(entry.param, entry.param_dtype, own_at) : 0;
+    const int64_t at = tile.first + device::lane();
+    const bool inside = device::lane() < tile.count;
+    const float theta = inside ? load<float>(entry.param, entry.param_dtype, at) : 0;
 
-    float grad = from_bits(next_own.grad, entry.grad_dtype);
-    if (call.maximize) grad = -grad;
-    const bool keep = mine && fabsf(grad) < INFINITY;
-    const uint32_t kept = device::ballot(keep);
-    if (net.has_moments() && corrected != tile.entry) {
-      preprocessing.correct(read(entry.step_number()));
-      corrected = tile.entry;
+    const Gradient<float> gradient(call.maximize ? -next_own.grad : next_own.grad);
+    const bool keep = inside && gradient.live;
+    if (net.has_moments() && scale_entry != tile.entry) {
+      scale = cell.moments_at(read(entry.step_number()));
+      scale_entry = tile.entry;
     }
-    Moments<Real> moments = {Real(next_own.moments.m), Real(next_own.moments.v)};
+    Moments<V> moments = next_own.moments;
     float features[4];
-    preprocess(net, preprocessing, Real(keep ? grad : 0.0f), moments, features);
+    preprocess(cell, scale, V(gradient.value), moments, features);
     if (net.has_moments() && keep) {
-      T* const state = static_cast<T*>(entry.state) + own_at;
-      state[0] = from_float<T>(moments.m.value);
-      state[entry.state_row] = from_float<T>(moments.v.value);
+      T* const state = static_cast<T*>(entry.state) + at;
+      narrow(moments.m.v, state[0]);
+      narrow(moments.v.v, state[entry.state_row]);
     }
 
     next = find(index + stride);
     const DenseEntry& next_entry = table.entries[next.entry];
     next_own = load_own<T>(next_entry, next, net);
+    const uint32_t kept = device::ballot(keep);
     stream.advance(part<T>(next_entry, next, net), kept == ~0u, kept >> kOwn * Place().r & 15);
 
     const float y = run_network<kSlots>(net, weights, features, stream);
-    if (keep) {
-      const float theta = from_bits(param, entry.param_dtype);
-      const float change = lr * (call.output_scale * y - call.weight_decay * theta);
-      store_float(entry.param, entry.param_dtype, own_at, theta + change);
-    }
+    if (keep)
+      store(entry.param, entry.param_dtype, at, theta + lr * (cell.output_scale * y - call.weight_decay * theta));
   }
 }
 
 // ---------------------------------------------------------------- launchers
-
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("lstm_step_: ") + cudaGetErrorString(error));
-}
-
-int attribute(cudaDeviceAttr which) {
-  int device, value;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
 
 size_t shared_bytes(const Network& net, DType state) {
   const int slots = net.hidden / 4, pieces = 2 * (state == DType::float32 ? 16 : 8) + int(sizeof(float4));
@@ -273,17 +239,16 @@ size_t shared_bytes(const Network& net, DType state) {
 
 template <int kSlots, class T>
 void launch(const Call& call, const std::vector<DenseEntry>& entries, size_t bytes, cudaStream_t stream) {
-  const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  for_each_table(entries, kTile, [&](const auto& table) {
+  for_each_table(entries, kWidth, [&](const auto& table) {
     using Table = std::decay_t<decltype(table)>;
-    const int grid = int(std::min<int64_t>(table.tiles, multiprocessors));
-    check(device::launch(step<kSlots, T, Table>, grid, threads(kSlots), bytes, stream, table, call));
+    const auto grid = unsigned(std::min<int64_t>(table.tiles, device::multiprocessors()));
+    check(device::launch(step<kSlots, T, Table>, grid, threads(kSlots), bytes, stream, table, call), "lstm_step_");
   });
 }
 
 template <class T>
 void launch(const Call& call, const std::vector<DenseEntry>& entries, size_t bytes, cudaStream_t stream) {
-  switch (call.net.hidden) {
+  switch (call.cell.net.hidden) {
     case 4: return launch<1, T>(call, entries, bytes, stream);
     case 8: return launch<2, T>(call, entries, bytes, stream);
     case 12: return launch<3, T>(call, entries, bytes, stream);
@@ -302,7 +267,7 @@ bool matrix_step_supports(const StepArguments& arguments) {
   const bool size = hidden == 32 || (hidden % 4 == 0 && hidden <= 20);
   return size && arguments.weights_dtype == DType::float32 &&
          matrix::shared_bytes(arguments.net, DType::float32) <=
-             size_t(matrix::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+             size_t(device::shared_limit());
 }
 
 bool matrix_step_supports(const DenseEntry& entry) {
@@ -315,14 +280,7 @@ bool matrix_step_supports(const DenseEntry& entry) {
 void matrix_step(const StepArguments& arguments, const std::vector<DenseEntry>& entries, void* stream) {
   const Network& net = arguments.net;
   const matrix::Call call = {
-      net,
-      static_cast<const float*>(arguments.weights),
-      arguments.lr,
-      float(arguments.weight_decay),
-      float(net.output_scale),
-      arguments.maximize,
-      matrix::Preprocessing(net),
-  };
+      Cell<float>::of(net, arguments.weights), arguments.lr, float(arguments.weight_decay), arguments.maximize};
   for (DType dtype : {DType::float32, DType::bfloat16}) {
     std::vector<DenseEntry> of_dtype;
     std::copy_if(entries.begin(), entries.end(), std::back_inserter(of_dtype), [&](const DenseEntry& entry) {
@@ -334,7 +292,7 @@ void matrix_step(const StepArguments& arguments, const std::vector<DenseEntry>& 
     if (dtype == DType::float32)
       matrix::launch<float>(call, of_dtype, bytes, queue);
     else
-      matrix::launch<Bfloat16>(call, of_dtype, bytes, queue);
+      matrix::launch<BFloat16>(call, of_dtype, bytes, queue);
   }
 }
 

@@ -59,16 +59,6 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-// Few multiprocessors, so that a persistent grid's warps take many tiles each; the shared memory of an A100.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 163 * 1024;
-  return cudaSuccess;
-}
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);
   return cudaSuccess;
@@ -334,19 +324,6 @@ void copies_landed() {
 inline float fast_exp2(float x) { return emulator::off_by(std::exp2(emulator::flush(x)), 2); }
 inline float fast_reciprocal(float x) { return emulator::off_by(1 / emulator::flush(x), 1); }
 
-inline float half_float(uint16_t bits) {
-  _Float16 value;
-  std::memcpy(&value, &bits, sizeof value);
-  return float(value);
-}
-
-inline uint16_t float_half(float value) {
-  const _Float16 half = _Float16(value);
-  uint16_t bits;
-  std::memcpy(&bits, &half, sizeof bits);
-  return bits;
-}
-
 inline uint32_t floats_bfloat16(float low, float high) {
   auto rounded = [](float value) -> uint32_t {
     const uint32_t bits = float_bits(value);
@@ -360,6 +337,9 @@ inline float min_nan(float x, float y) { return x != x || y != y ? NAN : std::fm
 inline unsigned char* shared_memory() { return emulator::block->shared; }
 
 // An H100's, or what L2L_EMULATED_SHARED says.
+// Few, so that the warps of a persistent grid take many tiles each.
+inline int multiprocessors() { return 2; }
+
 inline int64_t shared_limit() {
   const char* bytes = std::getenv("L2L_EMULATED_SHARED");
   return bytes ? std::atoll(bytes) : 227 * 1024;
