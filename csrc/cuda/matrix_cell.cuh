@@ -68,6 +68,34 @@ L2L_DEVICE void multiply(float (&acc)[kColumns][2][4], const Slot& a, const Slot
   }
 }
 
+// The gates of one slot's units and what follows from them. fragments(m, half): of chunk m and gates i, f or g, o.
+template <int kOperand, class Fragments>
+L2L_DEVICE void run_slot(
+    const Slot (&operand)[kOperand], const float4& bias, const Fragments& fragments, const Four& c_old, Four& c,
+    Four& h) {
+  float acc[2][2][4];
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    acc[0][t][0] = acc[0][t][2] = bias.x;
+    acc[0][t][1] = acc[0][t][3] = bias.y;
+    acc[1][t][0] = acc[1][t][2] = bias.z;
+    acc[1][t][1] = acc[1][t][3] = bias.w;
+  }
+#pragma unroll
+  for (int m = 0; m < kOperand / 2; ++m) {
+    const float4 pair[2] = {fragments(m, 0), fragments(m, 1)};
+    multiply(acc, operand[2 * m], operand[2 * m + 1], pair);
+  }
+#pragma unroll
+  for (int n = 0; n < kOwn; ++n) {
+    const float* const if_ = acc[0][n / 2] + n % 2 * 2;
+    const float* const go = acc[1][n / 2] + n % 2 * 2;
+    const V c_new = lstm_c(V(if_[0]), V(if_[1]), V(go[0]), V(c_old.at[n]));
+    c.at[n] = c_new.v;
+    h.at[n] = lstm_h(V(go[1]), c_new).v;
+  }
+}
+
 // One layer with the weights that Packer left, where memory is
 //   below(i)       slot i of what comes from below: features, projected features, the new h of the layer before
 //   h(j), c(j)     slot j of the old state; h_read() follows the last h
@@ -76,43 +104,21 @@ L2L_DEVICE void multiply(float (&acc)[kColumns][2][4], const Slot& a, const Slot
 template <int kSlots, int kInputs, class Memory>
 L2L_DEVICE void run_layer(const float4* weights, Memory& memory) {
   constexpr int kChunks = chunks(kInputs, kSlots);
-  const Place place;
-  Slot operand[2 * kChunks];
+  Slot operand[2 * kChunks] = {};
 #pragma unroll
   for (int i = 0; i < kInputs; ++i) operand[i] = slot(memory.below(i));
 #pragma unroll
   for (int j = 0; j < kSlots; ++j) operand[kInputs + j] = slot(memory.h(j));
-  if constexpr ((kInputs + kSlots) % 2 != 0) operand[2 * kChunks - 1] = Slot{};
   memory.h_read();
 
   const float4* const biases = weights + layer_fragments(kInputs, kSlots);
 #pragma unroll
   for (int j = 0; j < kSlots; ++j) {
-    const float4 bias = biases[4 * j + place.q];
-    float acc[2][2][4];
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      acc[0][t][0] = acc[0][t][2] = bias.x;
-      acc[0][t][1] = acc[0][t][3] = bias.y;
-      acc[1][t][0] = acc[1][t][2] = bias.z;
-      acc[1][t][1] = acc[1][t][3] = bias.w;
-    }
-#pragma unroll
-    for (int m = 0; m < kChunks; ++m) {
-      const float4* const from = weights + (j * kChunks + m) * 2 * device::kWarp + device::lane();
-      const float4 pair[2] = {from[0], from[device::kWarp]};
-      multiply(acc, operand[2 * m], operand[2 * m + 1], pair);
-    }
-    const Four c_old = memory.c(j);
+    const float4* const from = weights + j * kChunks * 2 * device::kWarp + device::lane();
     Four c, h;
-#pragma unroll
-    for (int n = 0; n < kOwn; ++n) {
-      const float* const if_ = acc[0][n / 2] + n % 2 * 2;
-      const float* const go = acc[1][n / 2] + n % 2 * 2;
-      const V c_new = lstm_c(V(if_[0]), V(if_[1]), V(go[0]), V(c_old.at[n]));
-      c.at[n] = c_new.v;
-      h.at[n] = lstm_h(V(go[1]), c_new).v;
-    }
+    run_slot(
+        operand, biases[4 * j + Place().q], [&](int m, int half) { return from[(2 * m + half) * device::kWarp]; },
+        memory.c(j), c, h);
     memory.keep(j, c, h);
   }
 }

@@ -46,6 +46,40 @@ L2L_DEVICE float4 fragment(float first, float second) {
   return make_float4(a, b, first - a, second - b);
 }
 
+// What a fragment is formed from: columns r of the pair (j, 0), (j, 1) are gates i, f and g, o of the units
+// 4 j .. 4 j + 3, unit by unit.
+template <int kSlots, int kInputs>
+class LayerWeights {
+ public:
+  L2L_DEVICE LayerWeights(const WeightLayout& at, const float* weights, int layer)
+      : inputs_(at.net.layer_inputs(layer)),
+        ih_(weights + at.weight_ih(layer)),
+        hh_(weights + at.weight_hh(layer)),
+        bias_ih_(weights + at.bias_ih(layer)),
+        bias_hh_(weights + at.bias_hh(layer)) {}
+
+  // Of element q of a slot.
+  L2L_DEVICE float weight(int j, int half, int r, int slot, int q) const {
+    const int gate = 2 * half + r % 2, row = gate * kHidden + 4 * j + r / 2, k = 4 * (slot - kInputs) + q;
+    const float scale = float(gate_scale(gate));
+    if (slot < kInputs) {
+      const int input = 4 * slot + q;
+      return input < inputs_ ? scale * ih_[row * inputs_ + input] : 0.0f;
+    }
+    return k < kHidden ? scale * hh_[row * kHidden + k] : 0.0f;
+  }
+
+  L2L_DEVICE float bias(int unit, int gate) const {
+    const int row = gate * kHidden + unit;
+    return float(gate_scale(gate)) * (bias_ih_[row] + bias_hh_[row]);
+  }
+
+ private:
+  static constexpr int kHidden = 4 * kSlots;
+  const int inputs_;
+  const float *const ih_, *const hh_, *const bias_ih_, *const bias_hh_;
+};
+
 // Packs with all threads of the block, from a copy of the flat weights, which it makes where `flat` points. The caller
 // puts a barrier behind it; then the place is free again.
 template <int kSlots>
@@ -78,34 +112,16 @@ class Packer {
     for (int i = threadIdx.x; i < count; i += blockDim.x) body(i);
   }
 
-  // Columns r of the pair of fragments (j, 0), (j, 1): gates i, f and g, o of the units 4 j .. 4 j + 3, unit by unit.
   template <int kInputs>
   L2L_DEVICE void layer(int layer) {
     constexpr int kChunks = chunks(kInputs, kSlots);
-    const int inputs = at_.net.layer_inputs(layer);
-    const float* const weight_ih = weights_ + at_.weight_ih(layer);
-    const float* const weight_hh = weights_ + at_.weight_hh(layer);
+    const LayerWeights<kSlots, kInputs> from(at_, weights_, layer);
     each(layer_fragments(kInputs, kSlots), [&](int i) {
-      const int q = i % 4, r = i / 4 % 8, half = i / 32 % 2, chunk = i / 64 % kChunks, j = i / 64 / kChunks;
-      const int gate = 2 * half + r % 2, row = gate * kHidden + 4 * j + r / 2;
-      const float scale = float(gate_scale(gate));
-      auto weight = [&](int slot) {
-        if (slot < kInputs) {
-          const int k = 4 * slot + q;
-          return k < inputs ? scale * weight_ih[row * inputs + k] : 0.0f;
-        }
-        const int k = 4 * (slot - kInputs) + q;
-        return k < kHidden ? scale * weight_hh[row * kHidden + k] : 0.0f;
-      };
-      to_[i] = fragment(weight(2 * chunk), weight(2 * chunk + 1));
+      const int q = i % 4, r = i / 4 % 8, half = i / 32 % 2, m = i / 64 % kChunks, j = i / 64 / kChunks;
+      to_[i] = fragment(from.weight(j, half, r, 2 * m, q), from.weight(j, half, r, 2 * m + 1, q));
     });
     to_ += layer_fragments(kInputs, kSlots);
-    const float* const bias_ih = weights_ + at_.bias_ih(layer);
-    const float* const bias_hh = weights_ + at_.bias_hh(layer);
-    each(4 * kHidden, [&](int i) {
-      const int gate = i % kGates, row = gate * kHidden + i / kGates;
-      reinterpret_cast<float*>(to_)[i] = float(gate_scale(gate)) * (bias_ih[row] + bias_hh[row]);
-    });
+    each(4 * kHidden, [&](int i) { reinterpret_cast<float*>(to_)[i] = from.bias(i / kGates, i % kGates); });
     to_ += 4 * kSlots;
   }
 
