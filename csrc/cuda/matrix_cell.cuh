@@ -123,29 +123,23 @@ L2L_DEVICE void run_layer(const float4* weights, Memory& memory) {
   }
 }
 
-// The projected features, put below the first layer.
-template <int kSlots, class Memory>
-L2L_DEVICE void project(const float4* weights, const Four& features, Memory& memory) {
-  const Place place;
-  const Slot operand = slot(features);
-  const float* const biases = reinterpret_cast<const float*>(weights + projection_fragments(kSlots));
+// Two slots of the projected features, p and p + 1 with p even, put below the first layer.
+template <int kSlots, class Weights, class Memory>
+L2L_DEVICE void project_two(int p, const Slot& features, const Weights& weights, Memory& memory) {
+  float acc[1][2][4];
 #pragma unroll
-  for (int p = 0; p < kSlots; p += 2) {
-    float acc[1][2][4];
+  for (int e = 0; e < 4; ++e) {
+    const int slot = p + e % 2;
+    acc[0][0][e] = acc[0][1][e] = slot < kSlots ? weights.bias(4 * slot + Place().q) : 0.0f;
+  }
+  const float4 column[1] = {weights.fragment(p / 2, device::lane())};
+  multiply(acc, features, Slot{}, column);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int slot = p + e % 2;
-      acc[0][0][e] = acc[0][1][e] = slot < kSlots ? biases[4 * slot + place.q] : 0.0f;
-    }
-    const float4 column[1] = {weights[p / 2 * device::kWarp + device::lane()]};
-    multiply(acc, operand, Slot{}, column);
+  for (int e = 0; e < 2; ++e) {
+    Four projected;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      Four projected;
-#pragma unroll
-      for (int n = 0; n < kOwn; ++n) projected.at[n] = elu(V(acc[0][n / 2][n % 2 * 2 + e])).v;
-      if (p + e < kSlots) memory.put_below(p + e, projected);
-    }
+    for (int n = 0; n < kOwn; ++n) projected.at[n] = elu(V(acc[0][n / 2][n % 2 * 2 + e])).v;
+    if (p + e < kSlots) memory.put_below(p + e, projected);
   }
 }
 
@@ -181,19 +175,19 @@ L2L_DEVICE float sum_for_owner(const Four& partial) {
   return (odd ? pair[1] : pair[0]) + device::shuffle_xor(odd ? pair[0] : pair[1], 1);
 }
 
-// y, the head's output for the lane's own coordinate, before tanh.
+// y, the head's output, for the lane's own coordinate. weights: [hidden], then the bias.
 template <int kSlots, class Memory>
-L2L_DEVICE float head(const float4* weights, const Memory& memory) {
-  const float* const head = reinterpret_cast<const float*>(weights);
+L2L_DEVICE float head(const Network& net, const float* weights, const Memory& memory) {
   Four partial = {};
 #pragma unroll
   for (int j = 0; j < kSlots; ++j) {
-    const float w = head[4 * j + Place().q];
+    const float w = weights[4 * j + Place().q];
     const Four h = memory.below(j);
 #pragma unroll
-    for (int n = 0; n < kOwn; ++n) partial.at[n] = fmaf(w, h.at[n], partial.at[n]);
+    for (int n = 0; n < kOwn; ++n) partial.at[n] = std::fma(w, h.at[n], partial.at[n]);
   }
-  return sum_for_owner(partial) + head[4 * kSlots];
+  const float y = sum_for_owner(partial) + weights[4 * kSlots];
+  return net.tanh_output ? tanh_of(V(y)).v : y;
 }
 
 // ---------------------------------------------------------------- the whole network
@@ -229,7 +223,9 @@ L2L_DEVICE float run_network(const Network& net, const float4* weights, const fl
   const Four input = feature_slot(features, net.inputs());
   int layer = 0;
   if (net.projection) {
-    project<kSlots>(weights, input, memory);
+    const Slot operand = slot(input);
+#pragma unroll
+    for (int p = 0; p < kSlots; p += 2) project_two<kSlots>(p, operand, PackedProjection(weights, kSlots), memory);
     weights += projection_size(kSlots);
   } else {
     memory.put_below(0, input);
@@ -246,8 +242,7 @@ L2L_DEVICE float run_network(const Network& net, const float4* weights, const fl
     memory.end();
     weights += layer_size(kSlots, kSlots);
   }
-  const float y = head<kSlots>(weights, memory);
-  return net.tanh_output ? tanh_of(V(y)).v : y;
+  return head<kSlots>(net, reinterpret_cast<const float*>(weights), memory);
 }
 
 }  // namespace matrix

@@ -4,8 +4,7 @@
 // coordinates, one after the other, without barriers. State rows come by asynchronous copies into a mailbox of which
 // every thread owns its part, one layer ahead: as soon as a lane has read a layer's h (or c) there, it sends for the next
 // layer's or, from the last layer, for that of the warp's next tile. So a load has the time of a whole layer to arrive.
-#include "matrix_cell.cuh"
-#include "matrix_step.h"
+#include "matrix_team.cuh"
 
 namespace l2l {
 namespace matrix {
@@ -15,19 +14,9 @@ namespace {
 // 255, which the largest size needs.
 L2L_HOST_DEVICE constexpr int threads(int slots) { return slots > 5 ? 256 : 384; }
 
-// Four state elements.
-template <class T>
-using PieceOf = std::conditional_t<sizeof(T) == 4, float4, uint2>;
-
-L2L_DEVICE Four to_four(const float4& piece) { return {{piece.x, piece.y, piece.z, piece.w}}; }
-L2L_DEVICE Four to_four(const uint2& piece) {
-  return {{bits_float(piece.x << 16), bits_float(piece.x & 0xffff0000u), bits_float(piece.y << 16),
-           bits_float(piece.y & 0xffff0000u)}};
-}
-L2L_DEVICE void set(float4& piece, const Four& x) { piece = make_float4(x.at[0], x.at[1], x.at[2], x.at[3]); }
-L2L_DEVICE void set(uint2& piece, const Four& x) {
-  piece = make_uint2(device::floats_bfloat16(x.at[0], x.at[1]), device::floats_bfloat16(x.at[2], x.at[3]));
-}
+// Up to so many tiles for each multiprocessor a team of warps takes each, which then is done sooner; from there on the
+// other kernel does more in all, as it packs the weights once for many tiles.
+constexpr int64_t kTeamTiles = 8;
 
 template <class Piece>
 L2L_DEVICE void copy(Piece* shared, const void* global, int bytes) {
@@ -35,31 +24,6 @@ L2L_DEVICE void copy(Piece* shared, const void* global, int bytes) {
     device::copy_16(shared, global, bytes);
   else
     device::copy_8(shared, global, bytes);
-}
-
-struct Call {
-  Cell<float> cell;
-  Scalar lr;
-  float weight_decay;
-  bool maximize;
-};
-
-// The part of a tile's state that a lane holds: coordinates 4 r .. 4 r + 3 of unit q of every slot.
-template <class T>
-struct Part {
-  T* first;       // of the first slot
-  int64_t pitch;  // elements from one row to the next
-  int count;      // how many of the four coordinates there are
-
-  L2L_DEVICE T* row(int row) const { return first + row * pitch; }
-};
-
-template <class T>
-L2L_DEVICE Part<T> part(const DenseEntry& entry, const Tile& tile, const Network& net) {
-  const Place place;
-  const int left = tile.count - kOwn * place.r, count = left < 0 ? 0 : left < kOwn ? left : kOwn;
-  T* const row = static_cast<T*>(entry.state) + (net.moment_rows() + place.q) * entry.state_row;
-  return {row + (count ? tile.first + kOwn * place.r : 0), entry.state_row, count};
 }
 
 // The state of a warp's tiles, one after the other, as run_layer wants it. New state waits in shared memory, too, and
@@ -80,13 +44,11 @@ class Stream {
     send(kHidden, kSlots);
   }
 
-  // Goes on to the tile that was next. whole: all 32 coordinates are stored; otherwise, of the lane's four, those that
-  // `keep` has a bit for.
-  L2L_DEVICE void advance(const Part<T>& next, bool whole, uint32_t keep) {
+  // Goes on to the tile that was next; only what changes of it is stored.
+  L2L_DEVICE void advance(const Part<T>& next, const Changes& changes) {
     now_ = next_;
     next_ = next;
-    whole_ = whole;
-    keep_ = keep;
+    changes_ = changes;
   }
 
   L2L_DEVICE void begin(int layer) {
@@ -115,7 +77,7 @@ class Stream {
   }
 
   L2L_DEVICE void end() const {
-    if (whole_) {
+    if (changes_.all) {
 #pragma unroll
       for (int j = 0; j < kSlots; ++j) {
         set(*reinterpret_cast<Piece*>(now_.row(row_ + 4 * j)), below(j));
@@ -124,8 +86,8 @@ class Stream {
     } else {
 #pragma unroll 1
       for (int j = 0; j < kSlots; ++j) {
-        store_some(now_.row(row_ + 4 * j), below(j));
-        store_some(now_.row(row_ + kHidden + 4 * j), c(j));
+        store_some(now_.row(row_ + 4 * j), below(j), changes_.of_four);
+        store_some(now_.row(row_ + kHidden + 4 * j), c(j), changes_.of_four);
       }
     }
     send(ahead_row_ + kHidden, kSlots);
@@ -140,43 +102,17 @@ class Stream {
     device::copies_end();
   }
 
-  L2L_DEVICE void store_some(T* to, const Four& values) const {
-#pragma unroll
-    for (int n = 0; n < kOwn; ++n)
-      if (keep_ >> n & 1) narrow(values.at[n], to[n]);
-  }
-
   const int layers_;
   float4* const below_;   // this thread's, [slot][thread], like the mailbox
   Piece* const mailbox_;  // [h, then c][slot][thread]
   Part<T> now_, next_, ahead_;
   int row_, ahead_row_;
-  bool whole_;
-  uint32_t keep_;
+  Changes changes_;
 };
-
-// What the owner of a coordinate needs of it first.
-struct Own {
-  float grad;
-  Moments<V> moments;
-};
-
-template <class T>
-L2L_DEVICE Own load_own(const DenseEntry& entry, const Tile& tile, const Network& net) {
-  Own own = {0, {V(0), V(0)}};
-  if (device::lane() >= tile.count) return own;
-  const int64_t at = tile.first + device::lane();
-  own.grad = load<float>(entry.grad, entry.grad_dtype, at);
-  if (net.has_moments()) {
-    const T* const state = static_cast<const T*>(entry.state) + at;
-    own.moments = {V(widen(state[0])), V(widen(state[entry.state_row]))};
-  }
-  return own;
-}
 
 template <int kSlots, class T, class Table>
 __global__ void __launch_bounds__(threads(kSlots), 1)
-    step(const __grid_constant__ Table table, const __grid_constant__ Call call) {
+    step(const __grid_constant__ Table table, const __grid_constant__ StepCall call) {
   float4* const weights = reinterpret_cast<float4*>(device::shared_memory());
   const Cell<float>& cell = call.cell;
   const Network& net = cell.net;
@@ -203,7 +139,7 @@ __global__ void __launch_bounds__(threads(kSlots), 1)
     const float theta = inside ? load<float>(entry.param, entry.param_dtype, at) : 0;
 
     const Gradient<float> gradient(call.maximize ? -next_own.grad : next_own.grad);
-    const bool keep = inside && gradient.live;
+    const bool changes = inside && gradient.live;
     if (net.has_moments() && scale_entry != tile.entry) {
       scale = cell.moments_at(read(entry.step_number()));
       scale_entry = tile.entry;
@@ -211,21 +147,15 @@ __global__ void __launch_bounds__(threads(kSlots), 1)
     Moments<V> moments = next_own.moments;
     float features[4];
     preprocess(cell, scale, V(gradient.value), moments, features);
-    if (net.has_moments() && keep) {
-      T* const state = static_cast<T*>(entry.state) + at;
-      narrow(moments.m.v, state[0]);
-      narrow(moments.v.v, state[entry.state_row]);
-    }
+    if (net.has_moments() && changes) store_moments<T>(entry, at, moments);
 
     next = find(index + stride);
     const DenseEntry& next_entry = table.entries[next.entry];
     next_own = load_own<T>(next_entry, next, net);
-    const uint32_t kept = device::ballot(keep);
-    stream.advance(part<T>(next_entry, next, net), kept == ~0u, kept >> kOwn * Place().r & 15);
+    stream.advance(part<T>(next_entry, next, net), Changes::of(changes));
 
     const float y = run_network<kSlots>(net, weights, features, stream);
-    if (keep)
-      store(entry.param, entry.param_dtype, at, theta + lr * (cell.output_scale * y - call.weight_decay * theta));
+    if (changes) store(entry.param, entry.param_dtype, at, moved(theta, y, lr, call));
   }
 }
 
@@ -238,16 +168,21 @@ size_t shared_bytes(const Network& net, DType state) {
 }
 
 template <int kSlots, class T>
-void launch(const Call& call, const std::vector<DenseEntry>& entries, size_t bytes, cudaStream_t stream) {
+void launch(const StepCall& call, const std::vector<DenseEntry>& entries, size_t bytes, cudaStream_t stream) {
   for_each_table(entries, kWidth, [&](const auto& table) {
     using Table = std::decay_t<decltype(table)>;
-    const auto grid = unsigned(std::min<int64_t>(table.tiles, device::multiprocessors()));
-    check(device::launch(step<kSlots, T, Table>, grid, threads(kSlots), bytes, stream, table, call), "lstm_step_");
+    const int64_t multiprocessors = device::multiprocessors();
+    const auto grid = unsigned(std::min(table.tiles, multiprocessors));
+    check(
+        table.tiles <= kTeamTiles * multiprocessors
+            ? device::launch(step_by_teams<kSlots, T, Table>, unsigned(table.tiles), team(kSlots), exchange_bytes(kSlots), stream, table, call)
+            : device::launch(step<kSlots, T, Table>, grid, threads(kSlots), bytes, stream, table, call),
+        "lstm_step_");
   });
 }
 
 template <class T>
-void launch(const Call& call, const std::vector<DenseEntry>& entries, size_t bytes, cudaStream_t stream) {
+void launch(const StepCall& call, const std::vector<DenseEntry>& entries, size_t bytes, cudaStream_t stream) {
   switch (call.cell.net.hidden) {
     case 4: return launch<1, T>(call, entries, bytes, stream);
     case 8: return launch<2, T>(call, entries, bytes, stream);
@@ -279,7 +214,7 @@ bool matrix_step_supports(const DenseEntry& entry) {
 
 void matrix_step(const StepArguments& arguments, const std::vector<DenseEntry>& entries, void* stream) {
   const Network& net = arguments.net;
-  const matrix::Call call = {
+  const matrix::StepCall call = {
       Cell<float>::of(net, arguments.weights), arguments.lr, float(arguments.weight_decay), arguments.maximize};
   for (DType dtype : {DType::float32, DType::bfloat16}) {
     std::vector<DenseEntry> of_dtype;

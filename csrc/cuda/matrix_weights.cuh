@@ -80,6 +80,41 @@ class LayerWeights {
   const float *const ih_, *const hh_, *const bias_ih_, *const bias_hh_;
 };
 
+// The same of the projection: columns r of fragment p are the units 8 p + 4 (r % 2) + r / 2, its second k's are zero.
+template <int kSlots>
+class ProjectionWeights {
+ public:
+  L2L_DEVICE ProjectionWeights(const WeightLayout& at, const float* weights)
+      : inputs_(at.net.inputs()),
+        weight_(weights + at.projection_weight()),
+        bias_(weights + at.projection_bias()) {}
+
+  L2L_DEVICE float4 fragment(int p, int lane) const {
+    const int q = lane % 4, r = lane / 4, unit = 8 * p + 4 * (r % 2) + r / 2;
+    return matrix::fragment(unit < 4 * kSlots && q < inputs_ ? weight_[unit * inputs_ + q] : 0.0f, 0.0f);
+  }
+
+  L2L_DEVICE float bias(int unit) const { return bias_[unit]; }
+
+ private:
+  const int inputs_;
+  const float *const weight_, *const bias_;
+};
+
+// The same from where Packer left them.
+class PackedProjection {
+ public:
+  L2L_DEVICE PackedProjection(const float4* weights, int slots)
+      : fragments_(weights), biases_(reinterpret_cast<const float*>(weights + projection_fragments(slots))) {}
+
+  L2L_DEVICE float4 fragment(int p, int lane) const { return fragments_[p * device::kWarp + lane]; }
+  L2L_DEVICE float bias(int unit) const { return biases_[unit]; }
+
+ private:
+  const float4* const fragments_;
+  const float* const biases_;
+};
+
 // Packs with all threads of the block, from a copy of the flat weights, which it makes where `flat` points. The caller
 // puts a barrier behind it; then the place is free again.
 template <int kSlots>
@@ -125,16 +160,11 @@ class Packer {
     to_ += 4 * kSlots;
   }
 
-  // Columns r of fragment p: units 8 p + 4 (r % 2) + r / 2. The second k's are a slot of zeros.
   L2L_DEVICE void projection() {
-    const int inputs = at_.net.inputs();
-    const float* const weight = weights_ + at_.projection_weight();
-    each(projection_fragments(kSlots), [&](int i) {
-      const int q = i % 4, r = i / 4 % 8, unit = i / 32 * 8 + 4 * (r % 2) + r / 2;
-      to_[i] = fragment(unit < kHidden && q < inputs ? weight[unit * inputs + q] : 0.0f, 0.0f);
-    });
+    const ProjectionWeights<kSlots> from(at_, weights_);
+    each(projection_fragments(kSlots), [&](int i) { to_[i] = from.fragment(i / device::kWarp, i % device::kWarp); });
     to_ += projection_fragments(kSlots);
-    each(kHidden, [&](int i) { reinterpret_cast<float*>(to_)[i] = weights_[at_.projection_bias() + i]; });
+    each(kHidden, [&](int i) { reinterpret_cast<float*>(to_)[i] = from.bias(i); });
     to_ += kSlots;
   }
 
