@@ -222,11 +222,15 @@ struct alignas(64) Padded {
   char rest[64 - sizeof(T)];
 };
 
-// A relative error of at most `ulps` units in the last place.
+// A relative error of at most `ulps` units in the last place, always the same one for the same value.
 inline float off_by(float value, float ulps) {
   if (!std::isfinite(value) || value == 0) return value;
   const float unit = std::ldexp(1.0f, std::ilogb(value) - 23);
-  const float off = value + ulps * unit * (float(random()()) / float(std::mt19937::max()) * 2 - 1);
+  uint32_t mixed;
+  std::memcpy(&mixed, &value, sizeof mixed);
+  mixed = (mixed ^ mixed >> 15) * 0x2c1b3c6du;
+  mixed = (mixed ^ mixed >> 12) * 0x297a2d39u;
+  const float off = value + ulps * unit * (float(mixed >> 8) * 0x1p-23f - 1);
   return std::fabs(off) < std::ldexp(1.0f, -126) ? std::copysign(0.0f, off) : off;
 }
 
