@@ -80,7 +80,6 @@ struct Copy {
 
 struct Thread {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   dim3 index;
   int number;
   bool done = false;
@@ -164,6 +163,7 @@ inline void enter() {
 
 inline void run_block(size_t shared_bytes, const std::function<void()>& body) {
   constexpr size_t kStack = 256 * 1024;
+  static thread_local std::vector<std::unique_ptr<char[]>> stacks;  // of all blocks: fresh memory is slow
   const int threads = int(block_size.x * block_size.y * block_size.z);
   if (threads % 32 != 0) stop("a block must be of whole warps");
   Block fresh;
@@ -181,9 +181,9 @@ inline void run_block(size_t shared_bytes, const std::function<void()>& body) {
     Thread& thread = fresh.threads[i];
     order[i] = thread.number = i;
     thread.index = dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
-    thread.stack.reset(new char[kStack]);
+    if (i == int(stacks.size())) stacks.emplace_back(new char[kStack]);
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_sp = stacks[i].get();
     thread.context.uc_stack.ss_size = kStack;
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, enter, 0);
@@ -340,10 +340,10 @@ inline float min_nan(float x, float y) { return x != x || y != y ? NAN : std::fm
 
 inline unsigned char* shared_memory() { return emulator::block->shared; }
 
-// An H100's, or what L2L_EMULATED_SHARED says.
 // Few, so that the warps of a persistent grid take many tiles each.
 inline int multiprocessors() { return 2; }
 
+// An H100's, or what L2L_EMULATED_SHARED says.
 inline int64_t shared_limit() {
   const char* bytes = std::getenv("L2L_EMULATED_SHARED");
   return bytes ? std::atoll(bytes) : 227 * 1024;
