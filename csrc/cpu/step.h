@@ -24,10 +24,10 @@ void step_tile(
   T* output = grad + width;
   T* features = output + width;
   T* projected = features + 4 * width;
-  T* activations = projected + groups(net.hidden) * kGroup * width;
+  T* columns = projected + groups(net.hidden) * kGroup * width;
+  T* activations = columns + column_rows(net) * width;
   T* state = activations + (kGates + 1) * net.hidden * width;
   T* new_state = state + net.state_rows() * width;
-  T* pairs = new_state + net.state_rows() * width;
 
   int64_t offsets[3][width];
   Place places[3];
@@ -52,7 +52,8 @@ void step_tile(
 
   // A state that lies as new_state lays it out is worked on where it is; any other goes through the scratch.
   const bool direct = !skip && count == width && aligned<V>(state_place, tensor.state_row);
-  TileStep<T> tile = {grad, state, new_state, width, features, projected, activations, output, corrections, {}, pairs};
+  TileStep<T> tile = {grad,    state,       new_state, width,       features, projected,
+                      columns, activations, output,    corrections, {}};
   if (direct) {
     T* data = static_cast<T*>(state_place.data) + first;
     tile.state = tile.new_state = data;
