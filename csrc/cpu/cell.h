@@ -10,6 +10,8 @@ namespace {
 
 // Weights times what a layer takes in. Another Product may stand in for this one.
 struct ScalarProduct {
+  template <class V>
+  using Gate = V;
   static constexpr WeightOrder kOrder = WeightOrder::scalars;
   template <class V>
   using Weight = typename V::Scalar;
@@ -79,16 +81,16 @@ L2L_INLINE LogSignScale<V> log_sign_scale(const Packed<T>& packed) {
   return {V(packed.inverse_p), V(packed.threshold), V(packed.steep)};
 }
 
-// Where the state of the tile that comes next lies in memory. Eighty rows are too many streams for the hardware to
-// follow, so each unit of this tile calls for the rows of its twin in the next one.
+// Where the rows of the tile that comes next lie in memory. Eighty rows are too many streams for the hardware to follow,
+// so each unit of this tile calls for the rows of its twin in the next one.
 struct Ahead {
-  const char* state;  // null: not known
+  const char* rows;  // null: not known
   int64_t row_bytes;
   int tile_bytes;
 
   L2L_INLINE void fetch(int row) const {
-    if (!state) return;
-    for (int at = 0; at < tile_bytes; at += 64) __builtin_prefetch(state + row * row_bytes + at, 1, 2);
+    if (!rows) return;
+    for (int at = 0; at < tile_bytes; at += 64) __builtin_prefetch(rows + row * row_bytes + at, 1, 2);
   }
 };
 
@@ -165,12 +167,12 @@ struct Unit {
     V i = V::load(a + kInput * gate), f = V::load(a + kForget * gate), g = V::load(a + kCell * gate);
     if constexpr (kKeep) {
       Activations<V> kept;
-      lstm_c(i, f, g, V::load(c + at), kept).store(c_new + at);
+      lstm_c<V>(i, f, g, V::load(c + at), kept).store(c_new + at);
       kept.i.store(a + kInput * gate);
       kept.f.store(a + kForget * gate);
       kept.g.store(a + kCell * gate);
     } else {
-      lstm_c(i, f, g, V::load(c + at)).store(c_new + at);
+      lstm_c<V>(i, f, g, V::load(c + at)).store(c_new + at);
     }
   }
   L2L_INLINE void update_h(int at) const {
@@ -178,16 +180,16 @@ struct Unit {
     V o = V::load(a + kOutput * gate);
     if constexpr (kKeep) {
       Activations<V> kept;
-      lstm_h(o, V::load(c_new + at), kept).store(h_new + at);
+      lstm_h<V>(o, V::load(c_new + at), kept).store(h_new + at);
       kept.o.store(a + kOutput * gate);
       kept.tanh_c.store(a + kGates * gate);
     } else {
-      lstm_h(o, V::load(c_new + at)).store(h_new + at);
+      lstm_h<V>(o, V::load(c_new + at)).store(h_new + at);
     }
   }
 
-  // Both for parts first .. last - 1 of 2 NV: each vector's c, then each vector's h, so that many of these long chains
-  // are under way together.
+  // Parts first .. last - 1 of 2 NV: each vector's c, then each vector's h, so that many of these long chains are under
+  // way together.
   template <int NV>
   L2L_INLINE void update(int first, int last) const {
 #pragma GCC unroll 8
@@ -196,8 +198,8 @@ struct Unit {
   }
 };
 
-template <class V, int NV, bool kKeep>
-L2L_INLINE Unit<V, kKeep> unit_of(
+template <class V, int NV, bool kKeep, class Product>
+L2L_INLINE Unit<typename Product::template Gate<V>, kKeep> unit_of(
     const Network& net, const TileStep<typename V::Scalar>& tile, int layer, int unit, bool own_gates) {
   constexpr int width = NV * V::kLanes;
   auto* block = tile.activations + (kKeep ? layer * (kGates + 1) * net.hidden * width : 0);
@@ -207,20 +209,32 @@ L2L_INLINE Unit<V, kKeep> unit_of(
       tile.new_state + c, tile.new_state + h};
 }
 
-// A layer, unit by unit: the unit's four gates, and between their columns the activations of the unit before, because
-// products and activations keep different parts of the machine busy. The sizes of the paper's network are compiled in
-// (kColumns, kHidden), so that its loops are unrolled; 0 stands for whatever comes.
+// A layer's activations: every unit's c, then every unit's h. Products in blocks are too short to spread calls for the
+// next tile over.
+template <class V, int NV, bool kKeep, class Product>
+void forward_activations(const Network& net, const TileStep<typename V::Scalar>& tile, int layer) {
+  for (int half = 0; half < 2; ++half)
+    for (int unit = 0; unit < net.hidden; ++unit) {
+      if (Product::kOrder == WeightOrder::blocks) tile.ahead.fetch((half ? net.h_row(layer) : net.c_row(layer)) + unit);
+      unit_of<V, NV, kKeep, Product>(net, tile, layer, unit, true).template update<NV>(half * NV, (half + 1) * NV);
+    }
+}
+
+// A layer, unit by unit. Where there are registers for both, the activations of the unit before go between the columns
+// of this one's gates, because products and activations keep different parts of the machine busy. The sizes of the
+// paper's network are compiled in (kColumns, kHidden), so that its loops are unrolled; 0 stands for whatever comes.
 template <class V, int NV, bool kKeep, class Product, int kColumns, int kHidden>
 void forward_units(
     const Packed<typename V::Scalar>& packed, const TileStep<typename V::Scalar>& tile, int layer, int column_count) {
-  constexpr int width = NV * V::kLanes, jobs = 2 * NV, parts = V::kInterleave ? jobs : 1;
+  constexpr int width = NV * V::kLanes, parts = V::kInterleave ? 2 * NV : 1;
+  constexpr bool own_gates = kKeep || !V::kInterleave;
   const Network& net = packed.net;
   const int columns = kColumns ? kColumns : column_count, hidden = kHidden ? kHidden : net.hidden;
   const auto* weights = Product::template weights<V>(packed, layer);
   for (int unit = 0; unit < hidden; ++unit) {
     tile.ahead.fetch(net.h_row(layer) + unit);
     tile.ahead.fetch(net.c_row(layer) + unit);
-    const Unit<V, kKeep> before = unit_of<V, NV, kKeep>(net, tile, layer, unit ? unit - 1 : 0, kKeep);
+    const auto before = unit_of<V, NV, kKeep, Product>(net, tile, layer, unit ? unit - 1 : 0, own_gates);
     V acc[kGates][NV];
 #pragma GCC unroll 4
     for (int g = 0; g < kGates; ++g)
@@ -230,16 +244,20 @@ void forward_units(
     for (int part = 0; part < parts; ++part) {
       const int first = part * columns / parts, last = (part + 1) * columns / parts;
       multiply<Product>(acc, weights + (1 + first) * kGroup, tile.columns + first * width, width, last - first);
-      if (unit) before.template update<NV>(part * jobs / parts, (part + 1) * jobs / parts);
+      if (V::kInterleave && unit) before.template update<NV>(part, part + 1);
     }
     weights += (1 + columns) * kGroup;
-    const Unit<V, kKeep> here = unit_of<V, NV, kKeep>(net, tile, layer, unit, kKeep);
+    const auto here = unit_of<V, NV, kKeep, Product>(net, tile, layer, unit, own_gates);
 #pragma GCC unroll 4
     for (int g = 0; g < kGates; ++g)
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[g][v].store(here.gates + g * here.gate + v * V::kLanes);
   }
-  unit_of<V, NV, kKeep>(net, tile, layer, hidden - 1, kKeep).template update<NV>(0, jobs);
+  if constexpr (V::kInterleave) {
+    unit_of<V, NV, kKeep, Product>(net, tile, layer, hidden - 1, own_gates).template update<NV>(0, 2 * NV);
+  } else {
+    forward_activations<V, NV, kKeep, Product>(net, tile, layer);
+  }
 }
 
 // What the layer takes in is first copied, so that the new h may be written over the old one.
@@ -252,11 +270,7 @@ void forward_layer(
   const int count = net.layer_inputs(layer), hidden = net.hidden;
   if constexpr (Product::kOrder == WeightOrder::blocks) {
     Product::template gates<V, NV>(packed, tile, layer, inputs, input_stride);
-    for (int half = 0; half < 2; ++half)
-      for (int unit = 0; unit < hidden; ++unit) {
-        tile.ahead.fetch((half ? net.h_row(layer) : net.c_row(layer)) + unit);
-        unit_of<V, NV, kKeep>(net, tile, layer, unit, true).template update<NV>(half * NV, (half + 1) * NV);
-      }
+    forward_activations<V, NV, kKeep, Product>(net, tile, layer);
   } else {
     auto* end = Product::template gather<V, NV>(inputs, input_stride, count, tile.columns);
     Product::template gather<V, NV>(h, tile.state_stride, hidden, end);

@@ -55,6 +55,8 @@ L2L_INLINE void with_dtype(DType dtype, F f) {
   }
 }
 
+L2L_INLINE int size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
 // Where the `count` coordinates of a tile lie in one tensor: at data + stride * i, or at data + offsets[i].
 struct Place {
   void* data;

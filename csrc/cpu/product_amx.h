@@ -7,6 +7,8 @@ namespace l2l {
 namespace {
 
 struct BlockProduct {
+  template <class V>
+  using Gate = Coarse;
   static constexpr WeightOrder kOrder = WeightOrder::blocks;
 
   // Pre-activations of a layer's gates, scaled: row gate * hidden + unit.
