@@ -14,7 +14,7 @@ namespace {
 struct Isa {
   const char* name;
   const StepKernel<float>* step;
-  const UnrollKernels<float>* unroll;
+  const Kernels<float>* rest;
   bool (*runs_here)();
 };
 
@@ -39,22 +39,22 @@ bool may_use_amx() {
 
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512", &kAvx512.step, &kAvx512.unroll, has_avx512},
-    {"avx2", &kAvx2.step, &kAvx2.unroll,
+    {"avx512", &kAvx512.step, &kAvx512, has_avx512},
+    {"avx2", &kAvx2.step, &kAvx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"portable", &kPortableFloat.step, &kPortableFloat.unroll, [] { return true; }},
+    {"portable", &kPortableFloat.step, &kPortableFloat, [] { return true; }},
 };
 
 // With the step's products in bfloat16: only for who asks.
 const Isa kBFloat16[] = {
 #if defined(__x86_64__)
-    {"amx_bf16", &kAmxBf16, &kAvx512.unroll,
+    {"amx_bf16", &kAmxBf16, &kAvx512,
      [] {
        return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
               may_use_amx();
      }},
-    {"avx512_bf16", &kAvx512Bf16, &kAvx512.unroll, has_avx512_bf16},
+    {"avx512_bf16", &kAvx512Bf16, &kAvx512, has_avx512_bf16},
 #endif
 };
 
@@ -106,6 +106,8 @@ void use_cpu_isa(const std::string& name) {
   throw std::invalid_argument("unknown instruction set '" + name + "'; this build has " + known);
 }
 
+int64_t multiply_adds(int64_t rounds) { return current().load()->rest->multiply_adds(rounds); }
+
 template <>
 const StepKernel<float>& current_step<float>() {
   return *current().load()->step;
@@ -117,7 +119,7 @@ const StepKernel<double>& current_step<double>() {
 
 template <>
 const UnrollKernels<float>& current_unroll<float>() {
-  return *current().load()->unroll;
+  return current().load()->rest->unroll;
 }
 template <>
 const UnrollKernels<double>& current_unroll<double>() {

@@ -21,6 +21,9 @@ std::string cpu_isa();
 // Throws std::invalid_argument for a name nobody knows and std::runtime_error for one this machine cannot run.
 void use_cpu_isa(const std::string& name);
 
+// Makes float32 multiply-adds on registers alone and returns how many: what the machine can do at most.
+int64_t multiply_adds(int64_t rounds);
+
 template <class T>
 const StepKernel<T>& current_step();
 template <class T>

@@ -14,7 +14,7 @@
 #include "kernels.h"
 
 namespace l2l {
-const Kernels<float> kAvx2 = {step_kernel<Vec>(), unroll_kernels<Vec>()};
+const Kernels<float> kAvx2 = kernels<Vec>();
 }
 
 #if defined(__clang__)

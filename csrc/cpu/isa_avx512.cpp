@@ -14,7 +14,7 @@
 #include "kernels.h"
 
 namespace l2l {
-const Kernels<float> kAvx512 = {step_kernel<Vec>(), unroll_kernels<Vec>()};
+const Kernels<float> kAvx512 = kernels<Vec>();
 }
 
 #if defined(__clang__)

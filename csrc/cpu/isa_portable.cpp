@@ -4,6 +4,6 @@
 #include "kernels.h"
 
 namespace l2l {
-const Kernels<float> kPortableFloat = {step_kernel<Portable<float>>(), unroll_kernels<Portable<float>>()};
-const Kernels<double> kPortableDouble = {step_kernel<Portable<double>>(), unroll_kernels<Portable<double>>()};
+const Kernels<float> kPortableFloat = kernels<Portable<float>>();
+const Kernels<double> kPortableDouble = kernels<Portable<double>>();
 }  // namespace l2l

@@ -9,6 +9,7 @@
 #include "unroll.h"
 #include "outer.h"
 #include "unroll_backward.h"
+#include "peak.h"
 
 namespace l2l {
 namespace {
@@ -47,6 +48,11 @@ constexpr UnrollKernels<T> unroll_kernels() {
         with_width<V>(count, [&](auto wide) { unroll_backward_tile<V, wide>(call, first, count, scratch, d_weights); });
       },
   };
+}
+
+template <class V, class T = typename V::Scalar>
+constexpr Kernels<T> kernels() {
+  return {step_kernel<V>(), unroll_kernels<V>(), multiply_adds<V>};
 }
 
 }  // namespace

@@ -47,6 +47,7 @@ template <class T>
 struct Kernels {
   StepKernel<T> step;
   UnrollKernels<T> unroll;
+  int64_t (*multiply_adds)(int64_t rounds);  // on registers alone: the ceiling that benches measure
 };
 
 extern const Kernels<float> kPortableFloat;

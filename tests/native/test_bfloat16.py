@@ -45,7 +45,9 @@ def test_bf16_is_the_fastest_of_them():
 
 
 @pytest.mark.parametrize(
-    ("config", "update_error", "states_error"), [(PAPER, 3.5e-3, 3.5e-3), (RNNPROP, 3.5e-3, 4e-2)], ids=["paper", "rnnprop"]
+    ("config", "update_error", "states_error"),
+    [(PAPER, 3.5e-3, 3.5e-3), (RNNPROP, 3.5e-3, 4e-2)],
+    ids=["paper", "rnnprop"],
 )
 def test_the_stated_error(config, update_error, states_error):
     """One step's largest errors, as csrc/README.md states them: of the largest update, and of the states."""

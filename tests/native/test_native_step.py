@@ -63,7 +63,7 @@ def test_sizes(isa, config, size):
 
 
 def test_a_million_and_three():
-    """The step and the unroll of it; the reference runs on a few coordinates and the ragged end, which are independent."""
+    """Step and unroll; coordinates are independent, so the reference runs on some and on the ragged end."""
     size, step = 1_000_003, torch.tensor(3.0)
     some = torch.cat([torch.randint(size, (2000,), generator=torch.Generator().manual_seed(0)), torch.arange(-70, 0)])
     param, grad, state, weights = torch.zeros(size), make_grads(size), make_state(size, PAPER), make_weights(PAPER)
