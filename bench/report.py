@@ -72,7 +72,7 @@ def summary(result: dict) -> str:
         for names in RIVALS.values():
             cells.append(next((_times(row["times_ours"]) for row in here if row["way"] in names), ""))
         lines.append(cells)
-    text = [_table(["case", "ours", "of ceiling", "of FMA", *RIVALS], lines)]
+    text = [_table(["case", "ours", "of ceiling", "FMA", *RIVALS], lines)]
     text += ["", "A rival's column is its time over ours, measured in turn with ours: above 1 it is the slower.", ""]
     return "\n".join([*text, *_findings(result["rows"]), "", _where(result["environment"])])
 
@@ -108,7 +108,7 @@ def _findings(rows: list[dict]) -> Iterable[str]:
 def tables(result: dict) -> str:
     """Every row."""
     parts, rows = [_where(result["environment"]), ""], result["rows"]
-    header = ["way", "median", "iqr", "Mcoord/s", "bytes", "mul-adds", "of ceiling", "of FMA", "time/ours", "memory"]
+    header = ["way", "median", "iqr", "Mcoord/s", "bytes", "mul-adds", "of ceiling", "FMA", "time/ours", "memory"]
     for case in _unique(_case(row) for row in rows):
         lines = []
         for row in (row for row in rows if _case(row) == case):
@@ -126,7 +126,7 @@ def tables(result: dict) -> str:
     parts.append(
         "Bytes and multiply-adds are what a coordinate (in meta-training: a coordinate and step) must cost. The\n"
         "ceiling is the slower of moving the bytes at the copy rate and doing the arithmetic at the sgemm rate.\n"
-        "Of FMA: the share of the float32 multiply-adds that registers alone allow, which no sgemm passes.\n"
+        "FMA: the share of the float32 multiply-adds that registers alone allow, which no sgemm passes.\n"
         "Small cases live in cache and may pass the copy rate."
     )
     return "\n".join(parts)
