@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+from l2l_fast import _native
 
 REPEATS = 5
 
@@ -26,6 +29,14 @@ def sgemm(rows: int = 1536, inner: int = 1536, columns: int = 1536) -> float:
     return 2 * rows * inner * columns / _fastest(lambda: torch.mm(a, b, out=out))
 
 
+def fma(rounds: int = 2_000_000) -> float:
+    """FLOP/s of float32 multiply-adds on registers alone: no sgemm is faster, and some machines' is much slower."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        made = threads * _native.extension.multiply_adds(1)
+        return 2 * rounds * made / _fastest(lambda: list(pool.map(_native.extension.multiply_adds, [rounds] * threads)))
+
+
 def copy(megabytes: int = 512) -> float:
     """Bytes/s that a copy far larger than the caches reads and writes together."""
     source = torch.ones(megabytes * 2**18)
@@ -35,7 +46,8 @@ def copy(megabytes: int = 512) -> float:
 
 def measure() -> dict[str, float]:
     """With as many threads as torch has now; about half a second."""
-    return {"sgemm_flops": sgemm(), "copy_bytes_per_second": copy()}
+    found = {"sgemm_flops": sgemm(), "copy_bytes_per_second": copy()}
+    return found | {"fma_flops": fma()} if _native.extension else found
 
 
 def gate_products() -> dict[str, float]:

@@ -127,6 +127,8 @@ def race(benchmark, request, _ceilings):
             floor, limit = costs.floor_seconds(moved, multiply_adds, found)
             row |= {"bytes": moved, "multiply_adds": multiply_adds, **found, "limit": limit,
                     "share_of_ceiling": floor * coordinates / seconds}  # fmt: skip
+            if multiply_adds and "fma_flops" in found:
+                row["share_of_fma"] = 2 * multiply_adds / found["fma_flops"] * coordinates / seconds
         benchmark.extra_info.update(row | facts)
         return ours
 

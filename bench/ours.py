@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 import cases
-from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, ops
+from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, _native, ops
 from l2l_fast.meta.unroll import suffix_sums
 
+BFLOAT16 = "ours bf16 products"  # the paper network, where the machine has instructions for it
 STEPS = {
     "ours": ("paper", torch.float32),
     "ours bf16 state": ("paper", torch.bfloat16),
@@ -19,6 +22,17 @@ STEPS = {
 def optimizer(way: str, params) -> LSTMOptimizer:
     name, state_dtype = STEPS[way]
     return LSTMOptimizer(params, cases.network(name), state_dtype=state_dtype)
+
+
+@contextlib.contextmanager
+def bfloat16_products():
+    """The step's products in bfloat16; yields the instruction set's name."""
+    before = _native.extension.cpu_isa()
+    _native.extension.use_cpu_isa("bf16")
+    try:
+        yield _native.extension.cpu_isa()
+    finally:
+        _native.extension.use_cpu_isa(before)
 
 
 @torch.no_grad()

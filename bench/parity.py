@@ -20,6 +20,12 @@ def check() -> None:
         _compare(f"meta-gradient, {name} network", *_backward(network), 1e-4)
 
 
+def step_error(network) -> float:
+    """Of the parameters after a few steps, as a share of the largest."""
+    found, expected = _steps(network, torch.float32)
+    return _error(found, expected)
+
+
 def _steps(network, state_dtype):
     """Parameters after a few steps, by the op and by the reference."""
     (param,) = cases.params([(SIZE,)])
@@ -53,6 +59,10 @@ def _backward(network):
     return found
 
 
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
 def _compare(what: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    error = ((found.double() - expected).abs().max() / expected.abs().max()).item()
+    error = _error(found, expected)
     assert error <= tolerance, f"{what}: relative error {error:.1e}, allowed {tolerance:.0e}"

@@ -68,11 +68,11 @@ def summary(result: dict) -> str:
         ours = next((row for row in here if row["way"] == "ours"), None)
         if ours is None:
             continue
-        cells = [case, seconds(ours["median"]), _share(ours)]
+        cells = [case, seconds(ours["median"]), _share(ours), _fma(ours)]
         for names in RIVALS.values():
             cells.append(next((_times(row["times_ours"]) for row in here if row["way"] in names), ""))
         lines.append(cells)
-    text = [_table(["case", "ours", "of ceiling", *RIVALS], lines)]
+    text = [_table(["case", "ours", "of ceiling", "FMA", *RIVALS], lines)]
     text += ["", "A rival's column is its time over ours, measured in turn with ours: above 1 it is the slower.", ""]
     return "\n".join([*text, *_findings(result["rows"]), "", _where(result["environment"])])
 
@@ -83,6 +83,11 @@ def _findings(rows: list[dict]) -> Iterable[str]:
         for way in ("ours bf16 state", "ours moments"):
             for row in _select(rows, kind="step", case="1M", way=way, threads=threads):
                 yield f"- 1M, threads {threads}: {way} takes {row['times_ours']:.2f} of ours"
+        for row in _select(rows, kind="step", case="1M", way="ours bf16 products", threads=threads):
+            yield (
+                f"- 1M, threads {threads}: products in bfloat16 ({row['isa']}) are {1 / row['times_ours']:.2f} times "
+                f"as fast as ours,\n  within {row['error_to_float64']:.1e} of float64"
+            )
     by_threads = {row["threads"]: row["median"] for row in _select(rows, kind="step", case="1M", way="ours")}
     if 1 in by_threads and len(by_threads) > 1:
         most = max(by_threads)
@@ -103,7 +108,7 @@ def _findings(rows: list[dict]) -> Iterable[str]:
 def tables(result: dict) -> str:
     """Every row."""
     parts, rows = [_where(result["environment"]), ""], result["rows"]
-    header = ["way", "median", "iqr", "Mcoord/s", "bytes", "mul-adds", "of ceiling", "time/ours", "memory"]
+    header = ["way", "median", "iqr", "Mcoord/s", "bytes", "mul-adds", "of ceiling", "FMA", "time/ours", "memory"]
     for case in _unique(_case(row) for row in rows):
         lines = []
         for row in (row for row in rows if _case(row) == case):
@@ -112,7 +117,7 @@ def tables(result: dict) -> str:
                 row["way"], seconds(row["median"]), seconds(row["iqr"]),
                 f"{row['coordinates_per_second'] / 1e6:.4g}" if row.get("coordinates_per_second") else "",
                 f"{row['bytes']:.0f}" if "bytes" in row else "",
-                f"{row['multiply_adds']:.0f}" if row.get("multiply_adds") else "", _share(row),
+                f"{row['multiply_adds']:.0f}" if row.get("multiply_adds") else "", _share(row), _fma(row),
                 _times(row["times_ours"]) if "times_ours" in row else "",
                 f"{memory / 2**20:.4g} MiB" if memory is not None else "",
             ])  # fmt: skip
@@ -121,6 +126,7 @@ def tables(result: dict) -> str:
     parts.append(
         "Bytes and multiply-adds are what a coordinate (in meta-training: a coordinate and step) must cost. The\n"
         "ceiling is the slower of moving the bytes at the copy rate and doing the arithmetic at the sgemm rate.\n"
+        "FMA: the share of the float32 multiply-adds that registers alone allow, which no sgemm passes.\n"
         "Small cases live in cache and may pass the copy rate."
     )
     return "\n".join(parts)
@@ -150,6 +156,10 @@ def _unique(values: Iterable[str]) -> list[str]:
 
 def _share(row: dict) -> str:
     return f"{row['share_of_ceiling']:.0%} {row['limit']}" if "share_of_ceiling" in row else ""
+
+
+def _fma(row: dict) -> str:
+    return f"{row['share_of_fma']:.0%}" if "share_of_fma" in row else ""
 
 
 def _times(ratio: float) -> str:

@@ -6,7 +6,9 @@ import torch
 import cases
 import costs
 import ours
+import parity
 import rivals
+from l2l_fast import _native
 
 ALL = torch.get_num_threads()
 
@@ -44,6 +46,30 @@ def test_step(size, threads, way, race):
         f"step, {size}, threads {threads}", optimizer.step, kind="step", case=size, way=way, beside=beside,
         coordinates=cases.count(tensors), tensors=len(tensors), state_bytes=cases.state_bytes(optimizer),
         moved=moved, multiply_adds=costs.step_multiply_adds(network.config) if learned else 0,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(
+    not (_native.extension and _native.extension.cpu_bf16_isas()), reason="no instructions for products in bfloat16"
+)
+@pytest.mark.parametrize(("size", "threads"), [pytest.param("1M", n, id=f"1M-{n}") for n in sorted({1, ALL})])
+def test_bfloat16_products(size, threads, race):
+    """Beside float32 arithmetic, whose ceilings these may pass."""
+    torch.set_num_threads(threads)
+    tensors, network = cases.params(cases.SIZES[size]), cases.network()
+    optimizer, beside = (ours.optimizer("ours", some) for some in (tensors, cases.params(cases.SIZES[size])))
+    with ours.bfloat16_products() as isa:
+        error = parity.step_error(network)
+
+    def step():
+        with ours.bfloat16_products():
+            optimizer.step()
+
+    step()
+    race(
+        f"step, {size}, threads {threads}", step, kind="step", case=size, way=ours.BFLOAT16, beside=beside.step,
+        coordinates=cases.count(tensors), state_bytes=cases.state_bytes(optimizer), isa=isa, error_to_float64=error,
+        moved=costs.step_bytes(network.config), multiply_adds=costs.step_multiply_adds(network.config),
     )  # fmt: skip
 
 

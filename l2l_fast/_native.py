@@ -4,7 +4,8 @@ Import it after :mod:`l2l_fast.ops`, which defines the operators that the kernel
 
     L2L_FAST_NATIVE=0       do not load them: the reference runs instead
     L2L_FAST_CPU_ISA=NAME   instruction set of the CPU kernels: avx512, avx2 or portable; by default the fastest that
-                            runs here. amx_bf16: avx512 with the step's products in bfloat16
+                            runs here. bf16: avx512 with the step's products in bfloat16, amx_bf16 or else
+                            avx512_bf16, which can also be named
 """
 
 from __future__ import annotations

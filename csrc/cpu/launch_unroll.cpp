@@ -28,7 +28,7 @@ std::vector<Corrections<T>> all_corrections(const UnrollArguments& arguments) {
 template <class T>
 void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, const Parallel& parallel) {
   const Network& net = arguments.net;
-  const Kernels<T>& kernels = current_kernels<T>();
+  const UnrollKernels<T>& kernels = current_unroll<T>();
   const Packer<T> packer(net, static_cast<const T*>(arguments.weights), Packer<T>::kForward);
   const auto corrections = all_corrections<T>(arguments);
   const UnrollCall<T> call = {&packer.packed(), corrections.data(), &arguments, nullptr};
@@ -45,7 +45,7 @@ void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matri
 template <class T>
 void unroll_backward(const UnrollArguments& arguments, const UnrollGradients& gradients, const Parallel& parallel) {
   const Network& net = arguments.net;
-  const Kernels<T>& kernels = current_kernels<T>();
+  const UnrollKernels<T>& kernels = current_unroll<T>();
   const Packer<T> packer(net, static_cast<const T*>(arguments.weights), Packer<T>::kBackward);
   const auto corrections = all_corrections<T>(arguments);
   const UnrollCall<T> call = {&packer.packed(), corrections.data(), &arguments, &gradients};

@@ -54,7 +54,7 @@ struct BackwardScratch {
   using T = typename V::Scalar;
   WeightSums<V> sums;
   T *d_state, *passed;  // passed: d_state of coordinates that a step skips
-  T *d_x, *d_update, *d_grad, *transposed, *states, *kept, *end;
+  T *d_x, *d_update, *d_grad, *transposed, *columns, *states, *kept, *end;
 
   // No more is done with `at` than adding to it.
   L2L_INLINE BackwardScratch(T* at, const Network& net, int width, int64_t steps) : sums(at, net) {
@@ -65,7 +65,8 @@ struct BackwardScratch {
     d_update = d_x + groups(net.hidden > net.inputs() ? net.hidden : net.inputs()) * kGroup * width;
     d_grad = d_update + width;
     transposed = d_grad + width;
-    states = transposed + width * padded<V>(kGates * net.hidden);
+    columns = transposed + width * padded<V>(kGates * net.hidden);
+    states = columns + column_rows(net) * width;
     kept = states + (steps + 1) * rows * width;
     // transpose_rows reads on to a whole number of vectors.
     end = kept + (steps * KeptStep<T>::rows(net) + V::kLanes) * width;
@@ -96,7 +97,7 @@ void multiply_transposed(
   for (int group = 0; group < groups(count); ++group) {
     V acc[kGroup][NV];
     broadcast<V, NV>(acc, nullptr);
-    multiply(acc, matrix + group * rows * kGroup, d_rows, width, rows);
+    multiply<ScalarProduct>(acc, matrix + group * rows * kGroup, d_rows, width, rows);
     for (int g = 0; g < kGroup && group * kGroup + g < count; ++g)
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[g][v].store(d + (group * kGroup + g) * width + v * V::kLanes);
@@ -281,11 +282,11 @@ void unroll_backward_tile(
                  width,
                  step.features,
                  step.projected,
+                 at.columns,
                  step.activations,
                  step.output,
                  call.corrections[t],
-                 {},
-                 nullptr});
+                 {}});
     if (some) keep_skipped(new_state, state, skip, width, rows);
   }
 

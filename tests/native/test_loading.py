@@ -33,6 +33,16 @@ def test_instruction_set_by_environment(name):
         assert f"this machine cannot run the instruction set '{name}'" in result.stderr
 
 
+def test_bfloat16_by_environment():
+    from l2l_fast import _native
+
+    result, here = run(PRINT, L2L_FAST_CPU_ISA="bf16"), _native.extension.cpu_bf16_isas()
+    if here:
+        assert f"'cpu_isa': '{here[0]}'" in result.stdout
+    else:
+        assert "this machine has no instructions for products in bfloat16" in result.stderr
+
+
 def test_unknown_instruction_set():
     result = run(PRINT, L2L_FAST_CPU_ISA="sse9")
     assert result.returncode != 0
