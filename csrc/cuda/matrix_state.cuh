@@ -46,6 +46,22 @@ L2L_DEVICE Part<T> part(const DenseEntry& entry, const Tile& tile, const Network
   return {row + (count ? tile.first + kOwn * place.r : 0), entry.state_row, count};
 }
 
+template <class T>
+L2L_DEVICE Four load_all(const T* from) {
+  return to_four(*reinterpret_cast<const PieceOf<T>*>(from));
+}
+
+// The first `count`, then zeros.
+template <class T>
+L2L_DEVICE Four load_some(const T* from, int count) {
+  if (count == kOwn) return load_all(from);
+  Four four = {};
+#pragma unroll
+  for (int n = 0; n < kOwn - 1; ++n)
+    if (n < count) four.at[n] = widen(from[n]);
+  return four;
+}
+
 // Those of the four whose bit is set in `keep`.
 template <class T>
 L2L_DEVICE void store_some(T* to, const Four& values, uint32_t keep) {

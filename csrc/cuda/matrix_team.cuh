@@ -16,21 +16,25 @@ L2L_HOST_DEVICE constexpr int team(int slots) { return slots * device::kWarp; }
 // Two rounds of what the warps exchange, [slot][lane].
 L2L_HOST_DEVICE constexpr int exchange_bytes(int slots) { return 2 * team(slots) * int(sizeof(float4)); }
 
-// What a warp needs of one layer.
+// What a warp needs of one layer, but for its c, of which the products need not wait.
 template <int kSlots, int kInputs>
 struct Needed {
-  Four h[kSlots], c;
+  Four h[kSlots];
   float4 bias;
   float weights[2][2 * chunks(kInputs, kSlots)];  // [half][slot]
 
+  // whole: the tile has all its coordinates.
   template <class T>
-  L2L_DEVICE Needed(const WeightLayout& at, const float* flat, int layer, const Part<T>& state) {
-    constexpr int kHidden = 4 * kSlots;
-    const int row = 2 * kHidden * layer, j = warp();
+  L2L_DEVICE Needed(const WeightLayout& at, const float* flat, int layer, const Part<T>& state, bool whole) {
+    const int row = 8 * kSlots * layer, j = warp();
     const Place place;
+    if (whole) {
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) h[i] = load_four(state.row(row + 4 * i), state.count);
-    c = load_four(state.row(row + kHidden + 4 * j), state.count);
+      for (int i = 0; i < kSlots; ++i) h[i] = load_all(state.row(row + 4 * i));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) h[i] = load_some(state.row(row + 4 * i), state.count);
+    }
     const LayerWeights<kSlots, kInputs> from(at, flat, layer);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -40,17 +44,6 @@ struct Needed {
     const int unit = 4 * j + place.q;
     bias = make_float4(
         from.bias(unit, kInput), from.bias(unit, kForget), from.bias(unit, kCell), from.bias(unit, kOutput));
-  }
-
- private:
-  template <class T>
-  L2L_DEVICE static Four load_four(const T* from, int count) {
-    if (count == kOwn) return to_four(*reinterpret_cast<const PieceOf<T>*>(from));
-    Four four = {};
-#pragma unroll
-    for (int n = 0; n < kOwn - 1; ++n)
-      if (n < count) four.at[n] = widen(from[n]);
-    return four;
   }
 };
 
@@ -79,6 +72,8 @@ L2L_DEVICE void run_part(
     const Needed<kSlots, kInputs>& needed, const Below& below, int layer, const Part<T>& state, const Changes& changes,
     Exchange<kSlots>& exchange) {
   constexpr int kHidden = 4 * kSlots;
+  const int row = 2 * kHidden * layer + 4 * warp();
+  const Four c_old = load_some(state.row(row + kHidden), state.count);
   Slot operand[2 * chunks(kInputs, kSlots)] = {};
 #pragma unroll
   for (int i = 0; i < kInputs; ++i) operand[i] = slot(below(i));
@@ -88,10 +83,9 @@ L2L_DEVICE void run_part(
   run_slot(
       operand, needed.bias,
       [&](int m, int half) { return fragment(needed.weights[half][2 * m], needed.weights[half][2 * m + 1]); },
-      needed.c, c, h);
+      c_old, c, h);
   exchange.put_below(warp(), h);
   exchange.meet();  // every warp has read the old state, too
-  const int row = 2 * kHidden * layer + 4 * warp();
   if (changes.all) {
     set(*reinterpret_cast<PieceOf<T>*>(state.row(row)), h);
     set(*reinterpret_cast<PieceOf<T>*>(state.row(row + kHidden)), c);
@@ -102,7 +96,7 @@ L2L_DEVICE void run_part(
 }
 
 template <int kSlots, class T, class Table>
-__global__ void __launch_bounds__(team(kSlots))
+__global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams on a multiprocessor
     step_by_teams(const __grid_constant__ Table table, const __grid_constant__ StepCall call) {
   const Cell<float>& cell = call.cell;
   const Network& net = cell.net;
@@ -110,35 +104,36 @@ __global__ void __launch_bounds__(team(kSlots))
   const Tile tile = find_tile(table, blockIdx.x, kWidth);
   const DenseEntry& entry = table.entries[tile.entry];
   const int64_t own_at = tile.first + device::lane();
-  const bool inside = device::lane() < tile.count, first = warp() == 0;
-  Exchange<kSlots> exchange(reinterpret_cast<float4*>(device::shared_memory()));
+  const bool inside = device::lane() < tile.count, whole = tile.count == kWidth, first = warp() == 0;
 
+  // All that comes from memory is sent for before the first of it is used.
   const Own own = load_own<T>(entry, tile, net);
-  const float theta = inside && first ? load<float>(entry.param, entry.param_dtype, own_at) : 0;
   const Part<T> state = part<T>(entry, tile, net);
+  const Needed<kSlots, 1> lowest(at, cell.weights, 0, state, whole);
+  int layer = net.projection ? 0 : 1;
+  Needed<kSlots, kSlots> needed(at, cell.weights, std::min(layer, net.layers - 1), state, whole);
 
   const Gradient<float> gradient(call.maximize ? -own.grad : own.grad);
-  MomentScale<V> scale;
+  const bool changed = inside && gradient.live;
+  const Changes changes = Changes::of(changed);
+  MomentScale<V> scale = cell.moments;
   if (net.has_moments()) scale = cell.moments_at(read(entry.step_number()));
   Moments<V> moments = own.moments;
   float features[4];
   preprocess(cell, scale, V(gradient.value), moments, features);
   const Four input = feature_slot(features, net.inputs());
-  const bool changed = inside && gradient.live;
-  const Changes changes = Changes::of(changed);
 
-  int layer = net.projection ? 0 : 1;
-  Needed<kSlots, kSlots> needed(at, cell.weights, std::min(layer, net.layers - 1), state);
+  Exchange<kSlots> exchange(reinterpret_cast<float4*>(device::shared_memory()));
   if (net.projection) {
     if (warp() % 2 == 0) project_two<kSlots>(warp(), slot(input), ProjectionWeights<kSlots>(at, cell.weights), exchange);
     exchange.meet();
   } else {
-    run_part(
-        Needed<kSlots, 1>(at, cell.weights, 0, state), [&](int) { return input; }, 0, state, changes, exchange);
+    run_part(lowest, [&](int) { return input; }, 0, state, changes, exchange);
   }
+  const float theta = inside && first ? load<float>(entry.param, entry.param_dtype, own_at) : 0;
   while (layer < net.layers) {
     run_part(needed, [&](int i) { return exchange.below(i); }, layer, state, changes, exchange);
-    if (++layer < net.layers) needed = Needed<kSlots, kSlots>(at, cell.weights, layer, state);
+    if (++layer < net.layers) needed = Needed<kSlots, kSlots>(at, cell.weights, layer, state, whole);
   }
 
   if (!first) return;
