@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test bench sanitize lint clean
+.PHONY: help setup demo test bench sanitize cuda-check lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ bench: $(READY)  ## time every step and meta-gradient beside its rivals: under t
 
 sanitize:  ## the kernels without torch under AddressSanitizer and UndefinedBehaviorSanitizer
 	csrc/sanitize.sh
+
+cuda-check: $(READY)  ## compile the CUDA kernels for every architecture, no GPU needed; their registers and memory
+	$(BIN)/python csrc/cuda/check.py
 
 lint: $(READY)  ## style alone
 	$(BIN)/ruff check .

@@ -10,4 +10,13 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_isa", &l2l::cpu_isa, "The instruction set in use.");
   module.def("use_cpu_isa", &l2l::use_cpu_isa, "Use this instruction set from now on.", pybind11::arg("name"));
   module.attr("torch_version") = L2L_TORCH_VERSION;
+#ifdef L2L_NO_CUDA
+  module.attr("cuda_version") = pybind11::none();
+  module.attr("cuda_archs") = "";
+  module.attr("no_cuda") = L2L_NO_CUDA;
+#else
+  module.attr("cuda_version") = L2L_CUDA_VERSION;
+  module.attr("cuda_archs") = L2L_CUDA_ARCHS;
+  module.attr("no_cuda") = pybind11::none();
+#endif
 }
