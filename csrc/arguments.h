@@ -1,5 +1,4 @@
-// From the ops' arguments to the launchers': checks that every backend shares. torch appears here and in the ops files
-// only.
+// From the ops' arguments to the launchers': the checks, which every backend shares.
 #pragma once
 
 #include <sstream>
@@ -81,6 +80,26 @@ inline Network network(
   return net;
 }
 
+// Kernels of one device read them all.
+inline void check_device(const Tensor& tensor, const char* name, const Tensor& weights) {
+  L2L_CHECK(
+      tensor.device() == weights.device(), name, " must be on the device of the weights, ",
+      weights.is_cpu() ? "the CPU" : "GPU " + std::to_string(weights.get_device_index()));
+}
+
+inline Scalar scalar(const Tensor& tensor, const char* name, const Tensor& weights) {
+  check_device(tensor, name, weights);
+  L2L_CHECK(tensor.numel() == 1, name, " must be a single number, got shape ", shape_text(tensor));
+  const void* data = tensor.const_data_ptr();
+  switch (tensor.scalar_type()) {
+    case torch::headeronly::ScalarType::Float: return {data, Number::float32};
+    case torch::headeronly::ScalarType::Double: return {data, Number::float64};
+    case torch::headeronly::ScalarType::Int: return {data, Number::int32};
+    case torch::headeronly::ScalarType::Long: return {data, Number::int64};
+    default: fail(name, " must be float32, float64, int32 or int64");
+  }
+}
+
 // The flat weight vector, contiguous.
 inline Tensor checked_weights(const Tensor& weights, const Network& net) {
   const DType dtype = dtype_of(weights, "weights");
@@ -93,8 +112,44 @@ inline Tensor checked_weights(const Tensor& weights, const Network& net) {
   return weights.is_contiguous() ? weights : torch::stable::contiguous(weights);
 }
 
+inline void check_own_memory(const Tensor& tensor, int64_t dims, const char* name) {
+  if (tensor.numel() == 0) return;  // the strides of nothing mean nothing
+  for (int64_t d = 0; d < dims; ++d)
+    L2L_CHECK(
+        tensor.size(d) <= 1 || tensor.stride(d) != 0, name, " of shape ", shape_text(tensor),
+        " is expanded: several coordinates share one place in memory");
+}
+
+inline StepTensor step_tensor(
+    const Tensor& param, const Tensor& grad, const Tensor& state, const Tensor& step, const Network& net,
+    const Tensor& weights) {
+  const int64_t dims = param.dim();
+  for (const Tensor& tensor : {param, grad, state}) check_device(tensor, "a parameter, gradient or state", weights);
+  L2L_CHECK(
+      grad.sizes() == param.sizes(), "a gradient has shape ", shape_text(grad), ", its parameter ", shape_text(param));
+  bool shapes = state.dim() == dims + 1 && state.size(dims) == net.state_rows();
+  for (int64_t d = 0; shapes && d < dims; ++d) shapes = state.size(d) == param.size(d);
+  L2L_CHECK(
+      shapes, "a state has shape ", shape_text(state), ", its parameter ", shape_text(param),
+      ": it must add one dimension of ", net.state_rows());
+  L2L_CHECK(dims <= kMaxDims, "a parameter has ", dims, " dimensions; at most ", kMaxDims, " are supported");
+  check_own_memory(param, dims, "a parameter");
+  check_own_memory(state, dims + 1, "a state");
+  return {
+      int(dims),
+      param.sizes().data(),
+      param.numel(),
+      {param.data_ptr(), dtype_of(param, "a parameter"), param.strides().data()},
+      {grad.data_ptr(), dtype_of(grad, "a gradient"), grad.strides().data()},
+      {state.data_ptr(), state_dtype_of(state), state.strides().data()},
+      state.stride(dims),
+      scalar(step, "a step", weights),
+  };
+}
+
 // A series [T, N] in the weights' dtype.
 inline Matrix series(const Tensor& tensor, const char* name, const Tensor& weights, int64_t steps, int64_t count) {
+  check_device(tensor, name, weights);
   L2L_CHECK(
       tensor.dim() == 2 && tensor.size(0) == steps && tensor.size(1) == count, name, " must be [", steps, ", ", count,
       "], got shape ", shape_text(tensor));
@@ -103,11 +158,29 @@ inline Matrix series(const Tensor& tensor, const char* name, const Tensor& weigh
 }
 
 // A state [N, S].
-inline Matrix states(const Tensor& tensor, const char* name, const Network& net, int64_t count) {
+inline Matrix states(
+    const Tensor& tensor, const char* name, const Network& net, const Tensor& weights, int64_t count) {
+  check_device(tensor, name, weights);
   L2L_CHECK(
       tensor.dim() == 2 && tensor.size(0) == count && tensor.size(1) == net.state_rows(), name, " must be [", count,
       ", ", net.state_rows(), "], got shape ", shape_text(tensor));
   return {tensor.data_ptr(), state_dtype_of(tensor), tensor.stride(0), tensor.stride(1)};
+}
+
+inline UnrollArguments unroll_arguments(
+    const Network& net, const Tensor& grads, const Tensor& state, const Tensor& weights, const Tensor& step) {
+  L2L_CHECK(grads.dim() == 2, "grads must be [T, N], got shape ", shape_text(grads));
+  const int64_t horizon = grads.size(0), count = grads.size(1);
+  return {
+      net,
+      weights.const_data_ptr(),
+      dtype_of(weights, "weights"),
+      horizon,
+      count,
+      scalar(step, "step", weights),
+      series(grads, "grads", weights, horizon, count),
+      states(state, "state", net, weights, count),
+  };
 }
 
 // Uninitialised [N, S], coordinates contiguous: reference.new_state_like.

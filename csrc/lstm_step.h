@@ -24,7 +24,7 @@ struct StepTensor {
   Strided grad;          // read; any dtype, may alias no other pointer
   Strided state;         // read and written; state_rows() rows over the coordinates; float32, bfloat16 or float64
   int64_t state_row;     // elements from one state row to the next
-  double step;           // number of this step, counted from 1
+  Scalar step;           // number of this step, counted from 1
 };
 
 struct StepArguments {
@@ -33,12 +33,20 @@ struct StepArguments {
   DType weights_dtype;  // float32 or float64; the arithmetic is done in it
   const StepTensor* tensors;
   int64_t tensor_count;
-  double lr;
+  Scalar lr;
   double weight_decay;
   bool maximize;
 };
 
 // A coordinate whose gradient is not finite keeps its value and its state.
 void lstm_step_cpu(const StepArguments& arguments, const Parallel& parallel);
+
+// The same on a GPU: data, weights and scalars in its memory, structs and strides in the host's, where they are needed
+// until the return only. Queued on the stream (a cudaStream_t) without waiting for it, so that a CUDA graph can capture
+// it. Throws std::runtime_error when a launch fails.
+//   workspace: lstm_step_cuda_workspace(arguments) bytes that nobody else uses until the stream has passed; none for
+//   networks whose tile fits in shared memory.
+int64_t lstm_step_cuda_workspace(const StepArguments& arguments);
+void lstm_step_cuda(const StepArguments& arguments, void* workspace, void* stream);
 
 }  // namespace l2l

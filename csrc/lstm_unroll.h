@@ -23,7 +23,7 @@ struct UnrollArguments {
   DType weights_dtype;  // float32 or float64; the arithmetic is done in it
   int64_t steps;        // T
   int64_t count;        // N
-  double first_step;    // number of the first step, counted from 1
+  Scalar first_step;    // number of the first step, counted from 1
   Matrix grads;         // [T, N], read
   Matrix state;         // [N, S], read: float32, bfloat16 or float64
 };
@@ -31,6 +31,14 @@ struct UnrollArguments {
 // updates [T, N] and last [N, S] (of any of the state dtypes) are written whole; they alias nothing.
 void lstm_unroll_cpu(
     const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, const Parallel& parallel);
+
+// The same on a GPU: every pointer into its memory. Queued on the stream (a cudaStream_t) without waiting for it, so that
+// a CUDA graph can capture it. Throws std::runtime_error when a launch fails.
+//   workspace: lstm_unroll_cuda_workspace(arguments) bytes that nobody else uses until the stream has passed; none for
+//   networks whose tile fits in shared memory.
+int64_t lstm_unroll_cuda_workspace(const UnrollArguments& arguments);
+void lstm_unroll_cuda(
+    const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, void* workspace, void* stream);
 
 struct UnrollGradients {
   Matrix d_updates;  // [T, N], read
@@ -44,5 +52,11 @@ struct UnrollGradients {
 // weights is the same to the last bit for any number of threads.
 void lstm_unroll_backward_cpu(
     const UnrollArguments& arguments, const UnrollGradients& gradients, const Parallel& parallel);
+
+// The same on a GPU, as above. The workspace does not grow with N beyond some hundreds of MB. The gradient of the weights
+// is the same to the last bit in every run, and on every GPU of one architecture.
+int64_t lstm_unroll_backward_cuda_workspace(const UnrollArguments& arguments, const UnrollGradients& gradients);
+void lstm_unroll_backward_cuda(
+    const UnrollArguments& arguments, const UnrollGradients& gradients, void* workspace, void* stream);
 
 }  // namespace l2l

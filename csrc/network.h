@@ -13,7 +13,24 @@
 
 namespace l2l {
 
-enum class DType { float32, bfloat16, float16, float64 };
+enum class DType : uint8_t { float32, bfloat16, float16, float64 };
+
+// A number that stays where it is, so that a GPU may be given one that it has yet to compute. The caller owns it.
+enum class Number : uint8_t { float32, float64, int32, int64 };
+
+struct Scalar {
+  const void* data;  // in the memory of the device that reads it
+  Number kind;
+};
+
+L2L_HOST_DEVICE double read(const Scalar& scalar) {
+  switch (scalar.kind) {
+    case Number::float32: return *static_cast<const float*>(scalar.data);
+    case Number::float64: return *static_cast<const double*>(scalar.data);
+    case Number::int32: return *static_cast<const int32_t*>(scalar.data);
+    default: return double(*static_cast<const int64_t*>(scalar.data));
+  }
+}
 
 enum class Features { identity, log_sign, moments, both };
 

@@ -1,59 +1,10 @@
 // Coordinates of tensors of any dtype and strides, to and from the rows of a tile.
 #pragma once
 
-#include "bfloat16.h"
+#include "../element.h"
 
 namespace l2l {
 namespace {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-L2L_INLINE float widen(float x) { return x; }
-L2L_INLINE double widen(double x) { return x; }
-L2L_INLINE float widen(BFloat16 x) { return from_bfloat16(x.bits); }
-L2L_INLINE float widen(Half x) {
-  uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
-  if (rest >= 0x7c00) return bits_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  // Moving the exponent's bias by a product also makes denormals come out right.
-  return bits_float(sign | float_bits(bits_float(rest << 13) * 0x1p112f));
-}
-
-// Rounds to nearest, ties to even.
-L2L_INLINE void narrow(double x, double& to) { to = x; }
-L2L_INLINE void narrow(double x, float& to) { to = float(x); }
-L2L_INLINE void narrow(float x, float& to) { to = x; }
-L2L_INLINE void narrow(float x, double& to) { to = x; }
-L2L_INLINE void narrow(float x, BFloat16& to) { to.bits = to_bfloat16(x); }
-L2L_INLINE void narrow(double x, BFloat16& to) { narrow(float(x), to); }
-L2L_INLINE void narrow(float x, Half& to) {
-  uint32_t bits = float_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-  if (rest > 0x7f800000) {
-    to.bits = uint16_t(sign | 0x7e00);
-  } else if (rest >= 0x477ff000) {  // rounds to 2^16
-    to.bits = uint16_t(sign | 0x7c00);
-  } else if (rest < 0x38800000) {  // denormal: adding 0.5 leaves the rounded bits at the bottom
-    to.bits = uint16_t(sign | (float_bits(bits_float(rest) + 0.5f) - 0x3f000000));
-  } else {
-    to.bits = uint16_t(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
-  }
-}
-L2L_INLINE void narrow(double x, Half& to) { narrow(float(x), to); }
-
-// Calls f with a null pointer of the dtype's element type.
-template <class F>
-L2L_INLINE void with_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::float32: return f(static_cast<float*>(nullptr));
-    case DType::bfloat16: return f(static_cast<BFloat16*>(nullptr));
-    case DType::float16: return f(static_cast<Half*>(nullptr));
-    case DType::float64: return f(static_cast<double*>(nullptr));
-  }
-}
 
 // Where the `count` coordinates of a tile lie in one tensor: at data + stride * i, or at data + offsets[i].
 struct Place {

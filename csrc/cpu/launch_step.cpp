@@ -1,7 +1,5 @@
 // The step of a whole param group: every tensor is cut into tiles, and the tiles of all are shared among the threads.
-#include <cmath>
-#include <numeric>
-
+#include "../flat.h"
 #include "../lstm_step.h"
 #include "isa.h"
 #include "pack.h"
@@ -9,44 +7,6 @@
 
 namespace l2l {
 namespace {
-
-// A tensor with its dimensions in the parameter's memory order, neighbours merged where all three tensors allow it, so
-// that tensors that share one dense memory order have one dimension.
-struct Flat {
-  std::vector<int64_t> sizes, param, grad, state;
-  StepTensor tensor;
-
-  explicit Flat(const StepTensor& from) : tensor(from) {
-    std::vector<int> order(from.dims);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(
-        order.begin(), order.end(), [&](int a, int b) { return from.param.strides[a] > from.param.strides[b]; });
-    for (int d : order) {
-      const int64_t size = from.sizes[d];
-      const int64_t strides[] = {from.param.strides[d], from.grad.strides[d], from.state.strides[d]};
-      if (size == 1) continue;
-      if (!sizes.empty() && param.back() == strides[0] * size && grad.back() == strides[1] * size &&
-          state.back() == strides[2] * size) {
-        sizes.back() *= size;
-        param.back() = strides[0];
-        grad.back() = strides[1];
-        state.back() = strides[2];
-      } else {
-        sizes.push_back(size);
-        param.push_back(strides[0]);
-        grad.push_back(strides[1]);
-        state.push_back(strides[2]);
-      }
-    }
-    if (sizes.empty()) sizes = param = grad = state = {1};
-    tensor.dims = int(sizes.size());
-    tensor.sizes = sizes.data();
-    tensor.param.strides = param.data();
-    tensor.grad.strides = grad.data();
-    tensor.state.strides = state.data();
-  }
-  Flat(Flat&&) = default;  // a moved vector keeps its memory, so the pointers stay good
-};
 
 template <class T>
 void step(const StepArguments& arguments, const Parallel& parallel) {
@@ -61,7 +21,7 @@ void step(const StepArguments& arguments, const Parallel& parallel) {
     const StepTensor& tensor = arguments.tensors[i];
     if (tensor.count == 0) continue;
     flats.emplace_back(tensor);
-    corrections.push_back(bias_corrections<T>(net, tensor.step));
+    corrections.push_back(bias_corrections<T>(net, read(tensor.step)));
     starts.push_back(tiles);
     tiles += (tensor.count + kernels.tile - 1) / kernels.tile;
     coordinates += tensor.count;
@@ -70,7 +30,7 @@ void step(const StepArguments& arguments, const Parallel& parallel) {
 
   const auto run = kernels.pairs ? Packer<T>::kForwardPairs : Packer<T>::kForward;
   const Packer<T> packer(net, static_cast<const T*>(arguments.weights), run);
-  const StepCall<T> call = {&packer.packed(), T(arguments.lr), T(arguments.weight_decay), arguments.maximize};
+  const StepCall<T> call = {&packer.packed(), T(read(arguments.lr)), T(arguments.weight_decay), arguments.maximize};
   const int workers = useful_workers(parallel, net, double(coordinates));
   const Scratch<T> scratch(workers, forward_scratch(net, kernels.tile));
   share(parallel, workers, tiles, 4, [&](int worker, int64_t tile) {

@@ -18,9 +18,10 @@ constexpr int64_t kTruncationBytes = 2 << 20;
 
 template <class T>
 std::vector<Corrections<T>> all_corrections(const UnrollArguments& arguments) {
+  const double first = read(arguments.first_step);
   std::vector<Corrections<T>> corrections;
   for (int64_t t = 0; t < arguments.steps; ++t)
-    corrections.push_back(bias_corrections<T>(arguments.net, arguments.first_step + double(t)));
+    corrections.push_back(bias_corrections<T>(arguments.net, first + double(t)));
   return corrections;
 }
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../lstm_cell.h"
-#include "bfloat16.h"
+#include "../element.h"
 #include "packed.h"
 
 namespace l2l {

@@ -90,6 +90,14 @@ L2L_DEVICE unsigned char* shared_memory() {
   return l2l_shared;
 }
 
+// Bytes of shared memory that a block may be given on the current device.
+inline int64_t shared_limit() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 48 * 1024;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
 // Runs kernel(arguments...) on the stream. A kernel that needs more than 48 KB of shared memory is allowed it first.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(

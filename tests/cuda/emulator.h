@@ -311,6 +311,12 @@ inline float fast_reciprocal(float x) { return emulator::off_by(1 / emulator::fl
 
 inline unsigned char* shared_memory() { return emulator::block->shared; }
 
+// An H100's, or what L2L_EMULATED_SHARED says.
+inline int64_t shared_limit() {
+  const char* bytes = std::getenv("L2L_EMULATED_SHARED");
+  return bytes ? std::atoll(bytes) : 227 * 1024;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(
     void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,

@@ -54,13 +54,14 @@ void run(const Network& net, int64_t count, int64_t horizon, DType dtype) {
   std::vector<T> param(count), grad = random<T>(count, 1e-2f);
   if (count > 2) grad[2] = T(NAN);
   const int64_t one = 1;
+  const double step = 2, lr = 0.5;
   const Parallel parallel = {2, run_threads};
 
   const StepTensor tensor = {
       1,     &count, count, {param.data(), dtype, &one}, {grad.data(), dtype, &one}, {state.data(), dtype, &one},
-      count, 2.0};
+      count, {&step, Number::float64}};
   const std::vector<T> before = state;
-  lstm_step_cpu({net, weights.data(), dtype, &tensor, 1, 0.5, 0.1, false}, parallel);
+  lstm_step_cpu({net, weights.data(), dtype, &tensor, 1, {&lr, Number::float64}, 0.1, false}, parallel);
   expect(finite(param) && finite(state), "step is finite");
   if (count > 2) expect(param[2] == 0 && state[2] == before[2], "a gradient that is not finite changes nothing");
 
@@ -71,7 +72,7 @@ void run(const Network& net, int64_t count, int64_t horizon, DType dtype) {
                                      dtype,
                                      horizon,
                                      count,
-                                     3.0,
+                                     {&step, Number::float64},
                                      {grads.data(), dtype, count, 1},
                                      {state.data(), dtype, 1, count}};
   lstm_unroll_cpu(arguments, {updates.data(), dtype, count, 1}, {last.data(), dtype, 1, count}, parallel);

@@ -1,0 +1,75 @@
+// The ops over a backend's launchers: checks, outputs, launch. The schemas are in l2l_fast/ops.py.
+//
+// A Backend has static functions step(StepArguments, weights), unroll(UnrollArguments, updates, last, weights) and
+// unroll_backward(UnrollArguments, UnrollGradients, weights), where weights tells the device.
+#pragma once
+
+#include "arguments.h"
+
+namespace l2l {
+
+template <class Backend>
+struct Ops {
+  static void step(
+      std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor weights, Tensor lr,
+      std::vector<Tensor> steps, std::string features, int64_t hidden_size, int64_t num_layers, bool projection,
+      std::string output, double output_scale, double preprocess_p, double beta1, double beta2, double eps,
+      double weight_decay, bool maximize) {
+    const Network net =
+        network(features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
+    weights = checked_weights(weights, net);
+    L2L_CHECK(
+        grads.size() == params.size() && states.size() == params.size() && steps.size() == params.size(),
+        "lstm_step_ needs one gradient, state and step for each of the ", params.size(), " parameters, got ",
+        grads.size(), ", ", states.size(), " and ", steps.size());
+    std::vector<StepTensor> tensors;
+    tensors.reserve(params.size());
+    for (size_t i = 0; i < params.size(); ++i)
+      tensors.push_back(step_tensor(params[i], grads[i], states[i], steps[i], net, weights));
+    Backend::step(
+        {net, weights.const_data_ptr(), dtype_of(weights, "weights"), tensors.data(), int64_t(tensors.size()),
+         scalar(lr, "lr", weights), weight_decay, maximize},
+        weights);
+  }
+
+  static std::tuple<Tensor, Tensor> unroll(
+      Tensor grads, Tensor state, Tensor weights, Tensor step, std::string features, int64_t hidden_size,
+      int64_t num_layers, bool projection, std::string output, double output_scale, double preprocess_p, double beta1,
+      double beta2, double eps) {
+    const Network net =
+        network(features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
+    weights = checked_weights(weights, net);
+    const UnrollArguments arguments = unroll_arguments(net, grads, state, weights, step);
+    Tensor updates = torch::stable::empty_like(grads), last = new_state_like(state);
+    Backend::unroll(
+        arguments, series(updates, "updates", weights, arguments.steps, arguments.count),
+        states(last, "last", net, weights, arguments.count), weights);
+    return {updates, last};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> unroll_backward(
+      Tensor d_updates, std::optional<Tensor> d_last, Tensor grads, Tensor state, Tensor weights, Tensor step,
+      std::string features, int64_t hidden_size, int64_t num_layers, bool projection, std::string output,
+      double output_scale, double preprocess_p, double beta1, double beta2, double eps, bool need_grads,
+      bool need_state, bool need_weights) {
+    const Network net =
+        network(features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
+    weights = checked_weights(weights, net);
+    const UnrollArguments arguments = unroll_arguments(net, grads, state, weights, step);
+    const int64_t horizon = arguments.steps, count = arguments.count;
+    auto nothing = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
+    Tensor d_grads = need_grads ? torch::stable::empty_like(grads) : nothing(grads);
+    Tensor d_state = need_state ? new_state_like(state) : nothing(state);
+    Tensor d_weights = need_weights ? torch::stable::empty_like(weights) : nothing(weights);
+    UnrollGradients gradients{};
+    gradients.d_updates = series(d_updates, "d_updates", weights, horizon, count);
+    if (d_last) gradients.d_last = states(*d_last, "d_last", net, weights, count);
+    if (need_grads) gradients.d_grads = series(d_grads, "d_grads", weights, horizon, count);
+    if (need_state) gradients.d_state = states(d_state, "d_state", net, weights, count);
+    if (need_weights) gradients.d_weights = d_weights.mutable_data_ptr();
+    Backend::unroll_backward(arguments, gradients, weights);
+    return {d_grads, d_state, d_weights};
+  }
+};
+
+}  // namespace l2l
