@@ -10,6 +10,7 @@ the device has done them; the time written down is one call's.
 
 from __future__ import annotations
 
+import signal
 import statistics
 import time
 import warnings
@@ -35,6 +36,8 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
+    # What is timed so far is written when it is interrupted, also where a shell has made its children ignore that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cases.use(config.getoption("--device"))
     if cases.device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device")

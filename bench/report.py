@@ -1,6 +1,6 @@
 """Tables, a picture and a trimmed result file from pytest-benchmark's JSON.
 
-    python bench/report.py benchmark.json [--out FOLDER]
+    python bench/report.py benchmark.json [another.json ...] [--out FOLDER]
 
 Writes summary.md (the README's table), tables.md (every row), steps.png and a JSON of what matters, named by date,
 kernels and commit; prints the summary.
@@ -49,6 +49,13 @@ def trim(raw: dict) -> dict:
     ]
     rows.sort(key=lambda row: KINDS.index(row["kind"]))
     return {"environment": {**environment, "date": raw["datetime"][:10]}, "rows": rows}
+
+
+def joined(runs: list[dict]) -> dict:
+    """Several runs as if they had been one, with the first one's environment."""
+    commands = [run["environment"]["command"] for run in runs]
+    environment = {**runs[0]["environment"], "command": "; ".join(commands)}
+    return {**runs[0], "environment": environment, "benchmarks": [row for run in runs for row in run["benchmarks"]]}
 
 
 def result_name(result: dict) -> str:
@@ -266,10 +273,11 @@ def write(raw: dict, out: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("json", type=Path, nargs="+", help="what --benchmark-json wrote; runs of one machine and day")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder (default: bench/results)")
     arguments = parser.parse_args()
-    print(summary(write(json.loads(arguments.json.read_text()), arguments.out)))
+    runs = [json.loads(path.read_text()) for path in arguments.json if path.stat().st_size]
+    print(summary(write(joined(runs), arguments.out)))
 
 
 if __name__ == "__main__":
