@@ -13,7 +13,7 @@ help:  ## show this list
 
 setup: $(READY)  ## make .venv and install the package with everything in it
 
-$(READY): pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+$(READY): pyproject.toml $(wildcard setup.py) $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name toolkit.py)
 	@echo "1 of 3: a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "2 of 3: $(TORCH), a download of some 200 MB"
