@@ -1,0 +1,49 @@
+"""The CUDA kernels on a GPU, or on the CPU where L2L_FAST_EMULATED names a library of them built with emulator.h.
+
+test_emulated.py builds that library and runs these tests in it; without a GPU and without it they are skipped.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import l2l_fast  # noqa: F401  # defines the ops that the library implements
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "native"))  # problems.py, and the cases that the CPU kernels are held to
+
+EMULATED = os.environ.get("L2L_FAST_EMULATED")
+if EMULATED:
+    torch.ops.load_library(EMULATED)
+
+
+def pytest_collection_modifyitems(items):
+    built = torch._C._dispatch_has_kernel_for_dispatch_key("l2l_fast::lstm_step_", "CPU" if EMULATED else "CUDA")
+    for item in items:  # those of the whole session, other folders' too
+        if HERE in item.path.parents and item.get_closest_marker("cuda") and not built:
+            item.add_marker(pytest.mark.skip(reason="no compiled CUDA kernels"))
+
+
+@pytest.fixture
+def device() -> str:
+    return "cpu" if EMULATED else "cuda"
+
+
+@pytest.fixture
+def exact() -> torch.dtype:
+    """A dtype in which every run gives the same bits: the emulator's float32 functions err at random."""
+    return torch.float64 if EMULATED else torch.float32
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Uninitialised memory is NaN, so that an output nobody wrote is seen."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
