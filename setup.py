@@ -87,6 +87,7 @@ class OptionalBuildExtension(cpp_extension.BuildExtension):
     """Goes on without the CUDA kernels, then without any, when they cannot be built, with one clear warning."""
 
     def run(self) -> None:
+        inplace = self.inplace
         try:
             super().run()
             return
@@ -95,9 +96,9 @@ class OptionalBuildExtension(cpp_extension.BuildExtension):
                 raise
             failure = error
         if CUDA:
-            reason = "its CUDA kernels did not compile"
+            reason = "the CUDA kernels did not compile"
             warnings.warn(f"l2l_fast gets its CPU kernels alone, because {reason}: {failure}", stacklevel=1)
-            self.compiler = None  # the first run has put its own object there
+            self.inplace, self.compiler = inplace, None  # the first run has left its own there
             for module in self.extensions:
                 plain = extension(None, reason)
                 for name in ("sources", "include_dirs", "library_dirs", "libraries", "extra_compile_args"):
