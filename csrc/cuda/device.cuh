@@ -33,6 +33,9 @@ L2L_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// Bit l: the value of lane l.
+L2L_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
+
 // ---------------------------------------------------------------- matrix units
 
 // d += a b, for a [16, 8] and b [8, 8] in tf32 (float32 whose last 13 bits are not read), d [16, 8] in float32.
@@ -41,18 +44,24 @@ L2L_DEVICE T shuffle_xor(T value, int mask) {
 //   b[0..1] = b(q, r), b(q + 4, r)
 //   d[0..3] = d(r, 2q), d(r, 2q + 1), d(r + 8, 2q), d(r + 8, 2q + 1)
 L2L_DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // ---------------------------------------------------------------- asynchronous copies
 
-// 16 bytes from device to shared memory, both aligned to 16; zeros where `bytes` is 0. Read after copies_landed.
+// 16 bytes from device to shared memory, both aligned to 16: the first `bytes` of them, then zeros. Read after
+// copies_landed, and not between.
 L2L_DEVICE void copy_16(void* shared, const void* global, int bytes = 16) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+
+// The same with 8 bytes.
+L2L_DEVICE void copy_8(void* shared, const void* global, int bytes = 8) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 
 // Ends a group of this thread's copies.
@@ -79,6 +88,20 @@ L2L_DEVICE float fast_reciprocal(float x) {  // 1 ulp
   return y;
 }
 
+// NaN where either is.
+L2L_DEVICE float min_nan(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
+// Two of bfloat16, rounded to nearest; low in the lower half.
+L2L_DEVICE uint32_t floats_bfloat16(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
 L2L_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 L2L_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 
@@ -96,6 +119,13 @@ inline int64_t shared_limit() {
   if (cudaGetDevice(&device) != cudaSuccess) return 48 * 1024;
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return bytes;
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
 }
 
 // Runs kernel(arguments...) on the stream. A kernel that needs more than 48 KB of shared memory is allowed it first.

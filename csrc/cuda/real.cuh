@@ -42,10 +42,8 @@ template <class T>
 L2L_DEVICE Real<T> fma(Real<T> a, Real<T> b, Real<T> c) {
   return Real<T>(std::fma(a.v, b.v, c.v));
 }
-template <class T>
-L2L_DEVICE Real<T> min(Real<T> a, Real<T> b) {  // b where either is NaN
-  return a.v < b.v ? a : b;
-}
+L2L_DEVICE Real<float> min(Real<float> a, Real<float> b) { return Real<float>(device::min_nan(a.v, b.v)); }
+L2L_DEVICE Real<double> min(Real<double> a, Real<double> b) { return a.v < b.v ? a : b; }  // b where either is NaN
 template <class T>
 L2L_DEVICE Real<T> abs(Real<T> a) {
   return Real<T>(std::fabs(a.v));

@@ -1,6 +1,7 @@
 // The step of a whole param group: one launch for all tensors that share a memory order with their gradient and state,
-// one for the others.
+// one for the others. What the matrix units can do goes to matrix_step.cu, of any network, dtype and layout the rest.
 #include "../lstm_step.h"
+#include "matrix_step.h"
 #include "table.h"
 #include "tile.cuh"
 
@@ -74,7 +75,13 @@ void step(const StepArguments& arguments, void* workspace, cudaStream_t stream) 
     if (scratch.on_chip()) return with(step_kernel<T, true, Entry, bytes>, scratch.each);
     with(step_kernel<T, false, Entry, bytes>, 0);
   };
-  const Entries all = entries(arguments);
+  Entries all = entries(arguments);
+  if (matrix_step_supports(arguments)) {
+    const auto others = std::stable_partition(
+        all.dense.begin(), all.dense.end(), [](const DenseEntry& entry) { return matrix_step_supports(entry); });
+    matrix_step(arguments, {all.dense.begin(), others}, stream);
+    all.dense.erase(all.dense.begin(), others);
+  }
   for_each_table(all.dense, kWidth, launch);
   for_each_table(all.strided, kWidth, launch);
 }

@@ -32,12 +32,6 @@ def device() -> str:
     return "cpu" if EMULATED else "cuda"
 
 
-@pytest.fixture
-def exact() -> torch.dtype:
-    """A dtype in which every run gives the same bits: the emulator's float32 functions err at random."""
-    return torch.float64 if EMULATED else torch.float32
-
-
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Uninitialised memory is NaN, so that an output nobody wrote is seen."""

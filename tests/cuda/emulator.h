@@ -75,12 +75,11 @@ namespace emulator {
 struct Copy {
   void* to;
   const void* from;
-  int bytes;
+  int bytes, size;
 };
 
 struct Thread {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   dim3 index;
   int number;
   bool done = false;
@@ -164,6 +163,7 @@ inline void enter() {
 
 inline void run_block(size_t shared_bytes, const std::function<void()>& body) {
   constexpr size_t kStack = 256 * 1024;
+  static thread_local std::vector<std::unique_ptr<char[]>> stacks;  // of all blocks: fresh memory is slow
   const int threads = int(block_size.x * block_size.y * block_size.z);
   if (threads % 32 != 0) stop("a block must be of whole warps");
   Block fresh;
@@ -181,9 +181,9 @@ inline void run_block(size_t shared_bytes, const std::function<void()>& body) {
     Thread& thread = fresh.threads[i];
     order[i] = thread.number = i;
     thread.index = dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
-    thread.stack.reset(new char[kStack]);
+    if (i == int(stacks.size())) stacks.emplace_back(new char[kStack]);
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_sp = stacks[i].get();
     thread.context.uc_stack.ss_size = kStack;
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, enter, 0);
@@ -222,11 +222,15 @@ struct alignas(64) Padded {
   char rest[64 - sizeof(T)];
 };
 
-// A relative error of at most `ulps` units in the last place.
+// A relative error of at most `ulps` units in the last place, always the same one for the same value.
 inline float off_by(float value, float ulps) {
   if (!std::isfinite(value) || value == 0) return value;
   const float unit = std::ldexp(1.0f, std::ilogb(value) - 23);
-  const float off = value + ulps * unit * (float(random()()) / float(std::mt19937::max()) * 2 - 1);
+  uint32_t mixed;
+  std::memcpy(&mixed, &value, sizeof mixed);
+  mixed = (mixed ^ mixed >> 15) * 0x2c1b3c6du;
+  mixed = (mixed ^ mixed >> 12) * 0x297a2d39u;
+  const float off = value + ulps * unit * (float(mixed >> 8) * 0x1p-23f - 1);
   return std::fabs(off) < std::ldexp(1.0f, -126) ? std::copysign(0.0f, off) : off;
 }
 
@@ -250,6 +254,14 @@ template <class T>
 T shuffle_xor(T value, int mask) {
   const emulator::Padded<T> mine{value, {}};
   return emulator::exchange(mine, "shuffle_xor")[lane() ^ mask].value;
+}
+
+inline uint32_t ballot(bool value) {
+  const emulator::Padded<bool> mine{value, {}};
+  const auto& all = emulator::exchange(mine, "ballot");
+  uint32_t bits = 0;
+  for (int i = 0; i < kWarp; ++i) bits |= uint32_t(all[i].value) << i;
+  return bits;
 }
 
 inline float bits_float(uint32_t bits) {
@@ -282,15 +294,22 @@ inline void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
       const Fragments& of_b = all[column * 4 + k % 4].value;
       sum += tf32(of_a.a[row / 8 + 2 * (k / 4)]) * tf32(of_b.b[k / 4]);
     }
-    d[i] = float(sum);
+    d[i] = float(sum);  // the hardware does not round to nearest, but cuts
+    if (std::fabs(d[i]) > std::fabs(sum)) d[i] = std::nextafter(d[i], 0.0f);
   }
 }
 
-inline void copy_16(void* shared, const void* global, int bytes = 16) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
-    emulator::stop("copy_16: an address is not aligned to 16 bytes");
-  emulator::self().groups.back().push_back({shared, global, bytes});
+template <int size>
+void copy(void* shared, const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % size || reinterpret_cast<uintptr_t>(global) % size)
+    emulator::stop("an asynchronous copy's address is not aligned to its size");
+  if (bytes < 0 || bytes > size) emulator::stop("an asynchronous copy of more bytes than its size");
+  std::memset(shared, 0xff, size);  // what was there may be gone at any time from now on
+  emulator::self().groups.back().push_back({shared, global, bytes, size});
 }
+
+inline void copy_16(void* shared, const void* global, int bytes = 16) { copy<16>(shared, global, bytes); }
+inline void copy_8(void* shared, const void* global, int bytes = 8) { copy<8>(shared, global, bytes); }
 
 inline void copies_end() { emulator::self().groups.emplace_back(); }
 
@@ -299,7 +318,7 @@ void copies_landed() {
   auto& groups = emulator::self().groups;
   while (int(groups.size()) - 1 > pending) {  // the last one is still open
     for (const emulator::Copy& copy : groups.front()) {
-      std::memset(copy.to, 0, 16);
+      std::memset(copy.to, 0, copy.size);
       std::memcpy(copy.to, copy.from, copy.bytes);
     }
     groups.erase(groups.begin());
@@ -309,9 +328,22 @@ void copies_landed() {
 inline float fast_exp2(float x) { return emulator::off_by(std::exp2(emulator::flush(x)), 2); }
 inline float fast_reciprocal(float x) { return emulator::off_by(1 / emulator::flush(x), 1); }
 
+inline uint32_t floats_bfloat16(float low, float high) {
+  auto rounded = [](float value) -> uint32_t {
+    const uint32_t bits = float_bits(value);
+    return value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(high) << 16 | rounded(low);
+}
+
+inline float min_nan(float x, float y) { return x != x || y != y ? NAN : std::fmin(x, y); }
+
 inline unsigned char* shared_memory() { return emulator::block->shared; }
 
 // An H100's, or what L2L_EMULATED_SHARED says.
+// Few, so that the warps of a persistent grid take many tiles each.
+inline int multiprocessors() { return 2; }
+
 inline int64_t shared_limit() {
   const char* bytes = std::getenv("L2L_EMULATED_SHARED");
   return bytes ? std::atoll(bytes) : 227 * 1024;

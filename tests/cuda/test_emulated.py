@@ -21,7 +21,8 @@ pytestmark = [
 
 def build(out: Path, sources: list[Path], *flags: str, link: list[str]) -> Path:
     """Compile the sources side by side, and link them."""
-    common = ["-std=c++17", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-DL2L_CUDA_EMULATOR=\"{HERE}/emulator.h\""]
+    emulator = f'-DL2L_CUDA_EMULATOR="{HERE}/emulator.h"'
+    common = ["-std=c++17", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", emulator]
     jobs = {}
     for source in sources:
         target = out.with_name(f"{source.name}.o")

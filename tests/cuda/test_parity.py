@@ -199,11 +199,11 @@ def test_groups_of_more_tensors_than_a_table_holds(device):
     check_step(device, params, grads, states, TINY, rtol=2e-5 + torch.finfo(torch.bfloat16).eps / 2)
 
 
-def test_many_tensors_give_what_one_does(device, exact):
+def test_many_tensors_give_what_one_does(device):
     cuts = [0, 1, 4, 60, 70, 71, 130]
     pieces = list(itertools.pairwise(cuts))
-    whole, grad, state = torch.randn(130, dtype=exact), make_grads(130, dtype=exact), make_state(130, PAPER, 0, exact)
-    weights, lr = make_weights(PAPER, dtype=exact).to(device), torch.tensor(1.0, device=device)
+    whole, grad, state = torch.randn(130), make_grads(130), make_state(130, PAPER)
+    weights, lr = make_weights(PAPER).to(device), torch.tensor(1.0, device=device)
     params = [whole[a:b].to(device, copy=True) for a, b in pieces]
     states = [placed(state[a:b], device) for a, b in pieces]
     whole, grad, state = whole.to(device), grad.to(device), placed(state, device)
@@ -288,11 +288,11 @@ def test_unroll_of_every_state_dtype(device, state_dtype):
     close_scaled(gradients[2], gradients64[2], 5e-5)
 
 
-def test_unroll_of_any_strides(device, exact):
-    weights, step = make_weights(PAPER, dtype=exact).to(device), torch.tensor(1.0, device=device)
-    grads = make_grads(6, 80, dtype=exact).to(device)[::2, ::2]
-    state = make_state(80, PAPER, 0, exact).to(device)[::2]
-    d_updates = torch.randn(40, 3, dtype=exact, device=device).t()
+def test_unroll_of_any_strides(device):
+    weights, step = make_weights(PAPER).to(device), torch.tensor(1.0, device=device)
+    grads = make_grads(6, 80).to(device)[::2, ::2]
+    state = make_state(80, PAPER).to(device)[::2]
+    d_updates = torch.randn(40, 3, device=device).t()
     strided = OP.lstm_unroll_backward(d_updates, None, grads, state, weights, step, *PAPER, True, True, True)
     plain = [t.contiguous() for t in (d_updates, grads, state)]
     dense = OP.lstm_unroll_backward(plain[0], None, plain[1], plain[2], weights, step, *PAPER, True, True, True)
@@ -304,10 +304,10 @@ def test_unroll_of_any_strides(device, exact):
 
 
 @pytest.mark.parametrize("needed", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
-def test_what_is_not_needed_is_empty_and_changes_nothing(device, exact, needed):
+def test_what_is_not_needed_is_empty_and_changes_nothing(device, needed):
     for config in (PAPER._replace(hidden_size=6), RNNPROP._replace(hidden_size=6)):
-        args = torch.randn(3, 40).to(exact), None, make_grads(3, 40, dtype=exact), make_state(40, config, 0, exact)
-        args = [*args, make_weights(config, dtype=exact), torch.tensor(1.0)]
+        args = torch.randn(3, 40), None, make_grads(3, 40), make_state(40, config)
+        args = [*args, make_weights(config), torch.tensor(1.0)]
         args = [None if t is None else placed(t, device) for t in args] + list(config)
         full = OP.lstm_unroll_backward(*args, True, True, True)
         part = OP.lstm_unroll_backward(*args, *map(bool, needed))
@@ -315,11 +315,11 @@ def test_what_is_not_needed_is_empty_and_changes_nothing(device, exact, needed):
             assert torch.equal(a, b) if need else a.numel() == 0
 
 
-def test_weight_gradients_are_the_same_in_every_run(device, exact):
+def test_weight_gradients_are_the_same_in_every_run(device):
     """Of more tiles than blocks take, or of several tiles."""
     config, count = (TINY, 32 * 520) if EMULATED else (PAPER, 100_003)
-    args = torch.randn(2, count, dtype=exact), None, make_grads(2, count, dtype=exact), make_state(count, config, 0, exact)
-    args = [*args, make_weights(config, dtype=exact), torch.tensor(1.0)]
+    args = torch.randn(2, count), None, make_grads(2, count), make_state(count, config)
+    args = [*args, make_weights(config), torch.tensor(1.0)]
     there = [None if t is None else placed(t, device) for t in args]
     runs = [OP.lstm_unroll_backward(*there, *config, False, False, True)[2] for _ in range(2 if EMULATED else 5)]
     assert all(torch.equal(run, runs[0]) for run in runs)
@@ -352,15 +352,16 @@ def test_gradcheck(device):
     state = state.to(device).requires_grad_()
     weights = make_weights(config, dtype=torch.float64).to(device).requires_grad_()
     torch.use_deterministic_algorithms(False)
-    fast = {"fast_mode": EMULATED}
-    assert torch.autograd.gradcheck(lambda g, s, w: ops.lstm_unroll(g, s, w, config, 2), (grads, state, weights), **fast)
+    assert torch.autograd.gradcheck(
+        lambda g, s, w: ops.lstm_unroll(g, s, w, config, 2), (grads, state, weights), fast_mode=EMULATED
+    )
 
 
 @pytest.mark.parametrize("op", ["lstm_step_", "lstm_unroll", "lstm_unroll_backward"])
-def test_opcheck(device, exact, op):
+def test_opcheck(device, op):
     config = TINY._replace(features="both", projection=True)
-    grads = make_grads(3, 6, dtype=exact).clamp(-1, 1).to(device)
-    state, weights = make_state(6, config, 2, exact).to(device), make_weights(config, dtype=exact).to(device)
+    grads = make_grads(3, 6).clamp(-1, 1).to(device)
+    state, weights = make_state(6, config).to(device), make_weights(config).to(device)
     one = torch.tensor(1.0, device=device)
     if op == "lstm_step_":
         args = ([torch.zeros(6, device=device)], [grads[0]], [state], weights, one, [one], *config, 0.01, False)

@@ -1,0 +1,17 @@
+// The step on the matrix units: which tensors it takes, and its launcher.
+#pragma once
+
+#include "table.h"
+
+namespace l2l {
+
+// Hidden sizes 4, 8, 12, 16, 20 and 32, as many layers as fit in shared memory, float32 weights; parameters and gradients
+// of up to 32 bits and a state of float32 or bfloat16 whose rows are aligned to four coordinates. The other tensors of a
+// group go to lstm_step.cu.
+bool matrix_step_supports(const StepArguments& arguments);
+bool matrix_step_supports(const DenseEntry& entry);
+
+// Entries as in DenseEntry, all supported. Throws std::runtime_error when a launch fails.
+void matrix_step(const StepArguments& arguments, const std::vector<DenseEntry>& entries, void* stream);
+
+}  // namespace l2l

@@ -1,0 +1,154 @@
+// The step of few coordinates: a tile by a team of warps, one for each slot of units.
+//
+// The weights of its own slot's gates, which each warp needs once, come straight from the flat vector through the cache,
+// with the state of the first two layers at the same time, so that there is one wait for memory. The warps of a team
+// exchange their new h through shared memory, one barrier a layer.
+#pragma once
+
+#include "matrix_state.cuh"
+
+namespace l2l {
+namespace matrix {
+namespace {
+
+L2L_HOST_DEVICE constexpr int team(int slots) { return slots * device::kWarp; }
+
+// Two rounds of what the warps exchange, [slot][lane].
+L2L_HOST_DEVICE constexpr int exchange_bytes(int slots) { return 2 * team(slots) * int(sizeof(float4)); }
+
+// What a warp needs of one layer.
+template <int kSlots, int kInputs>
+struct Needed {
+  Four h[kSlots], c;
+  float4 bias;
+  float weights[2][2 * chunks(kInputs, kSlots)];  // [half][slot]
+
+  template <class T>
+  L2L_DEVICE Needed(const WeightLayout& at, const float* flat, int layer, const Part<T>& state) {
+    constexpr int kHidden = 4 * kSlots;
+    const int row = 2 * kHidden * layer, j = warp();
+    const Place place;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) h[i] = load_four(state.row(row + 4 * i), state.count);
+    c = load_four(state.row(row + kHidden + 4 * j), state.count);
+    const LayerWeights<kSlots, kInputs> from(at, flat, layer);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int s = 0; s < 2 * chunks(kInputs, kSlots); ++s)
+        weights[half][s] = from.weight(j, half, place.r, s, place.q);
+    const int unit = 4 * j + place.q;
+    bias = make_float4(
+        from.bias(unit, kInput), from.bias(unit, kForget), from.bias(unit, kCell), from.bias(unit, kOutput));
+  }
+
+ private:
+  template <class T>
+  L2L_DEVICE static Four load_four(const T* from, int count) {
+    if (count == kOwn) return to_four(*reinterpret_cast<const PieceOf<T>*>(from));
+    Four four = {};
+#pragma unroll
+    for (int n = 0; n < kOwn - 1; ++n)
+      if (n < count) four.at[n] = widen(from[n]);
+    return four;
+  }
+};
+
+// What the team exchanges: every round, all put slots below, then meet, then read them.
+template <int kSlots>
+class Exchange {
+ public:
+  L2L_DEVICE explicit Exchange(float4* shared) : put_(shared), get_(shared + team(kSlots)) {}
+
+  L2L_DEVICE void put_below(int slot, const Four& x) const { set(put_[slot * device::kWarp + device::lane()], x); }
+  L2L_DEVICE Four below(int slot) const { return to_four(get_[slot * device::kWarp + device::lane()]); }
+  L2L_DEVICE void meet() {
+    __syncthreads();
+    float4* const got = get_;
+    get_ = put_;
+    put_ = got;
+  }
+
+ private:
+  float4 *put_, *get_;
+};
+
+// This warp's part of a layer; below(i): slot i from below.
+template <int kSlots, int kInputs, class T, class Below>
+L2L_DEVICE void run_part(
+    const Needed<kSlots, kInputs>& needed, const Below& below, int layer, const Part<T>& state, const Changes& changes,
+    Exchange<kSlots>& exchange) {
+  constexpr int kHidden = 4 * kSlots;
+  Slot operand[2 * chunks(kInputs, kSlots)] = {};
+#pragma unroll
+  for (int i = 0; i < kInputs; ++i) operand[i] = slot(below(i));
+#pragma unroll
+  for (int j = 0; j < kSlots; ++j) operand[kInputs + j] = slot(needed.h[j]);
+  Four c, h;
+  run_slot(
+      operand, needed.bias,
+      [&](int m, int half) { return fragment(needed.weights[half][2 * m], needed.weights[half][2 * m + 1]); },
+      needed.c, c, h);
+  exchange.put_below(warp(), h);
+  exchange.meet();  // every warp has read the old state, too
+  const int row = 2 * kHidden * layer + 4 * warp();
+  if (changes.all) {
+    set(*reinterpret_cast<PieceOf<T>*>(state.row(row)), h);
+    set(*reinterpret_cast<PieceOf<T>*>(state.row(row + kHidden)), c);
+  } else {
+    store_some(state.row(row), h, changes.of_four);
+    store_some(state.row(row + kHidden), c, changes.of_four);
+  }
+}
+
+template <int kSlots, class T, class Table>
+__global__ void __launch_bounds__(team(kSlots))
+    step_by_teams(const __grid_constant__ Table table, const __grid_constant__ StepCall call) {
+  const Cell<float>& cell = call.cell;
+  const Network& net = cell.net;
+  const WeightLayout at{net};
+  const Tile tile = find_tile(table, blockIdx.x, kWidth);
+  const DenseEntry& entry = table.entries[tile.entry];
+  const int64_t own_at = tile.first + device::lane();
+  const bool inside = device::lane() < tile.count, first = warp() == 0;
+  Exchange<kSlots> exchange(reinterpret_cast<float4*>(device::shared_memory()));
+
+  const Own own = load_own<T>(entry, tile, net);
+  const float theta = inside && first ? load<float>(entry.param, entry.param_dtype, own_at) : 0;
+  const Part<T> state = part<T>(entry, tile, net);
+
+  const Gradient<float> gradient(call.maximize ? -own.grad : own.grad);
+  MomentScale<V> scale;
+  if (net.has_moments()) scale = cell.moments_at(read(entry.step_number()));
+  Moments<V> moments = own.moments;
+  float features[4];
+  preprocess(cell, scale, V(gradient.value), moments, features);
+  const Four input = feature_slot(features, net.inputs());
+  const bool changed = inside && gradient.live;
+  const Changes changes = Changes::of(changed);
+
+  int layer = net.projection ? 0 : 1;
+  Needed<kSlots, kSlots> needed(at, cell.weights, std::min(layer, net.layers - 1), state);
+  if (net.projection) {
+    if (warp() % 2 == 0) project_two<kSlots>(warp(), slot(input), ProjectionWeights<kSlots>(at, cell.weights), exchange);
+    exchange.meet();
+  } else {
+    run_part(
+        Needed<kSlots, 1>(at, cell.weights, 0, state), [&](int) { return input; }, 0, state, changes, exchange);
+  }
+  while (layer < net.layers) {
+    run_part(needed, [&](int i) { return exchange.below(i); }, layer, state, changes, exchange);
+    if (++layer < net.layers) needed = Needed<kSlots, kSlots>(at, cell.weights, layer, state);
+  }
+
+  if (!first) return;
+  const float lr = float(read(call.lr));
+  const float y = head<kSlots>(net, cell.weights + at.head_weight(), exchange);
+  if (!changed) return;
+  store(entry.param, entry.param_dtype, own_at, moved(theta, y, lr, call));
+  if (net.has_moments()) store_moments<T>(entry, own_at, moments);
+}
+
+}  // namespace
+}  // namespace matrix
+}  // namespace l2l

@@ -1,0 +1,177 @@
+// The weights in shared memory in the order in which the matrix units take them; see matrix_cell.cuh for the map.
+//
+// A fragment is what the 32 lanes hold of a [8 k, 8 columns] piece of a right operand: one float4 a lane,
+// high(k = q), high(k = q + 4), low(k = q), low(k = q + 4) of column r, with lane = 4 r + q. In the whole area, one
+// after the other:
+//   projection        [units / 8, up][32 lanes] float4, then the biases [hidden] rounded up to float4
+//   layer 0, 1, ..    [hidden / 4][chunks of 8 k][2][32 lanes] float4, then the biases [hidden] float4: i, f, g, o
+//   head              [hidden], then its bias, rounded up to float4
+// Gates are scaled by gate_scale.
+#pragma once
+
+#include "../lstm_cell.h"
+#include "device.cuh"
+
+namespace l2l {
+namespace matrix {
+
+// A slot is a group of 4 k. A layer's operand: the slots of its inputs, those of its own h, and one of zeros if that
+// makes them even.
+L2L_HOST_DEVICE constexpr int chunks(int input_slots, int slots) { return (input_slots + slots + 1) / 2; }
+
+// float4s of each part.
+L2L_HOST_DEVICE constexpr int projection_fragments(int slots) { return (slots + 1) / 2 * device::kWarp; }
+L2L_HOST_DEVICE constexpr int layer_fragments(int input_slots, int slots) {
+  return slots * chunks(input_slots, slots) * 2 * device::kWarp;
+}
+L2L_HOST_DEVICE constexpr int layer_size(int input_slots, int slots) {
+  return layer_fragments(input_slots, slots) + 4 * slots;
+}
+L2L_HOST_DEVICE constexpr int projection_size(int slots) { return projection_fragments(slots) + slots; }
+L2L_HOST_DEVICE constexpr int head_size(int slots) { return slots + 1; }
+
+L2L_HOST_DEVICE int weights_size(const Network& net) {
+  const int slots = net.hidden / 4;
+  const int first = net.projection ? projection_size(slots) + layer_size(slots, slots) : layer_size(1, slots);
+  return first + (net.layers - 1) * layer_size(slots, slots) + head_size(slots);
+}
+
+// x = high + low, high in tf32 (the nearest), low exact: the matrix unit drops what tf32 does not hold of it, one bit.
+L2L_DEVICE float high(float x) {
+  return device::bits_float((device::float_bits(x) + 0x1000u) & ~0x1fffu);
+}
+
+L2L_DEVICE float4 fragment(float first, float second) {
+  const float a = high(first), b = high(second);
+  return make_float4(a, b, first - a, second - b);
+}
+
+// What a fragment is formed from: columns r of the pair (j, 0), (j, 1) are gates i, f and g, o of the units
+// 4 j .. 4 j + 3, unit by unit.
+template <int kSlots, int kInputs>
+class LayerWeights {
+ public:
+  L2L_DEVICE LayerWeights(const WeightLayout& at, const float* weights, int layer)
+      : inputs_(at.net.layer_inputs(layer)),
+        ih_(weights + at.weight_ih(layer)),
+        hh_(weights + at.weight_hh(layer)),
+        bias_ih_(weights + at.bias_ih(layer)),
+        bias_hh_(weights + at.bias_hh(layer)) {}
+
+  // Of element q of a slot.
+  L2L_DEVICE float weight(int j, int half, int r, int slot, int q) const {
+    const int gate = 2 * half + r % 2, row = gate * kHidden + 4 * j + r / 2, k = 4 * (slot - kInputs) + q;
+    const float scale = float(gate_scale(gate));
+    if (slot < kInputs) {
+      const int input = 4 * slot + q;
+      return input < inputs_ ? scale * ih_[row * inputs_ + input] : 0.0f;
+    }
+    return k < kHidden ? scale * hh_[row * kHidden + k] : 0.0f;
+  }
+
+  L2L_DEVICE float bias(int unit, int gate) const {
+    const int row = gate * kHidden + unit;
+    return float(gate_scale(gate)) * (bias_ih_[row] + bias_hh_[row]);
+  }
+
+ private:
+  static constexpr int kHidden = 4 * kSlots;
+  const int inputs_;
+  const float *const ih_, *const hh_, *const bias_ih_, *const bias_hh_;
+};
+
+// The same of the projection: columns r of fragment p are the units 8 p + 4 (r % 2) + r / 2, its second k's are zero.
+template <int kSlots>
+class ProjectionWeights {
+ public:
+  L2L_DEVICE ProjectionWeights(const WeightLayout& at, const float* weights)
+      : inputs_(at.net.inputs()),
+        weight_(weights + at.projection_weight()),
+        bias_(weights + at.projection_bias()) {}
+
+  L2L_DEVICE float4 fragment(int p, int lane) const {
+    const int q = lane % 4, r = lane / 4, unit = 8 * p + 4 * (r % 2) + r / 2;
+    return matrix::fragment(unit < 4 * kSlots && q < inputs_ ? weight_[unit * inputs_ + q] : 0.0f, 0.0f);
+  }
+
+  L2L_DEVICE float bias(int unit) const { return bias_[unit]; }
+
+ private:
+  const int inputs_;
+  const float *const weight_, *const bias_;
+};
+
+// The same from where Packer left them.
+class PackedProjection {
+ public:
+  L2L_DEVICE PackedProjection(const float4* weights, int slots)
+      : fragments_(weights), biases_(reinterpret_cast<const float*>(weights + projection_fragments(slots))) {}
+
+  L2L_DEVICE float4 fragment(int p, int lane) const { return fragments_[p * device::kWarp + lane]; }
+  L2L_DEVICE float bias(int unit) const { return biases_[unit]; }
+
+ private:
+  const float4* const fragments_;
+  const float* const biases_;
+};
+
+// Packs with all threads of the block, from a copy of the flat weights, which it makes where `flat` points. The caller
+// puts a barrier behind it; then the place is free again.
+template <int kSlots>
+class Packer {
+ public:
+  L2L_DEVICE Packer(const Network& net, const float* weights, float4* to, float* flat)
+      : at_{net}, weights_(flat), to_(to) {
+    const int count = int(at_.count());
+#pragma unroll 8
+    for (int i = threadIdx.x; i < count; i += blockDim.x) flat[i] = weights[i];
+    __syncthreads();
+    if (net.projection) {
+      projection();
+      layer<kSlots>(0);
+    } else {
+      layer<1>(0);
+    }
+    for (int i = 1; i < net.layers; ++i) layer<kSlots>(i);
+    each(head_size(kSlots) * 4, [&](int i) {
+      reinterpret_cast<float*>(to_)[i] = i <= kHidden ? weights_[at_.head_weight() + i] : 0.0f;
+    });
+  }
+
+ private:
+  static constexpr int kHidden = 4 * kSlots;
+
+  template <class Body>
+  L2L_DEVICE static void each(int count, const Body& body) {
+#pragma unroll 2
+    for (int i = threadIdx.x; i < count; i += blockDim.x) body(i);
+  }
+
+  template <int kInputs>
+  L2L_DEVICE void layer(int layer) {
+    constexpr int kChunks = chunks(kInputs, kSlots);
+    const LayerWeights<kSlots, kInputs> from(at_, weights_, layer);
+    each(layer_fragments(kInputs, kSlots), [&](int i) {
+      const int q = i % 4, r = i / 4 % 8, half = i / 32 % 2, m = i / 64 % kChunks, j = i / 64 / kChunks;
+      to_[i] = fragment(from.weight(j, half, r, 2 * m, q), from.weight(j, half, r, 2 * m + 1, q));
+    });
+    to_ += layer_fragments(kInputs, kSlots);
+    each(4 * kHidden, [&](int i) { reinterpret_cast<float*>(to_)[i] = from.bias(i / kGates, i % kGates); });
+    to_ += 4 * kSlots;
+  }
+
+  L2L_DEVICE void projection() {
+    const ProjectionWeights<kSlots> from(at_, weights_);
+    each(projection_fragments(kSlots), [&](int i) { to_[i] = from.fragment(i / device::kWarp, i % device::kWarp); });
+    to_ += projection_fragments(kSlots);
+    each(kHidden, [&](int i) { reinterpret_cast<float*>(to_)[i] = from.bias(i); });
+    to_ += kSlots;
+  }
+
+  const WeightLayout at_;
+  const float* const weights_;
+  float4* to_;
+};
+
+}  // namespace matrix
+}  // namespace l2l
