@@ -100,7 +100,9 @@ if [ $device = cuda ]; then
   # For this GPU alone: a third of the time.
   part build 150 env FORCE_CUDA=1 L2L_FAST_REQUIRE_EXT=1 TORCH_CUDA_ARCH_LIST="$arch" \
     "$python" setup.py -q build_ext --inplace || { tail -n 40 "$log"; exit 1; }
-  part tests 120 "$python" -m pytest -m cuda -q -p no:cacheprovider
+  parallel=$("$python" -c "import xdist" 2>/dev/null && echo "-n 6")
+  # shellcheck disable=SC2086  # two words or none
+  part tests 120 "$python" -m pytest -m cuda -q -p no:cacheprovider $parallel
   cp "$work/part" "$out/tests.txt"
   : >"$out/sanitizer.txt"
   if command -v compute-sanitizer >/dev/null; then

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
-NVCC_FLAGS = ["-O3", "-lineinfo"]
+NVCC_FLAGS = ["-O3", "-lineinfo", "--expt-relaxed-constexpr"]  # the last: std::min and the like on the device
 
 
 class Toolkit:
