@@ -1,5 +1,7 @@
 // The step of a whole param group: one launch for all tensors that share a memory order with their gradient and state,
 // one for the others. What the matrix units can do goes to matrix_step.cu, of any network, dtype and layout the rest.
+#include <limits>
+
 #include "../lstm_step.h"
 #include "matrix_step.h"
 #include "table.h"
@@ -91,7 +93,8 @@ void step(const StepArguments& arguments, void* workspace, cudaStream_t stream) 
 int64_t lstm_step_cuda_workspace(const StepArguments& arguments) {
   const Network& net = arguments.net;
   const bool wide = arguments.weights_dtype == DType::float64;
-  return (wide ? step_scratch<double>(net) : step_scratch<float>(net)).workspace(kMaxBlocks);
+  const Scratch scratch = wide ? step_scratch<double>(net) : step_scratch<float>(net);
+  return scratch.workspace(std::numeric_limits<int64_t>::max());  // of tables that are still to be made
 }
 
 void lstm_step_cuda(const StepArguments& arguments, void* workspace, void* stream) {

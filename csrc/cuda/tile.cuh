@@ -286,19 +286,19 @@ L2L_DEVICE StepRows<T> forward_step_rows(const Network& net, T* at) {
   return {at, second, features, features + 4 * kStride, nullptr};
 }
 
-// Blocks take tiles in turn, so that there need be no more of them than can be at work.
-constexpr int64_t kMaxBlocks = 2048;
-
 L2L_HOST_DEVICE int64_t tiles_of(int64_t count) { return (count + kWidth - 1) / kWidth; }
 
 // Scratch of each block: in shared memory where it fits, otherwise in a workspace, which bounds the number of blocks.
+// Blocks take tiles in turn, so that there need be no more of them than can be at work.
 struct Scratch {
   static constexpr int64_t kBytes = int64_t(256) << 20;
+  static constexpr int64_t kBlocksEach = 8;  // on a multiprocessor
   int64_t each;  // bytes, a multiple of 16
 
   bool on_chip() const { return each <= device::shared_limit(); }
   int64_t blocks(int64_t tiles) const {
-    return std::min({tiles, kMaxBlocks, on_chip() ? kMaxBlocks : std::max<int64_t>(1, kBytes / each)});
+    const int64_t useful = kBlocksEach * device::multiprocessors();
+    return std::min({tiles, useful, on_chip() ? useful : std::max<int64_t>(1, kBytes / each)});
   }
   int64_t workspace(int64_t tiles) const { return on_chip() ? 0 : each * blocks(tiles); }
 };

@@ -340,10 +340,10 @@ inline float min_nan(float x, float y) { return x != x || y != y ? NAN : std::fm
 
 inline unsigned char* shared_memory() { return emulator::block->shared; }
 
-// An H100's, or what L2L_EMULATED_SHARED says.
 // Few, so that the warps of a persistent grid take many tiles each.
 inline int multiprocessors() { return 2; }
 
+// An H100's, or what L2L_EMULATED_SHARED says.
 inline int64_t shared_limit() {
   const char* bytes = std::getenv("L2L_EMULATED_SHARED");
   return bytes ? std::atoll(bytes) : 227 * 1024;
