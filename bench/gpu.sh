@@ -75,11 +75,11 @@ part() {
   return $code
 }
 
-bench() { # bench NAME SECONDS PYTEST-ARGUMENTS...
+bench() { # bench NAME SECONDS PYTEST-ARGUMENTS..., the files among them
   name=$1
   limit=$2
   shift 2
-  part "bench: $name" "$limit" "$python" -m pytest bench -p no:cacheprovider -rs --benchmark-quiet --device $device \
+  part "bench: $name" "$limit" "$python" -m pytest -p no:cacheprovider -rs --benchmark-quiet --device $device \
     --benchmark-json="$work/bench-$name.json" "$@"
 }
 
@@ -104,15 +104,16 @@ if [ $device = cuda ]; then
   # shellcheck disable=SC2086  # two words or none
   part tests 120 "$python" -m pytest -m cuda -q -p no:cacheprovider $parallel
   cp "$work/part" "$out/tests.txt"
+  # By need: what comes last is what a slow machine goes without.
+  bench steps 100 bench/test_overhead.py bench/test_step.py -k "not compile"
+  bench meta 60 bench/test_meta_update.py bench/test_meta_gradient.py bench/test_training_step.py -k "not compile"
   : >"$out/sanitizer.txt"
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck; do check_memory $tool; done
   else
     echo "sanitizer                compute-sanitizer is not there" | tee -a "$table"
   fi
-  bench steps 100 -k "(test_step or overhead) and not compile"
-  bench meta 60 -k "(meta or memory or training) and not compile"
-  bench compiled 110 -k compile
+  bench compiled 110 bench/test_step.py bench/test_meta_gradient.py -k compile
   if command -v ncu >/dev/null; then
     metrics=gpu__time_duration.sum,dram__bytes.sum,dram__bytes.sum.per_second
     metrics=$metrics,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed
@@ -126,7 +127,7 @@ if [ $device = cuda ]; then
   fi
 else
   part "small case" 60 "$python" bench/gpu_small.py --device cpu
-  bench steps 100 --quick --sizes 1k -k "test_step and (ours or fused)"
+  bench steps 100 bench/test_step.py --quick --sizes 1k -k "ours or fused"
 fi
 
 # ---------------------------------------------------------------- the report

@@ -18,10 +18,8 @@ def _learned(size: str) -> list[str]:
     """Not where they take more than 8 GB of a CPU's memory, or long to compile for little to learn."""
     if not ON_GPU:
         return [] if size == "10M" else list(LEARNED)
-    compiled = {"16k": True, "1M": True, "10M": True}
-    tuned = {"10M": True}
-    wanted = {"torch.compile": compiled, "torch.compile max-autotune": tuned}
-    return [way for way in LEARNED if wanted.get(way, {size: True}).get(size)]
+    compiled = {"torch.compile": ("16k", "10M"), "torch.compile max-autotune": ("10M",)}
+    return [way for way in LEARNED if size in compiled.get(way, (size,))]
 
 
 def _rows():
@@ -30,6 +28,25 @@ def _rows():
             for way in (*ours.STEPS, *_learned(size), *rivals.HAND_DESIGNED):
                 marks = [pytest.mark.full] if "compile" in way else []  # half a minute to compile
                 yield pytest.param(size, threads, way, id=f"{size}-{threads}-{way}", marks=marks)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("way", GRAPHS)
+@pytest.mark.parametrize("size", ["1k", "16k"])
+def test_step_in_a_graph(size, way, race):
+    """Small models are bound by launches; in a graph only the kernels are left."""
+
+    def captured(way):
+        tensors = cases.params(cases.SIZES[size])
+        if way in ours.STEPS:
+            return ours.captured(ours.optimizer(way, tensors).step)
+        return ours.captured(rivals.hand_designed(way, tensors, capturable=True).step)
+
+    race(
+        f"step in a CUDA graph, {size}", captured(way), kind="step in a graph", case=size, way=way,
+        beside=None if way == "ours" else captured("ours"),
+        coordinates=cases.count(cases.params(cases.SIZES[size])), tensors=len(cases.SIZES[size]),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("size", "threads", "way"), list(_rows()))
@@ -56,25 +73,6 @@ def test_step(size, threads, way, race):
         f"step, {size}, threads {threads}", optimizer.step, kind="step", case=size, way=way, beside=beside,
         coordinates=cases.count(tensors), tensors=len(tensors), state_bytes=cases.state_bytes(optimizer),
         moved=moved, multiply_adds=costs.step_multiply_adds(network.config) if learned else 0,
-    )  # fmt: skip
-
-
-@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("way", GRAPHS)
-@pytest.mark.parametrize("size", ["1k", "16k"])
-def test_step_in_a_graph(size, way, race):
-    """Small models are bound by launches; in a graph only the kernels are left."""
-
-    def captured(way):
-        tensors = cases.params(cases.SIZES[size])
-        if way in ours.STEPS:
-            return ours.captured(ours.optimizer(way, tensors).step)
-        return ours.captured(rivals.hand_designed(way, tensors, capturable=True).step)
-
-    race(
-        f"step in a CUDA graph, {size}", captured(way), kind="step in a graph", case=size, way=way,
-        beside=None if way == "ours" else captured("ours"),
-        coordinates=cases.count(cases.params(cases.SIZES[size])), tensors=len(cases.SIZES[size]),
     )  # fmt: skip
 
 
