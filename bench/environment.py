@@ -17,8 +17,13 @@ def describe(arguments: list[str]) -> dict:
     """Facts of the machine and the run; no host name and no folder of this machine."""
     info = build_info()
     if cases.device.type == "cuda":
-        return {**_gpu(info), **_host(arguments), "kernels": "cuda" if info["cuda"] else "reference"}
+        return {**_gpu(info), **_host(arguments), "kernels": _cuda_kernels(info)}
     return {**_host(arguments), "kernels": f"native {info['cpu_isa']}" if info["native"] else "reference"}
+
+
+def _cuda_kernels(info: dict) -> str:
+    major, minor = torch.cuda.get_device_capability(cases.device)
+    return f"cuda sm_{major}{minor}" if info["cuda"] else "reference"
 
 
 def _gpu(info: dict) -> dict:
