@@ -1,8 +1,8 @@
 // A tile of 32 coordinates, one for each lane of a warp, and one step of it forward.
 //
 // A tile's values are rows: row r of coordinate `lane` is at r * kStride + lane, in shared memory or, for networks too
-// large for it, in a workspace. Warps share the units of a layer among them: unit u is warp u % warps(), which forms its
-// four gates of all the tile's coordinates. Every thread runs every function here, and none returns early.
+// large for it, in a workspace. Warps share the units of a layer among them: unit u is warp u % warps()'s, which forms
+// its four gates for all the tile's coordinates. Every thread runs every function here, and none returns early.
 #pragma once
 
 #include <algorithm>
