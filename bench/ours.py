@@ -45,16 +45,33 @@ def meta_gradient(network: CoordinatewiseLSTM, grads: Tensor, *, forward: bool =
         forward: make the steps too; without them this is the backward alone.
     """
     length, size = len(grads) - 1, grads.shape[1]
-    weights, theta, lr = network.flat_weights(), torch.zeros(size), torch.ones(())
+    device = grads.device
+    weights, theta, lr = network.flat_weights(), torch.zeros(size, device=device), torch.ones((), device=device)
+    counts = torch.arange(1.0, length + 1, device=device)
     state = ops.new_state(theta, network.config)
     if forward:
         first_state = state.clone(memory_format=torch.preserve_format)
         for t in range(length):
-            step = torch.tensor(t + 1.0)
-            ops.lstm_step_([theta], [grads[t]], [state], weights, lr, [step], network.config)
+            ops.lstm_step_([theta], [grads[t]], [state], weights, lr, [counts[t]], network.config)
         state = first_state
-    sums = suffix_sums(grads[1:, None], torch.ones(length, 1)).view(length, size)
-    *_, found = ops.lstm_unroll_backward(
-        sums, None, grads[:-1], state, weights, network.config, torch.ones(())
-    )  # fmt: skip
+    sums = suffix_sums(grads[1:, None], torch.ones(length, 1, device=device)).view(length, size)
+    *_, found = ops.lstm_unroll_backward(sums, None, grads[:-1], state, weights, network.config, counts[0])
     return found
+
+
+def captured(step):
+    """A call of a step that has its memory already, as a CUDA graph: one launch, no Python in between."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def replay(kept=step) -> None:  # the graph holds addresses, not tensors
+        graph.replay()
+
+    return replay

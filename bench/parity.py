@@ -36,8 +36,8 @@ def _steps(network, state_dtype):
     ):
         theta, state = torch.zeros_like(param, dtype=dtype), ops.new_state(param, config, held)
         for step in range(1, STEPS + 1):
-            kernel([theta], [param.grad.to(dtype)], [state], weights.to(dtype), torch.ones((), dtype=dtype),
-                   [torch.tensor(float(step))], *config, 0.0, False)  # fmt: skip
+            lr, count = torch.ones((), dtype=dtype, device=param.device), torch.tensor(float(step), device=param.device)
+            kernel([theta], [param.grad.to(dtype)], [state], weights.to(dtype), lr, [count], *config, 0.0, False)
         found.append(theta)
     return found
 
@@ -52,8 +52,9 @@ def _backward(network):
     ):
         state = ops.new_state(param[0], config, dtype)
         flags = (False, False, True)
+        step = torch.ones((), device=param.device)
         *_, d_weights = kernel(
-            param.to(dtype), None, param.grad.to(dtype), state, weights.to(dtype), torch.ones(()), *config, *flags
+            param.to(dtype), None, param.grad.to(dtype), state, weights.to(dtype), step, *config, *flags
         )
         found.append(d_weights)
     return found

@@ -14,4 +14,13 @@ PYBIND11_MODULE(_C, module) {
       "multiply_adds", &l2l::multiply_adds, pybind11::arg("rounds"), pybind11::call_guard<pybind11::gil_scoped_release>(),
       "Make float32 multiply-adds on registers alone and return how many: the ceiling that benches measure.");
   module.attr("torch_version") = L2L_TORCH_VERSION;
+#ifdef L2L_NO_CUDA
+  module.attr("cuda_version") = pybind11::none();
+  module.attr("cuda_archs") = "";
+  module.attr("no_cuda") = L2L_NO_CUDA;
+#else
+  module.attr("cuda_version") = L2L_CUDA_VERSION;
+  module.attr("cuda_archs") = L2L_CUDA_ARCHS;
+  module.attr("no_cuda") = pybind11::none();
+#endif
 }

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 PRINT = "from l2l_fast import ops, _native; print(_native.build_info())"
 
@@ -41,6 +42,14 @@ def test_bfloat16_by_environment():
         assert f"'cpu_isa': '{here[0]}'" in result.stdout
     else:
         assert "this machine has no instructions for products in bfloat16" in result.stderr
+
+
+def test_facts_of_the_cuda_build_agree():
+    from l2l_fast import _native
+
+    info = _native.build_info()
+    assert info["cuda"] == bool(info["cuda_archs"]) == (info["cuda_version"] is not None)
+    assert (info["cuda_reason"] is None) == (info["cuda"] and torch.cuda.is_available())
 
 
 def test_unknown_instruction_set():
