@@ -21,10 +21,13 @@ struct UnrollCall {
   const Corrections<T>* corrections;  // [steps]
   const UnrollArguments* arguments;
   const UnrollGradients* gradients;  // backward only
+  // Backward only: the coordinates to run, in rising order; null: all. Where some are left out, no gradients but those of
+  // updates and weights are given or asked for.
+  const int64_t* chosen;
 };
 
-// Each kernel works on coordinates first .. first + count - 1, count <= tile, in uninitialised scratch aligned to 64
-// bytes.
+// Each kernel works on coordinates first .. first + count - 1 (of the chosen ones), count <= tile, in uninitialised
+// scratch aligned to 64 bytes.
 template <class T>
 struct StepKernel {
   int tile;  // coordinates in a full tile
