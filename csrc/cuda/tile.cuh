@@ -17,7 +17,10 @@ namespace l2l {
 
 constexpr int kWidth = device::kWarp;  // coordinates in a tile
 constexpr int kStride = kWidth + 1;    // odd, so that the threads of a warp may also read down a column
-constexpr int kMaxWarps = 16, kMaxThreads = kMaxWarps * device::kWarp;
+constexpr int kMaxWarps = 10, kMaxThreads = kMaxWarps * device::kWarp;
+// Blocks on a multiprocessor that the registers must suffice for.
+template <class T, bool on_chip>
+constexpr int kMinBlocks = sizeof(T) == 4 && on_chip ? 2 : 1;
 
 L2L_DEVICE int warp() { return threadIdx.x / device::kWarp; }
 L2L_DEVICE int warps() { return blockDim.x / device::kWarp; }

@@ -16,7 +16,8 @@ struct UnrollCall {
 };
 
 template <class T, bool on_chip>
-__global__ void __launch_bounds__(kMaxThreads, 1) unroll_kernel(const __grid_constant__ UnrollCall<T> call) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
+    unroll_kernel(const __grid_constant__ UnrollCall<T> call) {
   const Cell<T>& cell = call.cell;
   const UnrollArguments& arguments = call.arguments;
   const int state_rows = cell.net.state_rows();

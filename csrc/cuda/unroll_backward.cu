@@ -82,7 +82,7 @@ L2L_DEVICE void add_outer(T* sums, const T* d, int units, const T* x, int column
     const T *left = d + unit * kStride, *first_x = x + k * kStride;
     const T* second_x = second ? first_x + half * kStride : first_x;
     T sum[n][2] = {};
-#pragma unroll 4
+#pragma unroll 2
     for (int c = 0; c < kWidth; ++c) {
       const T a = first_x[c], b = second_x[c];
 #pragma unroll
@@ -226,7 +226,7 @@ L2L_DEVICE T backward_features(
 // ---------------------------------------------------------------- kernels
 
 template <class T, bool on_chip>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
     backward_kernel(const __grid_constant__ BackwardCall<T> call) {
   const Cell<T>& cell = call.cell;
   const Network& net = cell.net;
