@@ -1,5 +1,5 @@
-// T steps of N coordinates, forward, on the matrix units: a team of warps, one for each slot of units, takes a tile of 32
-// coordinates through all its steps, its state and the packed weights in shared memory.
+// T steps of N coordinates, forward, on the matrix units: a team of warps, one for each slot of units, takes a tile of
+// 32 coordinates through all its steps, its state and the packed weights in shared memory.
 //
 // h is kept twice, old and new in turn, so that one barrier a layer is enough. The first warp prepares the features of
 // the next step meanwhile, the last one sends out the update of the step before.
