@@ -79,7 +79,8 @@ operand(figure.add_subplot(grid[1, 1]))
 figure.text(
     0.5, 0.03,
     f"Numbers are lanes; lane {LANE} (r = {R}, q = {Q}) is marked. The two coordinates of a row are those of the "
-    "tile's two row fragments.\nIt loads, computes and stores coordinates 8 to 11 of unit 4j+1, all four gates.",
+    "tile's two row fragments.\n"
+    "It loads, computes and stores coordinates 8 to 11 of unit 4j+1, all four gates of them.",
     ha="center", fontsize=8,
 )  # fmt: skip
 figure.subplots_adjust(left=0.04, right=0.98, top=0.95, bottom=0.09, hspace=0.08, wspace=0.05)

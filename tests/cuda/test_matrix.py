@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from problems import PAPER, RNNPROP, make_grads, make_state
+from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
 from test_parity import check_step, step_both
 
 from l2l_fast import ops, reference
@@ -100,3 +100,33 @@ def test_a_coordinate_does_not_depend_on_its_place(device):
         some, _ = step_both(device, [params[0][first:last]], [grads[0][first:last]], [state], PAPER)
         torch.testing.assert_close(some[0][0], found[0][0][first:last], rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(some[1][0], found[1][0][first:last], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("hidden", [4, 8, 12, 16, 20, 32])
+def test_unroll_of_every_size(device, hidden, layers, projection, steps):
+    features, output = ("both", "tanh") if hidden % 8 else ("log_sign", "linear")
+    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.95, 0.95, 1e-8)
+    found, expected = unroll(device, config, make_grads(steps, 45).clamp(-1, 1))
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual.cpu().double(), wanted, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+def test_unroll_skips_gradients_that_are_not_finite(device, config):
+    grads = make_grads(5, 400)
+    grads[1, [0, 3, 31]], grads[2, 40], grads[4, 399] = float("nan"), float("inf"), float("-inf")
+    found, expected = unroll(device, config, grads)
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual.cpu().double(), wanted, rtol=2e-5, atol=2e-6)
+    assert found[0][1, 3] == 0
+
+
+def unroll(device, config, grads):
+    """Updates and last state, the kernel's and the float64 reference's."""
+    state, weights, step = make_state(grads.shape[1], config), make_weights(config), torch.tensor(3.0)
+    wanted = reference.lstm_unroll(grads.double(), state.double(), weights.double(), step.double(), *config)
+    placed = [tensor.to(device) for tensor in (grads, state, weights)]
+    return ops.lstm_unroll(*placed, config, step.to(device)), wanted
