@@ -284,7 +284,7 @@ def write(raw: dict, out: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("json", type=Path, nargs="+", help="what --benchmark-json wrote; runs of one machine and day")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder (default: bench/results)")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "runs", help="folder (default: runs)")
     arguments = parser.parse_args()
     runs = [json.loads(path.read_text()) for path in arguments.json if path.stat().st_size]
     print(summary(write(joined(runs), arguments.out)))
