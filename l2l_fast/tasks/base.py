@@ -158,7 +158,7 @@ class Instances:
 
     def load_state_dict(self, state: dict) -> None:
         for generator, saved in zip(self.generators, state["generators"], strict=True):
-            generator.set_state(saved)
+            generator.set_state(saved.cpu())  # a checkpoint may have been loaded to another device
 
     def _draw(self, steps: int) -> Batch:
         batches = [self.task.sample(generator) for _ in range(steps) for generator in self.generators]
