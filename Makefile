@@ -7,14 +7,14 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test bench compat sanitize lint clean
+.PHONY: help setup demo test bench compat sanitize cuda-check lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY)  ## make .venv and install the package with everything in it
 
-$(READY): pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+$(READY): pyproject.toml $(wildcard setup.py) $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name toolkit.py)
 	@echo "1 of 3: a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "2 of 3: $(TORCH), a download of some 200 MB"
@@ -41,6 +41,9 @@ compat: $(READY)  ## sdist and wheel, then that one wheel on each of TORCHES: gi
 
 sanitize:  ## the kernels without torch under AddressSanitizer and UndefinedBehaviorSanitizer
 	csrc/sanitize.sh
+
+cuda-check: $(READY)  ## compile the CUDA kernels for every architecture, no GPU needed; their registers and memory
+	$(BIN)/python csrc/cuda/check.py
 
 lint: $(READY)  ## style alone
 	$(BIN)/ruff check .

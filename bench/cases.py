@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from l2l_fast import CoordinatewiseLSTM
 
 UNROLL = 20
+device = torch.device("cpu")  # where everything is timed
 NETWORKS = {
     "paper": {},
     "moments": {"features": "moments", "projection": True, "output": "tanh", "output_scale": 0.02},
@@ -33,19 +34,31 @@ SIZES = {
 QUICK = ("1k", "16k")
 
 
+def use(name: str) -> None:
+    """Time on this device from now on."""
+    global device
+    device = torch.device(name)
+
+
+def finished() -> None:
+    """Returns when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def network(name: str = "paper") -> CoordinatewiseLSTM:
     """The same weights in every row of every run."""
     torch.manual_seed(0)
-    return CoordinatewiseLSTM(**NETWORKS[name])
+    return CoordinatewiseLSTM(**NETWORKS[name]).to(device)
 
 
 def params(shapes: list[tuple[int, ...]]) -> list[Tensor]:
     """Parameters with gradients of mixed magnitude, so that both branches of the log_sign features are taken."""
     generator = torch.Generator().manual_seed(1)
-    made = [torch.randn(shape, generator=generator) for shape in shapes]
+    made = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
     for param in made:
         size = torch.empty(param.shape).uniform_(-12, 0, generator=generator).exp()
-        param.grad = size * torch.randn(param.shape, generator=generator)
+        param.grad = (size * torch.randn(param.shape, generator=generator)).to(device)
     return made
 
 

@@ -1,14 +1,16 @@
 """How a row is timed and what is written down with it.
 
-    python -m pytest bench [--quick] [--sizes 1k,16k] [-k NAME] --benchmark-json=benchmark.json
+    python -m pytest bench [--quick] [--sizes 1k,16k] [--device cuda] [-k NAME] --benchmark-json=benchmark.json
     python bench/report.py benchmark.json --out FOLDER
 
 A rival is timed beside ours: one round of ours before each of its rounds, so that a ratio compares what was measured
-within the same second.
+within the same second. On a GPU a round is many calls, so that launches queue up as they do in training, and ends when
+the device has done them; the time written down is one call's.
 """
 
 from __future__ import annotations
 
+import signal
 import statistics
 import time
 import warnings
@@ -22,6 +24,7 @@ import costs
 import environment
 import parity
 
+ROUND = 0.005  # seconds that a round on a GPU takes at least
 SHORT = 0.02  # seconds; rounds shorter than this are each preceded by a call that only warms the caches
 
 
@@ -29,9 +32,15 @@ def pytest_addoption(parser) -> None:
     group = parser.getgroup("l2l_fast benches")
     group.addoption("--quick", action="store_true", help="small cases only, few rounds: under a minute")
     group.addoption("--sizes", help=f"which sizes of the step, separated by commas: {', '.join(cases.SIZES)}")
+    group.addoption("--device", default="cpu", help="where to run what is timed: cpu (default) or cuda")
 
 
 def pytest_configure(config) -> None:
+    # What is timed so far is written when it is interrupted, also where a shell has made its children ignore that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    cases.use(config.getoption("--device"))
+    if cases.device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no CUDA device")
     config.addinivalue_line("markers", "full: left out by --quick")
     # torch.compile warns of what does not concern the row: deprecations inside torch, TF32 hints, forks.
     for category in ("DeprecationWarning", "FutureWarning", "UserWarning"):
@@ -77,7 +86,8 @@ def _ceilings() -> dict:
 def race(benchmark, request, _ceilings):
     """``race(group, call, ...)``: times a call, beside ours where it is a rival, and writes the row's facts down."""
     threads_before = torch.get_num_threads()
-    budget = 0.3 if request.config.getoption("--quick") else 1.5
+    on_gpu = cases.device.type == "cuda"
+    budget = 0.3 if request.config.getoption("--quick") else 0.6 if on_gpu else 1.5
 
     def run(
         group: str, call, *, kind: str, case: str, way: str, coordinates: int,
@@ -98,7 +108,13 @@ def race(benchmark, request, _ceilings):
         estimate = _time(call) + (_time(beside) if beside else 0)
         if estimate < 0.2:
             estimate = _time(call) + (_time(beside) if beside else 0)
-        short = estimate < SHORT
+        calls = 1
+        if on_gpu:
+            calls = max(1, min(200, int(ROUND / min(_time(each) for each in (call, beside or call)))))
+            call, beside = _repeated(call, calls), beside and _repeated(beside, calls)
+            estimate *= calls
+            benchmark._timer = lambda: _clock() / calls  # the seconds of one call
+        short = estimate < SHORT and not on_gpu
         rounds = max(3, min(200, int(budget / ((1 + short) * estimate))))
         ours: list[float] = []
 
@@ -106,7 +122,7 @@ def race(benchmark, request, _ceilings):
             if beside:
                 if short:
                     beside()
-                ours.append(_time(beside))
+                ours.append(_time(beside) / calls)
             if short:
                 call()
 
@@ -120,13 +136,16 @@ def race(benchmark, request, _ceilings):
             ratios = [theirs / mine for theirs, mine in zip(benchmark.stats.stats.data, ours, strict=True)]
             row["times_ours_q1"], _, row["times_ours_q3"] = statistics.quantiles(ratios, n=4, method="inclusive")
         if moved is not None:
-            key = (group, torch.get_num_threads())
+            key = cases.device if on_gpu else (group, torch.get_num_threads())
             if key not in _ceilings:
                 _ceilings[key] = ceilings.measure()
             found = _ceilings[key]
             floor, limit = costs.floor_seconds(moved, multiply_adds, found)
             row |= {"bytes": moved, "multiply_adds": multiply_adds, **found, "limit": limit,
-                    "share_of_ceiling": floor * coordinates / seconds}  # fmt: skip
+                    "share_of_ceiling": floor * coordinates / seconds,
+                    "share_of_copy": moved * coordinates / seconds / found["copy_bytes_per_second"]}  # fmt: skip
+            if multiply_adds and "fma_flops" in found:
+                row["share_of_fma"] = 2 * multiply_adds / found["fma_flops"] * coordinates / seconds
         benchmark.extra_info.update(row | facts)
         return ours
 
@@ -134,13 +153,27 @@ def race(benchmark, request, _ceilings):
     torch.set_num_threads(threads_before)
 
 
+def _clock() -> float:
+    cases.finished()
+    return time.perf_counter()
+
+
 def _time(call) -> float:
-    begun = time.perf_counter()
+    begun = _clock()
     call()
-    return time.perf_counter() - begun
+    return _clock() - begun
+
+
+def _repeated(call, times: int):
+    def run() -> None:
+        for _ in range(times):
+            call()
+
+    return run
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json) -> None:
     facts = environment.describe(list(config.invocation_params.args))
-    facts["gate_products_flops"] = ceilings.gate_products()
+    if cases.device.type == "cpu":
+        facts["gate_products_flops"] = ceilings.gate_products()
     output_json["environment"] = facts

@@ -76,22 +76,38 @@ def measure(way: str, coordinates: int, length: int) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def measure_gpu(way: str, coordinates: int, length: int) -> int:
+    """Extra bytes of the GPU's memory."""
+    run = prepared(way, coordinates, length, "cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def child(way: str, coordinates: int, length: int) -> int:
-    torch.manual_seed(0)
-    network = l2l.CoordinatewiseLSTM()
-    rule = Rule(network.config, network.flat_weights().detach())
-    small = Trajectory(l2l.tasks.Instances(Bowl(64), [0]), rule.config)
-    unroll(small, rule, 2)  # what loads on first use does not count
-    trajectory = Trajectory(l2l.tasks.Instances(Bowl(coordinates), [0]), rule.config)
-    cells = rivals.Cells(network)
-    state = cells.new_state(coordinates if way == "autograd" else 0)
+    run = prepared(way, coordinates, length, "cpu")
     forget_peak()
     before = peak()
-    if way == "autograd":
-        autograd(trajectory, cells, state, length)
-    else:
-        unroll(trajectory, rule, length)
+    run()
     return peak() - before
+
+
+def prepared(way: str, coordinates: int, length: int, device: str):
+    """One meta-gradient as a call, everything that it starts from in place."""
+    torch.manual_seed(0)
+    network = l2l.CoordinatewiseLSTM().to(device)
+    rule = Rule(network.config, network.flat_weights().detach())
+    small = Trajectory(l2l.tasks.Instances(Bowl(64), [0], device), rule.config)
+    unroll(small, rule, 2)  # what loads on first use does not count
+    trajectory = Trajectory(l2l.tasks.Instances(Bowl(coordinates), [0], device), rule.config)
+    if way != "autograd":
+        return lambda: unroll(trajectory, rule, length)
+    cells = rivals.Cells(network)
+    state = cells.new_state(coordinates)
+    return lambda: autograd(trajectory, cells, state, length)
 
 
 def main() -> None:

@@ -20,6 +20,12 @@ def check() -> None:
         _compare(f"meta-gradient, {name} network", *_backward(network), 1e-4)
 
 
+def step_error(network) -> float:
+    """Of the parameters after a few steps, as a share of the largest."""
+    found, expected = _steps(network, torch.float32)
+    return _error(found, expected)
+
+
 def _steps(network, state_dtype):
     """Parameters after a few steps, by the op and by the reference."""
     (param,) = cases.params([(SIZE,)])
@@ -30,8 +36,8 @@ def _steps(network, state_dtype):
     ):
         theta, state = torch.zeros_like(param, dtype=dtype), ops.new_state(param, config, held)
         for step in range(1, STEPS + 1):
-            kernel([theta], [param.grad.to(dtype)], [state], weights.to(dtype), torch.ones((), dtype=dtype),
-                   [torch.tensor(float(step))], *config, 0.0, False)  # fmt: skip
+            lr, count = torch.ones((), dtype=dtype, device=param.device), torch.tensor(float(step), device=param.device)
+            kernel([theta], [param.grad.to(dtype)], [state], weights.to(dtype), lr, [count], *config, 0.0, False)
         found.append(theta)
     return found
 
@@ -46,13 +52,18 @@ def _backward(network):
     ):
         state = ops.new_state(param[0], config, dtype)
         flags = (False, False, True)
+        step = torch.ones((), device=param.device)
         *_, d_weights = kernel(
-            param.to(dtype), None, param.grad.to(dtype), state, weights.to(dtype), torch.ones(()), *config, *flags
+            param.to(dtype), None, param.grad.to(dtype), state, weights.to(dtype), step, *config, *flags
         )
         found.append(d_weights)
     return found
 
 
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
 def _compare(what: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    error = ((found.double() - expected).abs().max() / expected.abs().max()).item()
+    error = _error(found, expected)
     assert error <= tolerance, f"{what}: relative error {error:.1e}, allowed {tolerance:.0e}"

@@ -1,6 +1,6 @@
 """Tables, a picture and a trimmed result file from pytest-benchmark's JSON.
 
-    python bench/report.py benchmark.json [--out FOLDER]
+    python bench/report.py benchmark.json [another.json ...] [--out FOLDER]
 
 Writes summary.md (the README's table), tables.md (every row), steps.png and a JSON of what matters, named by date,
 kernels and commit; prints the summary.
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-KINDS = ("step", "training-step", "meta-gradient", "meta-update", "overhead", "memory")
+KINDS = ("step", "step in a graph", "training-step", "meta-gradient", "meta-update", "overhead", "memory")
 STATISTICS = ("median", "q1", "q3", "iqr", "min", "rounds")
 
 # The summary's columns, and the rows of each kind that stand for them.
@@ -22,6 +22,7 @@ RIVALS = {
     "nn.LSTMCell": ("nn.LSTMCell", "autograd, nn.LSTMCell"),
     "nn.LSTM": ("nn.LSTM",),
     "torch.compile": ("torch.compile", "autograd, torch.compile"),
+    "max-autotune": ("torch.compile max-autotune",),
     "Adam fused": ("Adam fused",),
 }
 # The picture's lines, in Okabe and Ito's colours; ours are bold, those that come near another broken.
@@ -50,6 +51,13 @@ def trim(raw: dict) -> dict:
     return {"environment": {**environment, "date": raw["datetime"][:10]}, "rows": rows}
 
 
+def joined(runs: list[dict]) -> dict:
+    """Several runs as if they had been one, with the first one's environment."""
+    commands = [run["environment"]["command"] for run in runs]
+    environment = {**runs[0]["environment"], "command": "; ".join(commands)}
+    return {**runs[0], "environment": environment, "benchmarks": [row for run in runs for row in run["benchmarks"]]}
+
+
 def result_name(result: dict) -> str:
     environment = result["environment"]
     words = [environment["date"], environment["kernels"].replace(" ", "-"), (environment["commit"] or "unknown")[:10]]
@@ -63,16 +71,17 @@ def summary(result: dict) -> str:
     """One line a case: our time, and each rival's time over ours."""
     rows = [row for row in result["rows"] if row["kind"] not in ("overhead", "memory")]
     lines = []
+    columns = {name: ways for name, ways in RIVALS.items() if any(row["way"] in ways for row in rows)}
     for case in _unique(_case(row) for row in rows):
         here = [row for row in rows if _case(row) == case]
         ours = next((row for row in here if row["way"] == "ours"), None)
         if ours is None:
             continue
-        cells = [case, seconds(ours["median"]), _share(ours)]
-        for names in RIVALS.values():
+        cells = [case, seconds(ours["median"]), _share(ours), _fma(ours)]
+        for names in columns.values():
             cells.append(next((_times(row["times_ours"]) for row in here if row["way"] in names), ""))
         lines.append(cells)
-    text = [_table(["case", "ours", "of ceiling", *RIVALS], lines)]
+    text = [_table(["case", "ours", "of ceiling", "FMA", *columns], lines)]
     text += ["", "A rival's column is its time over ours, measured in turn with ours: above 1 it is the slower.", ""]
     return "\n".join([*text, *_findings(result["rows"]), "", _where(result["environment"])])
 
@@ -83,10 +92,23 @@ def _findings(rows: list[dict]) -> Iterable[str]:
         for way in ("ours bf16 state", "ours moments"):
             for row in _select(rows, kind="step", case="1M", way=way, threads=threads):
                 yield f"- 1M, threads {threads}: {way} takes {row['times_ours']:.2f} of ours"
+        for row in _select(rows, kind="step", case="1M", way="ours bf16 products", threads=threads):
+            yield (
+                f"- 1M, threads {threads}: products in bfloat16 ({row['isa']}) are {1 / row['times_ours']:.2f} times "
+                f"as fast as ours,\n  within {row['error_to_float64']:.1e} of float64"
+            )
     by_threads = {row["threads"]: row["median"] for row in _select(rows, kind="step", case="1M", way="ours")}
     if 1 in by_threads and len(by_threads) > 1:
         most = max(by_threads)
         yield f"- 1M: {most} threads are {by_threads[1] / by_threads[most]:.2f} times as fast as one"
+    for case in ("1M", "10M"):
+        for way in ("ours", "ours bf16 state", "ours moments"):
+            for row in _select(rows, kind="step", case=case, way=way):
+                if "tf32_flops" in row:
+                    rate = row["share_of_copy"] * row["copy_bytes_per_second"] / 1e9
+                    yield f"- {case}: {way} moves {rate:,.0f} GB/s, {row['share_of_copy']:.0%} of the copy rate"
+    for row in _select(rows, kind="meta-update", way="ours"):
+        yield f"- 10,000 meta-updates of {row['case']}: {seconds(1e4 * row['median'])}"
     for row in _select(rows, kind="overhead"):
         if "overhead_seconds" in row:
             yield f"- 16k in four tensors: step() takes {seconds(row['overhead_seconds'])} more than the op alone"
@@ -103,7 +125,7 @@ def _findings(rows: list[dict]) -> Iterable[str]:
 def tables(result: dict) -> str:
     """Every row."""
     parts, rows = [_where(result["environment"]), ""], result["rows"]
-    header = ["way", "median", "iqr", "Mcoord/s", "bytes", "mul-adds", "of ceiling", "time/ours", "memory"]
+    header = ["way", "median", "iqr", "Mcoord/s", "bytes", "mul-adds", "of ceiling", "FMA", "time/ours", "memory"]
     for case in _unique(_case(row) for row in rows):
         lines = []
         for row in (row for row in rows if _case(row) == case):
@@ -112,7 +134,7 @@ def tables(result: dict) -> str:
                 row["way"], seconds(row["median"]), seconds(row["iqr"]),
                 f"{row['coordinates_per_second'] / 1e6:.4g}" if row.get("coordinates_per_second") else "",
                 f"{row['bytes']:.0f}" if "bytes" in row else "",
-                f"{row['multiply_adds']:.0f}" if row.get("multiply_adds") else "", _share(row),
+                f"{row['multiply_adds']:.0f}" if row.get("multiply_adds") else "", _share(row), _fma(row),
                 _times(row["times_ours"]) if "times_ours" in row else "",
                 f"{memory / 2**20:.4g} MiB" if memory is not None else "",
             ])  # fmt: skip
@@ -121,6 +143,7 @@ def tables(result: dict) -> str:
     parts.append(
         "Bytes and multiply-adds are what a coordinate (in meta-training: a coordinate and step) must cost. The\n"
         "ceiling is the slower of moving the bytes at the copy rate and doing the arithmetic at the sgemm rate.\n"
+        "FMA: the share of the float32 multiply-adds that registers alone allow, which no sgemm passes.\n"
         "Small cases live in cache and may pass the copy rate."
     )
     return "\n".join(parts)
@@ -128,11 +151,16 @@ def tables(result: dict) -> str:
 
 def _where(environment: dict) -> str:
     commit = (environment["commit"] or "unknown")[:10] + (" with changes" if environment["uncommitted_changes"] else "")
+    gpu = f"{environment['gpu']}, driver {environment['driver']}; " if "gpu" in environment else ""
     return (
-        f"{environment['cpu']}, {environment['cores']} cores, threads {environment['threads']}, kernels: "
+        f"{gpu}{environment['cpu']}, {environment['cores']} cores, threads {environment['threads']}, kernels: "
         f"{environment['kernels']}, torch {environment['torch']},\ncommit {commit}, {environment['date']}:\n"
         f"`{environment['command']}`"
     )
+
+
+def _machine(environment: dict) -> str:
+    return environment.get("gpu") or f"{environment['cpu']}, threads {environment['threads']}"
 
 
 def _case(row: dict) -> str:
@@ -150,6 +178,10 @@ def _unique(values: Iterable[str]) -> list[str]:
 
 def _share(row: dict) -> str:
     return f"{row['share_of_ceiling']:.0%} {row['limit']}" if "share_of_ceiling" in row else ""
+
+
+def _fma(row: dict) -> str:
+    return f"{row['share_of_fma']:.0%}" if "share_of_fma" in row else ""
 
 
 def _times(ratio: float) -> str:
@@ -217,7 +249,7 @@ def picture(result: dict, path: Path) -> bool:
     axes.set_ylabel("time of one optimizer step")
     environment = result["environment"]
     axes.set_title(
-        f"One optimizer step, paper network (2 x 20)\n{environment['cpu']}, threads {threads}, "
+        f"One optimizer step, paper network (2 x 20)\n{_machine(environment)}, "
         f"torch {environment['torch']}, kernels: {environment['kernels']}",
         fontsize=10,
     )  # fmt: skip
@@ -251,10 +283,11 @@ def write(raw: dict, out: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("json", type=Path, nargs="+", help="what --benchmark-json wrote; runs of one machine and day")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder (default: bench/results)")
     arguments = parser.parse_args()
-    print(summary(write(json.loads(arguments.json.read_text()), arguments.out)))
+    runs = [json.loads(path.read_text()) for path in arguments.json if path.stat().st_size]
+    print(summary(write(joined(runs), arguments.out)))
 
 
 if __name__ == "__main__":

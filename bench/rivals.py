@@ -32,7 +32,8 @@ class Cells(nn.Module):
 
     def __init__(self, network: CoordinatewiseLSTM) -> None:
         super().__init__()
-        weights, self.config = reference.split_weights(network.flat_weights().detach(), network.config), network.config
+        flat, self.config = network.flat_weights().detach(), network.config
+        weights, self.device = reference.split_weights(flat, self.config), flat.device
         self.cells = nn.ModuleList()
         for layer in range(self.config.num_layers):
             inputs = weights[f"weight_ih_l{layer}"].shape[1]
@@ -42,10 +43,11 @@ class Cells(nn.Module):
             )
         self.head = nn.Linear(self.config.hidden_size, 1)
         self.head.load_state_dict({"weight": weights["head.weight"], "bias": weights["head.bias"]})
+        self.to(self.device)
 
     def new_state(self, size: int) -> list:
-        hidden = self.config.hidden_size
-        return [(torch.zeros(size, hidden), torch.zeros(size, hidden)) for _ in self.cells]
+        shape = (size, self.config.hidden_size)
+        return [(torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device)) for _ in self.cells]
 
     def forward(self, grad: Tensor, state: list) -> tuple[Tensor, list]:
         x, new_state = log_sign(grad, self.config.preprocess_p), []
@@ -62,13 +64,15 @@ class Sequence(nn.Module):
         super().__init__()
         self.config = config = network.config
         self.lstm, self.head = nn.LSTM(2, config.hidden_size, config.num_layers), nn.Linear(config.hidden_size, 1)
-        weights = reference.split_weights(network.flat_weights().detach(), config)
+        flat = network.flat_weights().detach()
+        weights, self.device = reference.split_weights(flat, config), flat.device
         self.lstm.load_state_dict({name: weights[name] for name in self.lstm.state_dict()})
         self.head.load_state_dict({"weight": weights["head.weight"], "bias": weights["head.bias"]})
+        self.to(self.device)
 
     def new_state(self, size: int) -> tuple[Tensor, Tensor]:
         shape = (self.config.num_layers, size, self.config.hidden_size)
-        return torch.zeros(shape), torch.zeros(shape)
+        return torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device)
 
     def forward(self, grad: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         x, state = self.lstm(log_sign(grad, self.config.preprocess_p)[None], state)
@@ -78,18 +82,18 @@ class Sequence(nn.Module):
 class Compiled(nn.Module):
     """``torch.compile`` of the reference cell, state [S, n]."""
 
-    def __init__(self, network: CoordinatewiseLSTM) -> None:
+    def __init__(self, network: CoordinatewiseLSTM, **options) -> None:
         super().__init__()
         self.config = network.config
         self.flat = nn.Parameter(network.flat_weights().detach().clone())
         torch._dynamo.reset()  # code is generated for one number of threads: nothing of another row's is used again
         self.move = torch.compile(
-            partial(_reference_move, self.config), dynamic=False, options={"fx_graph_cache": False}
+            partial(_reference_move, self.config), dynamic=False, options={"fx_graph_cache": False, **options}
         )
-        self.first_step = torch.ones(())
+        self.first_step = torch.ones((), device=self.flat.device)
 
     def new_state(self, size: int) -> Tensor:
-        return torch.zeros(reference.state_size(self.config), size)
+        return torch.zeros(reference.state_size(self.config), size, device=self.flat.device)
 
     def forward(self, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         return self.move(grad, state, self.first_step, self.flat)
@@ -139,6 +143,12 @@ LEARNED = {
     "nn.LSTM": lambda network, params: TensorByTensor(Sequence(network), params),
     "torch.compile": lambda network, params: AllInOne(Compiled(network), params),
 }
+# On a GPU alone. The graphs of "max-autotune" itself would overwrite the state that goes from step to step.
+TUNED = {
+    "torch.compile max-autotune": lambda network, params: AllInOne(
+        Compiled(network, max_autotune=True, coordinate_descent_tuning=True), params
+    ),
+}
 _STYLES = {
     "loop": {"foreach": False, "fused": False},
     "foreach": {"foreach": True, "fused": False},
@@ -152,10 +162,10 @@ HAND_DESIGNED = tuple(
 )
 
 
-def hand_designed(way: str, params) -> torch.optim.Optimizer:
+def hand_designed(way: str, params, **more) -> torch.optim.Optimizer:
     """torch.optim's, by a name such as "Adam fused"."""
     name, style = way.split()
-    options = dict(_STYLES[style])
+    options = {**_STYLES[style], **more}
     if name == "RMSprop":
         del options["fused"]
     return getattr(torch.optim, name)(params, lr=1e-4, **options)
@@ -171,7 +181,8 @@ def meta_gradient(move: nn.Module, grads: Tensor) -> Tensor:
         move: :class:`Cells` or :class:`Compiled`.
         grads: [T + 1, N]; the first T feed the network, the last T are the losses' gradients.
     """
-    theta, state, total = torch.zeros(grads.shape[1]), move.new_state(grads.shape[1]), 0.0
+    size = grads.shape[1]
+    theta, state, total = torch.zeros(size, device=grads.device), move.new_state(size), 0.0
     for t in range(len(grads) - 1):
         update, state = move(grads[t], state)
         theta = theta + update
@@ -197,7 +208,8 @@ class MetaUpdate:
         self._start()
 
     def _start(self) -> None:
-        self.instances = Instances(self.task, range(self.started, self.started + self.count))
+        seeds = range(self.started, self.started + self.count)
+        self.instances = Instances(self.task, seeds, self.cells.device)
         self.started, self.steps_done = self.started + self.count, 0
         self.theta = self.instances.start()
         self.state = self.cells.new_state(self.theta.numel())

@@ -48,12 +48,13 @@ def test_meta_gradient(case, way, race):
 
 @pytest.mark.parametrize("way", ["ours", "autograd"])
 def test_memory(way, benchmark, request):
-    """Peak extra memory, in a process of its own; autograd at an eighth of the size."""
+    """Peak extra memory, on the CPU in a process of its own; autograd at an eighth of the size."""
     size = 100_000 if request.config.getoption("--quick") else 400_000
     size = size // 8 if way == "autograd" else size
     measured = {"ours": "suffix", "autograd": "autograd"}[way]
+    measure = memory.measure_gpu if cases.device.type == "cuda" else memory.measure
     benchmark.group = "meta-gradient, memory"
-    extra = benchmark.pedantic(memory.measure, args=(measured, size, cases.UNROLL), rounds=1)
+    extra = benchmark.pedantic(measure, args=(measured, size, cases.UNROLL), rounds=1)
     benchmark.extra_info.update(
         kind="memory", case=f"unroll {cases.UNROLL}", way=way, coordinates=size, unroll=cases.UNROLL,
         threads=torch.get_num_threads(), peak_extra_bytes=extra, peak_extra_bytes_per_coordinate=extra / size,

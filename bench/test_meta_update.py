@@ -26,7 +26,10 @@ CASES = {"quadratic": (Quadratic, 128, 10), "mnist-mlp": (_mnist_shaped, 1, 15_9
 def test_meta_update(case, way, race):
     make, instances, size = CASES[case]
     task = make()
-    trainer = MetaTrainer(cases.network(), task, unroll=cases.UNROLL, horizon=100, instances=instances, progress=False)
+    trainer = MetaTrainer(
+        cases.network(), task, unroll=cases.UNROLL, horizon=100, instances=instances, progress=False,
+        device=cases.device,
+    )  # fmt: skip
     ours = trainer._step  # fit() also validates at its end, which is no part of a meta-update
     call = ours if way == "ours" else rivals.MetaUpdate(cases.network(), task, instances, cases.UNROLL).step
     race(

@@ -12,8 +12,8 @@ def _op(optimizer, tensors, network):
     """The op that the optimizer calls, on the same memory, its arguments ready."""
     grads = [tensor.grad for tensor in tensors]
     states = [optimizer.state[tensor]["lstm"] for tensor in tensors]
-    weights, lr = network.flat_weights().detach(), torch.ones(())
-    steps = [torch.ones(()) for _ in tensors]
+    weights, lr = network.flat_weights().detach(), torch.ones((), device=cases.device)
+    steps = [torch.ones((), device=cases.device) for _ in tensors]
     op = torch.ops.l2l_fast.lstm_step_
     return lambda: op(tensors, grads, states, weights, lr, steps, *network.config, 0.0, False)
 
@@ -31,8 +31,8 @@ def test_optimizer(race, benchmark):
 
 def test_dispatch(race):
     """step() on four tensors of no elements: everything but the kernel's arithmetic."""
-    tensors = [torch.zeros(0) for _ in cases.SIZES["16k"]]
+    tensors = [torch.zeros(0, device=cases.device) for _ in cases.SIZES["16k"]]
     for tensor in tensors:
-        tensor.grad = torch.zeros(0)
+        tensor.grad = torch.zeros_like(tensor)
     optimizer = LSTMOptimizer(tensors, cases.network())
     race("overhead, 16k", optimizer.step, kind="overhead", case="16k", way="step() of empty tensors", coordinates=0)

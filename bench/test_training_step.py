@@ -13,8 +13,8 @@ WAYS = (*ours.STEPS, "nn.LSTMCell", "nn.LSTM", *rivals.HAND_DESIGNED)
 
 def _training_step(way: str):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(784, 20), nn.Sigmoid(), nn.Linear(20, 10))
-    images, labels = torch.rand(128, 784), torch.randint(10, (128,))
+    model = nn.Sequential(nn.Linear(784, 20), nn.Sigmoid(), nn.Linear(20, 10)).to(cases.device)
+    images, labels = torch.rand(128, 784).to(cases.device), torch.randint(10, (128,)).to(cases.device)
     params = list(model.parameters())
     if way in ours.STEPS:
         optimizer = ours.optimizer(way, params)

@@ -125,8 +125,9 @@ inline StepTensor step_tensor(
     const Tensor& weights) {
   const int64_t dims = param.dim();
   for (const Tensor& tensor : {param, grad, state}) check_device(tensor, "a parameter, gradient or state", weights);
-  L2L_CHECK(
-      grad.sizes() == param.sizes(), "a gradient has shape ", shape_text(grad), ", its parameter ", shape_text(param));
+  L2L_CHECK(  // torch 2.11's sizes have no ==
+      grad.sizes().equals(param.sizes()), "a gradient has shape ", shape_text(grad), ", its parameter ",
+      shape_text(param));
   bool shapes = state.dim() == dims + 1 && state.size(dims) == net.state_rows();
   for (int64_t d = 0; shapes && d < dims; ++d) shapes = state.size(d) == param.size(d);
   L2L_CHECK(

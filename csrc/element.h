@@ -75,4 +75,6 @@ L2L_HOST_DEVICE void with_dtype(DType dtype, F f) {
   }
 }
 
+L2L_HOST_DEVICE int size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
 }  // namespace l2l

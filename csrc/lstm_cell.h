@@ -109,7 +109,7 @@ constexpr double kGateLimit = 42;
 // exp2 of a scaled pre-activation; NaN passes.
 template <class V>
 L2L_HOST_DEVICE V gate_exp(V scaled) {
-  return exp2(min(V(kGateLimit), scaled));
+  return exp2(V(min(V(kGateLimit), scaled)));
 }
 
 // With E = e^-z (e^-2z for g), sigmoid = 1/(1+E) and tanh = (1-E)/(1+E), so that each half of a unit costs one division.

@@ -32,8 +32,8 @@ struct UnrollArguments {
 void lstm_unroll_cpu(
     const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, const Parallel& parallel);
 
-// The same on a GPU: every pointer into its memory. Queued on the stream (a cudaStream_t) without waiting for it, so that
-// a CUDA graph can capture it. Throws std::runtime_error when a launch fails.
+// The same on a GPU: every pointer into its memory. Queued on the stream (a cudaStream_t) without waiting for it, so
+// that a CUDA graph can capture it. Throws std::runtime_error when a launch fails.
 //   workspace: lstm_unroll_cuda_workspace(arguments) bytes that nobody else uses until the stream has passed; none for
 //   networks whose tile fits in shared memory.
 int64_t lstm_unroll_cuda_workspace(const UnrollArguments& arguments);
@@ -53,8 +53,9 @@ struct UnrollGradients {
 void lstm_unroll_backward_cpu(
     const UnrollArguments& arguments, const UnrollGradients& gradients, const Parallel& parallel);
 
-// The same on a GPU, as above. The workspace does not grow with N beyond some hundreds of MB. The gradient of the weights
-// is the same to the last bit in every run, and on every GPU of one architecture.
+// The same on a GPU, as above. The workspace does not grow with N beyond some hundreds of MB (of steps, 330 KB each for
+// the paper's network). The gradient of the weights is the same to the last bit in every run, on whatever number of
+// multiprocessors.
 int64_t lstm_unroll_backward_cuda_workspace(const UnrollArguments& arguments, const UnrollGradients& gradients);
 void lstm_unroll_backward_cuda(
     const UnrollArguments& arguments, const UnrollGradients& gradients, void* workspace, void* stream);

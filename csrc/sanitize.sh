@@ -12,7 +12,7 @@ compile() {
   "${CXX:-c++}" -std=c++17 -O1 $flags $warnings -c "$1" -o "$out/$(basename "$1").o"
 }
 jobs=
-for source in isa isa_portable isa_avx2 isa_avx512 isa_amx_bf16 launch_step launch_unroll; do
+for source in isa isa_portable isa_avx2 isa_avx512 isa_avx512_bf16 isa_amx_bf16 launch_step launch_unroll; do
   compile "$root/csrc/cpu/$source.cpp" & jobs="$jobs $!"
 done
 for source in "$root"/tests/native/*.cpp; do

@@ -4,7 +4,8 @@ Import it after :mod:`l2l_fast.ops`, which defines the operators that the kernel
 
     L2L_FAST_NATIVE=0       do not load them: the reference runs instead
     L2L_FAST_CPU_ISA=NAME   instruction set of the CPU kernels: avx512, avx2 or portable; by default the fastest that
-                            runs here. amx_bf16: avx512 with the step's products in bfloat16
+                            runs here. bf16: avx512 with the step's products in bfloat16, amx_bf16 or else
+                            avx512_bf16, which can also be named
 """
 
 from __future__ import annotations
@@ -41,19 +42,33 @@ def build_info() -> dict:
 
     Returns:
         ``native`` (whether compiled kernels run), ``cpu_isa`` (the instruction set in use, or None), ``cuda`` (whether
-        there are CUDA kernels), ``cuda_archs`` (those they were built for), ``torch`` (the version they were built
-        with, or else the one that runs), ``reason`` (why there are none, or None).
+        CUDA kernels are built in), ``cuda_archs`` (those they were built for: sm_90 is machine code, compute_90 code
+        that the driver compiles for later GPUs), ``cuda_version`` (of the toolkit, or None), ``cuda_reason`` (why no
+        CUDA kernel can run here, or None), ``torch`` (the version they were built with, or else the one that runs),
+        ``reason`` (why there are no kernels at all, or None).
 
     Example:
         >>> from l2l_fast._native import build_info
         >>> sorted(build_info())
-        ['cpu_isa', 'cuda', 'cuda_archs', 'native', 'reason', 'torch']
+        ['cpu_isa', 'cuda', 'cuda_archs', 'cuda_reason', 'cuda_version', 'native', 'reason', 'torch']
     """
     return {
         "native": extension is not None,
         "cpu_isa": extension.cpu_isa() if extension else None,
-        "cuda": False,
-        "cuda_archs": [],
+        "cuda": extension is not None and extension.no_cuda is None,
+        "cuda_archs": extension.cuda_archs.split() if extension else [],
+        "cuda_version": extension.cuda_version if extension else None,
+        "cuda_reason": _cuda_reason(),
         "torch": extension.torch_version if extension else torch.__version__,
         "reason": _reason,
     }
+
+
+def _cuda_reason() -> str | None:
+    if extension is None:
+        return _reason
+    if extension.no_cuda is not None:
+        return extension.no_cuda
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"

@@ -11,14 +11,22 @@ namespace l2l {
 // Instruction sets that this machine can run in float32 arithmetic, the fastest first.
 std::vector<std::string> cpu_isas();
 
-// The one in use: the fastest until use_cpu_isa says otherwise.
+// Those that make the products of the optimizer's step in bfloat16, the fastest first; never chosen unasked.
+std::vector<std::string> cpu_bf16_isas();
+
+// The one in use: the fastest of cpu_isas until use_cpu_isa says otherwise.
 std::string cpu_isa();
 
-// One of those, or amx_bf16: the optimizer's step with bfloat16 products, never chosen unasked.
+// One of either list, or "bf16": the first of the second.
 // Throws std::invalid_argument for a name nobody knows and std::runtime_error for one this machine cannot run.
 void use_cpu_isa(const std::string& name);
 
+// Makes float32 multiply-adds on registers alone and returns how many: what the machine can do at most.
+int64_t multiply_adds(int64_t rounds);
+
 template <class T>
-const Kernels<T>& current_kernels();
+const StepKernel<T>& current_step();
+template <class T>
+const UnrollKernels<T>& current_unroll();
 
 }  // namespace l2l

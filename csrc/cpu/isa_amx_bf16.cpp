@@ -1,4 +1,4 @@
-// The kernels for AVX-512 with the step's products in bfloat16 on AMX.
+// The step for AVX-512 with products in bfloat16 on AMX.
 #include "vec.h"
 #include "tables.h"
 
@@ -17,7 +17,7 @@
 #include "product_amx.h"
 
 namespace l2l {
-const Kernels<float> kAmxBf16 = kernels<Vec, PairProduct>();
+const StepKernel<float> kAmxBf16 = step_kernel<Vec, BlockProduct>();
 }
 
 #if defined(__clang__)

@@ -9,6 +9,7 @@
 #include "unroll.h"
 #include "outer.h"
 #include "unroll_backward.h"
+#include "peak.h"
 
 namespace l2l {
 namespace {
@@ -22,19 +23,23 @@ L2L_INLINE void with_width(int count, F f) {
   return f(std::integral_constant<int, V::kWide>());
 }
 
-// Product is that of the optimizer's step alone: what the unroll ops hand to meta-training stays float32 arithmetic.
 template <class V, class Product = ScalarProduct, class T = typename V::Scalar>
-constexpr Kernels<T> kernels() {
+constexpr StepKernel<T> step_kernel() {
   return {
-      V::kWide * V::kLanes,
-      V::kLanes,
-      Product::kPairs,
+      V::kWide * V::kLanes, Product::kOrder,
       [](const StepCall<T>& call, const StepTensor& tensor, const Corrections<T>& corrections, int64_t first, int count,
          T* scratch) {
         with_width<V>(count, [&](auto wide) {
           step_tile<V, wide, Product>(call, tensor, corrections, first, count, scratch);
         });
-      },
+      }};
+}
+
+template <class V, class T = typename V::Scalar>
+constexpr UnrollKernels<T> unroll_kernels() {
+  return {
+      V::kWide * V::kLanes,
+      V::kLanes,
       [](const UnrollCall<T>& call, const Matrix& updates, const Matrix& last, int64_t first, int count, T* scratch) {
         with_width<V>(count, [&](auto wide) { unroll_tile<V, wide>(call, updates, last, first, count, scratch); });
       },
@@ -43,6 +48,11 @@ constexpr Kernels<T> kernels() {
         with_width<V>(count, [&](auto wide) { unroll_backward_tile<V, wide>(call, first, count, scratch, d_weights); });
       },
   };
+}
+
+template <class V, class T = typename V::Scalar>
+constexpr Kernels<T> kernels() {
+  return {step_kernel<V>(), unroll_kernels<V>(), multiply_adds<V>};
 }
 
 }  // namespace

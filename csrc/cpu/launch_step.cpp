@@ -11,7 +11,7 @@ namespace {
 template <class T>
 void step(const StepArguments& arguments, const Parallel& parallel) {
   const Network& net = arguments.net;
-  const Kernels<T>& kernels = current_kernels<T>();
+  const StepKernel<T>& kernel = current_step<T>();
   std::vector<Flat> flats;
   std::vector<Corrections<T>> corrections;
   std::vector<int64_t> starts;  // the first tile of each tensor
@@ -23,22 +23,21 @@ void step(const StepArguments& arguments, const Parallel& parallel) {
     flats.emplace_back(tensor);
     corrections.push_back(bias_corrections<T>(net, read(tensor.step)));
     starts.push_back(tiles);
-    tiles += (tensor.count + kernels.tile - 1) / kernels.tile;
+    tiles += (tensor.count + kernel.tile - 1) / kernel.tile;
     coordinates += tensor.count;
   }
   if (tiles == 0) return;
 
-  const auto run = kernels.pairs ? Packer<T>::kForwardPairs : Packer<T>::kForward;
-  const Packer<T> packer(net, static_cast<const T*>(arguments.weights), run);
+  const Packer<T> packer(net, static_cast<const T*>(arguments.weights), Packer<T>::kForward, kernel.order);
   const StepCall<T> call = {&packer.packed(), T(read(arguments.lr)), T(arguments.weight_decay), arguments.maximize};
   const int workers = useful_workers(parallel, net, double(coordinates));
-  const Scratch<T> scratch(workers, forward_scratch(net, kernels.tile));
+  const Scratch<T> scratch(workers, forward_scratch(net, kernel.tile));
   share(parallel, workers, tiles, 4, [&](int worker, int64_t tile) {
     const size_t i = std::upper_bound(starts.begin(), starts.end(), tile) - starts.begin() - 1;
     const StepTensor& tensor = flats[i].tensor;
-    const int64_t first = (tile - starts[i]) * kernels.tile;
-    const int count = int(std::min<int64_t>(kernels.tile, tensor.count - first));
-    kernels.step(call, tensor, corrections[i], first, count, scratch.of(worker));
+    const int64_t first = (tile - starts[i]) * kernel.tile;
+    const int count = int(std::min<int64_t>(kernel.tile, tensor.count - first));
+    kernel.step(call, tensor, corrections[i], first, count, scratch.of(worker));
   });
 }
 

@@ -28,10 +28,10 @@ std::vector<Corrections<T>> all_corrections(const UnrollArguments& arguments) {
 template <class T>
 void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, const Parallel& parallel) {
   const Network& net = arguments.net;
-  const Kernels<T>& kernels = current_kernels<T>();
+  const UnrollKernels<T>& kernels = current_unroll<T>();
   const Packer<T> packer(net, static_cast<const T*>(arguments.weights), Packer<T>::kForward);
   const auto corrections = all_corrections<T>(arguments);
-  const UnrollCall<T> call = {&packer.packed(), corrections.data(), &arguments, nullptr};
+  const UnrollCall<T> call = {&packer.packed(), corrections.data(), &arguments, nullptr, nullptr};
   const int64_t tiles = (arguments.count + kernels.tile - 1) / kernels.tile;
   const int workers = useful_workers(parallel, net, double(arguments.count) * double(arguments.steps));
   const Scratch<T> scratch(workers, forward_scratch(net, kernels.tile));
@@ -42,23 +42,43 @@ void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matri
   });
 }
 
+// The coordinates with an update that has a gradient, where that alone decides what the others add to the gradient of
+// the weights: nothing. Of an image classifier's many are left out, those of the pixels that no image of the window had
+// anything in.
+template <class T>
+std::vector<int64_t> with_gradient(const UnrollArguments& arguments, const Matrix& d_updates) {
+  std::vector<char> found(arguments.count);
+  for (int64_t t = 0; t < arguments.steps; ++t) {
+    const T* row = static_cast<const T*>(d_updates.data) + t * d_updates.row;
+    for (int64_t i = 0; i < arguments.count; ++i) found[i] |= row[i * d_updates.column] != 0;
+  }
+  std::vector<int64_t> chosen;
+  for (int64_t i = 0; i < arguments.count; ++i)
+    if (found[i]) chosen.push_back(i);
+  return chosen;
+}
+
 template <class T>
 void unroll_backward(const UnrollArguments& arguments, const UnrollGradients& gradients, const Parallel& parallel) {
   const Network& net = arguments.net;
-  const Kernels<T>& kernels = current_kernels<T>();
+  const UnrollKernels<T>& kernels = current_unroll<T>();
   const Packer<T> packer(net, static_cast<const T*>(arguments.weights), Packer<T>::kBackward);
   const auto corrections = all_corrections<T>(arguments);
-  const UnrollCall<T> call = {&packer.packed(), corrections.data(), &arguments, &gradients};
+  const bool weights_alone = !gradients.d_last.data && !gradients.d_grads.data && !gradients.d_state.data;
+  const auto chosen = weights_alone ? with_gradient<T>(arguments, gradients.d_updates) : std::vector<int64_t>();
+  const int64_t count = weights_alone ? int64_t(chosen.size()) : arguments.count;
+  const UnrollCall<T> call = {
+      &packer.packed(), corrections.data(), &arguments, &gradients, count < arguments.count ? chosen.data() : nullptr};
 
   int width = kernels.tile;
   while (width > kernels.lanes &&
          kernels.backward_scratch(net, width, arguments.steps) * int64_t(sizeof(T)) > kTruncationBytes)
     width /= 2;
-  const int64_t tiles = (arguments.count + width - 1) / width;
+  const int64_t tiles = (count + width - 1) / width;
   const int64_t weights = gradients.d_weights ? WeightLayout{net}.count() : 0;
   const int64_t slots = std::min({tiles, kSlots, std::max<int64_t>(8, kSlotBytes / 8 / std::max<int64_t>(weights, 1))});
   const int workers = int(
-      std::min<int64_t>(slots, useful_workers(parallel, net, 3.0 * double(arguments.count) * double(arguments.steps))));
+      std::min<int64_t>(slots, useful_workers(parallel, net, 3.0 * double(count) * double(arguments.steps))));
 
   std::vector<double> sums(slots * weights);
   if (slots > 0) {
@@ -66,8 +86,8 @@ void unroll_backward(const UnrollArguments& arguments, const UnrollGradients& gr
     share(parallel, workers, slots, 1, [&](int worker, int64_t slot) {
       double* sum = weights ? sums.data() + slot * weights : nullptr;
       for (int64_t tile = slot * tiles / slots; tile < (slot + 1) * tiles / slots; ++tile) {
-        const int count = int(std::min<int64_t>(width, arguments.count - tile * width));
-        kernels.unroll_backward(call, tile * width, count, scratch.of(worker), sum);
+        const int some = int(std::min<int64_t>(width, count - tile * width));
+        kernels.unroll_backward(call, tile * width, some, scratch.of(worker), sum);
       }
     });
   }

@@ -18,16 +18,17 @@ Corrections<T> bias_corrections(const Network& net, double step) {
 template <class T>
 class Packer {
  public:
-  enum For { kForward, kForwardPairs, kBackward };
+  enum Run { kForward, kBackward };
 
-  Packer(const Network& net, const T* weights, For run) : weights_(weights) {
+  Packer(const Network& net, const T* weights, Run run, WeightOrder order = WeightOrder::scalars) : weights_(weights) {
     const WeightLayout at{net};
     const int hidden = net.hidden;
     const bool backward = run == kBackward;
     for (int layer = 0; layer < net.layers; ++layer) {
       const int inputs = net.layer_inputs(layer);
       gates_.push_back(pack_gates(at, layer));
-      if (run == kForwardPairs) pairs_.push_back(pack_pairs(gates_.back(), net, layer));
+      if (order == WeightOrder::pairs) pairs_.push_back(pack_pairs(gates_.back(), net, layer));
+      if (order == WeightOrder::blocks) pairs_.push_back(pack_blocks(gates_.back(), net, layer));
       inputs_t_.push_back(backward ? transpose(at.weight_ih(layer), kGates * hidden, inputs) : std::vector<T>());
       hidden_t_.push_back(backward ? transpose(at.weight_hh(layer), kGates * hidden, hidden) : std::vector<T>());
     }
@@ -37,7 +38,7 @@ class Packer {
     }
     for (auto list : {&gates_, &inputs_t_, &hidden_t_})
       for (const std::vector<T>& block : *list) pointers_.push_back(block.data());
-    for (const std::vector<uint16_t>& block : pairs_) pair_pointers_.push_back(block.data());
+    for (const std::vector<uint32_t>& block : pairs_) pair_pointers_.push_back(block.data());
     packed_ = {
         net,
         T(1 / net.preprocess_p),
@@ -76,30 +77,50 @@ class Packer {
     return block;
   }
 
-  // From what pack_gates returned.
-  static std::vector<uint16_t> pack_pairs(const std::vector<T>& gates, const Network& net, int layer) {
-    const int hidden = net.hidden, inputs = net.layer_inputs(layer), rows = kGates * hidden;
-    const int first_input = 2, first_hidden = first_input + 2 * pairs(inputs);
-    const int columns = 2 * block_pairs(net, layer), depth = pair_blocks(net, layer);  // columns of one block
-    std::vector<uint16_t> block(size_t(blocks(rows)) * depth * kBlock * kBlock * 2);
-    uint16_t* to = block.data();
+  // These two from what pack_gates returned.
+  static std::vector<uint32_t> pack_pairs(const std::vector<T>& gates, const Network& net, int layer) {
+    const int hidden = net.hidden, inputs = net.layer_inputs(layer);
+    std::vector<uint32_t> block;
+    block.reserve(size_t(hidden) * (1 + pairs(inputs) + pairs(hidden)) * kGates);
+    for (int unit = 0; unit < hidden; ++unit) {
+      const T* from = gates.data() + size_t(unit) * (1 + inputs + hidden) * kGates;
+      auto push = [&](auto word) {
+        for (int gate = 0; gate < kGates; ++gate, ++from) block.push_back(word());
+      };
+      push([&] { return float_bits(float(*from)); });
+      for (int count : {inputs, hidden})
+        for (int k = 0; k < count; k += 2) {
+          const bool whole = k + 1 < count;
+          push([&] { return pair(float(from[0]), whole ? float(from[kGates]) : 0.0f); });
+          if (whole) from += kGates;
+        }
+    }
+    return block;
+  }
+
+  static std::vector<uint32_t> pack_blocks(const std::vector<T>& gates, const Network& net, int layer) {
+    const int rows = kGates * net.hidden, depth = pair_blocks(net, layer), columns = block_pairs(net, layer);
+    const std::vector<uint32_t> words = pack_pairs(gates, net, layer);
+    const int count = all_pairs(net, layer);
+    std::vector<uint32_t> packed(size_t(blocks(rows)) * depth * kBlock * kBlock);
+    uint32_t* to = packed.data();
     for (int b = 0; b < blocks(rows); ++b)
       for (int start = 0; start < depth * columns; start += columns)
         for (int row = block_start(b, rows); row < block_start(b, rows) + kBlock; ++row)
-          for (int k = start; k < start + 2 * kBlock; ++k, ++to) {
-            if (row >= rows || k >= start + columns) continue;
-            const T* from = gates.data() + size_t(row % hidden) * (1 + inputs + hidden) * kGates + row / hidden;
-            if (k < first_input) {
-              const float bias = float(from[0]), high = from_bfloat16(to_bfloat16(bias));
-              *to = to_bfloat16(k == 0 ? bias : bias - high);
-            } else if (k < first_input + inputs) {
-              *to = to_bfloat16(float(from[(1 + k - first_input) * kGates]));
-            } else if (k >= first_hidden && k < first_hidden + hidden) {
-              *to = to_bfloat16(float(from[(1 + inputs + k - first_hidden) * kGates]));
+          for (int k = start; k < start + kBlock; ++k, ++to) {
+            if (row >= rows || k >= start + columns || k >= count) continue;
+            const uint32_t word = words[(size_t(row % net.hidden) * count + k) * kGates + row / net.hidden];
+            if (k > 0) {
+              *to = word;
+            } else {
+              const float bias = bits_float(word);
+              *to = pair(bias, bias - from_bfloat16(to_bfloat16(bias)));
             }
           }
-    return block;
+    return packed;
   }
+
+  static uint32_t pair(float low, float high) { return to_bfloat16(low) | uint32_t(to_bfloat16(high)) << 16; }
 
   std::vector<T> pack_projection(const WeightLayout& at) const {
     const int hidden = at.net.hidden, inputs = at.net.inputs();
@@ -128,8 +149,8 @@ class Packer {
   std::vector<T> projection_, projection_t_;
   std::vector<std::vector<T>> gates_, inputs_t_, hidden_t_;
   std::vector<const T*> pointers_;
-  std::vector<std::vector<uint16_t>> pairs_;
-  std::vector<const uint16_t*> pair_pointers_;
+  std::vector<std::vector<uint32_t>> pairs_;
+  std::vector<const uint32_t*> pair_pointers_;
   Packed<T> packed_;
 };
 

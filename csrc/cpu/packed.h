@@ -12,13 +12,18 @@ constexpr int kGroup = 4;
 
 L2L_HOST_DEVICE constexpr int groups(int rows) { return (rows + kGroup - 1) / kGroup; }
 
-// Products of bfloat16 pairs go by blocks: 16 rows of the matrix times up to 16 pairs of columns, one register of AMX.
-// Columns are a layer's bias (its two halves, against ones), its inputs, its hidden units, each padded to whole pairs
-// with zero weights. The pairs are shared out evenly among the blocks, so that little is padded.
+// How the step's product takes the gates' weights: as they are, in groups; as pairs of neighbouring columns in bfloat16,
+// in groups; or such pairs in blocks for AMX.
+enum class WeightOrder { scalars, pairs, blocks };
+
+// Inputs and hidden units are each padded to whole pairs with zero weights.
+L2L_HOST_DEVICE constexpr int pairs(int columns) { return (columns + 1) / 2; }
+
+// A block is 16 rows of the matrix times up to 16 pairs of columns, one register of AMX. The first pair of columns is
+// the bias in two halves, against ones. The pairs are shared out evenly among the blocks, so that little is padded.
 constexpr int kBlock = 16;
 
 L2L_HOST_DEVICE constexpr int blocks(int rows) { return (rows + kBlock - 1) / kBlock; }
-L2L_HOST_DEVICE constexpr int pairs(int columns) { return (columns + 1) / 2; }
 
 L2L_HOST_DEVICE int all_pairs(const Network& net, int layer) {
   return 1 + pairs(net.layer_inputs(layer)) + pairs(net.hidden);
@@ -28,10 +33,12 @@ L2L_HOST_DEVICE int block_pairs(const Network& net, int layer) {
   const int count = pair_blocks(net, layer);
   return (all_pairs(net, layer) + count - 1) / count;
 }
-// Rows of the largest layer.
-L2L_HOST_DEVICE int pair_rows(const Network& net) {
-  int first = pair_blocks(net, 0), rest = net.layers > 1 ? pair_blocks(net, 1) : 0;
-  return kBlock * (first > rest ? first : rest);
+
+// Rows that a tile of any layer's columns takes, in any order.
+L2L_HOST_DEVICE int column_rows(const Network& net) {
+  const int inputs = net.hidden > net.inputs() ? net.hidden : net.inputs();
+  const int scalars = inputs + net.hidden, in_blocks = kBlock * blocks(1 + 2 * pairs(inputs));
+  return scalars > in_blocks ? scalars : in_blocks;
 }
 
 // The first gate row of a block. The last block begins early enough to be whole, unless there are too few rows at all.
@@ -56,8 +63,10 @@ struct Packed {
   const T* projection;    // [groups(hidden)][1 + inputs][4]
   const T* const* gates;  // a layer: [hidden][1 + layer_inputs + hidden][4], a unit's gates scaled by gate_scale
   const T* head;          // [hidden]
-  // The gates in bfloat16, null unless asked for. A layer: [blocks(4 * hidden)][pair_blocks][16 rows][16 pairs][2].
-  const uint16_t* const* pairs;
+  // The gates in bfloat16, null unless asked for; the lower half of a word is the column that comes first. A layer:
+  //   in pairs:  [hidden][1 + pairs(layer_inputs) + pairs(hidden)][4], the first of them biases in float32;
+  //   in blocks: [blocks(4 * hidden)][pair_blocks][16 rows][16 pairs].
+  const uint32_t* const* pairs;
 
   // Backward: transposed, without biases or scale.
   const T* projection_t;     // [groups(inputs)][hidden][4]

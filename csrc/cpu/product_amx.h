@@ -1,57 +1,43 @@
 // Products of weights and activations in bfloat16, summed in float32 by AMX. Include inside the AMX unit only.
-//
-// Not vdpbf16ps: where it was measured (a Xeon with AMX), it does half the multiply-adds a second of float32 FMAs.
 #pragma once
+
+#include "product_pairs.h"
 
 namespace l2l {
 namespace {
 
-struct PairProduct {
-  static constexpr bool kPairs = true;
+struct BlockProduct {
+  template <class V>
+  using Gate = Coarse;
+  static constexpr WeightOrder kOrder = WeightOrder::blocks;
 
+  // Pre-activations of a layer's gates, scaled: row gate * hidden + unit.
   template <class V, int NV>
   static void gates(
-      const Packed<float>& packed, const TileStep<float>& tile, int layer, const float* inputs, int64_t input_stride,
-      float* gates) {
+      const Packed<float>& packed, const TileStep<float>& tile, int layer, const float* inputs, int64_t input_stride) {
     static_assert(V::kLanes == kBlock && NV <= 4, "");
     constexpr int width = NV * V::kLanes;
     const Network& net = packed.net;
     const int rows = kGates * net.hidden, depth = pair_blocks(net, layer), columns = block_pairs(net, layer);
 
-    float* to = tile.pairs;
-    auto put = [&](V low, V high) {
-      pair(low, high).store(to);
-      to += V::kLanes;
-    };
-    auto put_rows = [&](const float* from, int64_t stride, int count) {
-      for (int k = 0; k < count; k += 2)
-        for (int at = 0; at < width; at += V::kLanes)
-          put(V::load(from + k * stride + at), k + 1 < count ? V::load(from + (k + 1) * stride + at) : V(0));
-    };
-    for (int v = 0; v < NV; ++v) put(V(1), V(1));
-    put_rows(inputs, input_stride, net.layer_inputs(layer));
-    put_rows(tile.state + net.h_row(layer) * tile.state_stride, tile.state_stride, net.hidden);
-    while (to < tile.pairs + depth * columns * width) put(V(0), V(0));
+    // The first pair of columns is two ones, for the biases.
+    float* to = tile.columns;
+    for (int v = 0; v < NV; ++v, to += V::kLanes) PairProduct::pair(V(1), V(1)).store(to);
+    to = PairProduct::gather<V, NV>(inputs, input_stride, net.layer_inputs(layer), to);
+    to = PairProduct::gather<V, NV>(
+        tile.state + net.h_row(layer) * tile.state_stride, tile.state_stride, net.hidden, to);
+    for (; to < tile.columns + depth * columns * width; to += V::kLanes) V(0).store(to);
 
     configure(rows < kBlock ? rows : kBlock, columns);
-    const uint16_t* weights = packed.pairs[layer];
+    const uint32_t* weights = packed.pairs[layer];
     for (int block = 0; block < blocks(rows); ++block) {
-      multiply<NV>(weights, tile.pairs, depth, columns, gates + block_start(block, rows) * width);
-      weights += depth * kBlock * kBlock * 2;
+      multiply<NV>(weights, tile.columns, depth, columns, tile.activations + block_start(block, rows) * width);
+      weights += depth * kBlock * kBlock;
     }
     _tile_release();
   }
 
  private:
-  // Each lane's two numbers as bfloat16, the low one first.
-  static L2L_INLINE Vec pair(Vec low, Vec high) {
-    const __m512i order = _mm512_setr_epi32(
-        0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008, 0x190009, 0x1a000a,
-        0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both));
-  }
-
   // GCC's AMX intrinsics do not say what memory they touch, so fences stand around them.
 
   // Registers 0 .. 3: sums, one for each vector of coordinates; 4: weights; 5 .. 7: coordinates.
@@ -71,7 +57,7 @@ struct PairProduct {
 
   // One block of gate rows.
   template <int NV>
-  static L2L_INLINE void multiply(const uint16_t* weights, const float* pairs, int depth, int columns, float* gates) {
+  static L2L_INLINE void multiply(const uint32_t* weights, const float* pairs, int depth, int columns, float* gates) {
     constexpr int width = NV * kBlock, row_bytes = width * int(sizeof(float));
     asm volatile("" ::: "memory");
     _tile_zero(0);
@@ -92,7 +78,7 @@ struct PairProduct {
         _tile_dpbf16ps(2, 4, 7);
         _tile_dpbf16ps(3, 4, 5);
       }
-      weights += kBlock * kBlock * 2;
+      weights += kBlock * kBlock;
       pairs += columns * width;
     }
     _tile_stored(0, gates, row_bytes);

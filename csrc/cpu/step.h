@@ -24,10 +24,10 @@ void step_tile(
   T* output = grad + width;
   T* features = output + width;
   T* projected = features + 4 * width;
-  T* activations = projected + groups(net.hidden) * kGroup * width;
+  T* columns = projected + groups(net.hidden) * kGroup * width;
+  T* activations = columns + column_rows(net) * width;
   T* state = activations + (kGates + 1) * net.hidden * width;
   T* new_state = state + net.state_rows() * width;
-  T* pairs = new_state + net.state_rows() * width;
 
   int64_t offsets[3][width];
   Place places[3];
@@ -44,6 +44,15 @@ void step_tile(
   auto start = [&](int k) { return tensor.dims == 1 ? first * places[k].stride : 0; };
   const Place &param = places[0], &state_place = places[2];
 
+  // The next tile's rows; the state's are called for unit by unit.
+  auto next = [&](int k, int64_t row) -> Ahead {
+    if (tensor.dims != 1 || places[k].stride != 1) return {};
+    const int64_t size = size_of(places[k].dtype);
+    return {static_cast<const char*>(places[k].data) + (first + width) * size, row * size, int(width * size)};
+  };
+  next(0, 0).fetch(0);
+  next(1, 0).fetch(0);
+
   load_rows(grad, width, 1, places[1], start(1), 0, count);
   if (call.maximize)
     for (int i = 0; i < width; ++i) grad[i] = -grad[i];
@@ -52,13 +61,12 @@ void step_tile(
 
   // A state that lies as new_state lays it out is worked on where it is; any other goes through the scratch.
   const bool direct = !skip && count == width && aligned<V>(state_place, tensor.state_row);
-  TileStep<T> tile = {grad, state, new_state, width, features, projected, activations, output, corrections, {}, pairs};
+  TileStep<T> tile = {grad,    state,       new_state, width,       features, projected,
+                      columns, activations, output,    corrections, next(2, tensor.state_row)};
   if (direct) {
     T* data = static_cast<T*>(state_place.data) + first;
     tile.state = tile.new_state = data;
     tile.state_stride = tensor.state_row;
-    tile.ahead = {
-        reinterpret_cast<const char*>(data + width), tensor.state_row * int64_t(sizeof(T)), width * int(sizeof(T))};
   } else {
     load_rows(state, width, net.state_rows(), state_place, start(2), tensor.state_row, count);
   }

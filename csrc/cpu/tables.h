@@ -21,16 +21,24 @@ struct UnrollCall {
   const Corrections<T>* corrections;  // [steps]
   const UnrollArguments* arguments;
   const UnrollGradients* gradients;  // backward only
+  // Backward only: the coordinates to run, in rising order; null: all. Where some are left out, no gradients but those of
+  // updates and weights are given or asked for.
+  const int64_t* chosen;
+};
+
+// Each kernel works on coordinates first .. first + count - 1 (of the chosen ones), count <= tile, in uninitialised
+// scratch aligned to 64 bytes.
+template <class T>
+struct StepKernel {
+  int tile;  // coordinates in a full tile
+  WeightOrder order;
+  void (*step)(const StepCall<T>&, const StepTensor&, const Corrections<T>&, int64_t first, int count, T* scratch);
 };
 
 template <class T>
-struct Kernels {
+struct UnrollKernels {
   int tile;   // coordinates in a full tile
   int lanes;  // coordinates in the narrowest
-  bool pairs;  // whether the step takes the weights as Packed's pairs
-
-  // Each works on coordinates first .. first + count - 1, count <= tile, in uninitialised scratch aligned to 64 bytes.
-  void (*step)(const StepCall<T>&, const StepTensor&, const Corrections<T>&, int64_t first, int count, T* scratch);
   void (*unroll)(const UnrollCall<T>&, const Matrix& updates, const Matrix& last, int64_t first, int count, T* scratch);
   // Scratch of unroll_backward, in scalars, for tiles up to `width` wide.
   int64_t (*backward_scratch)(const Network&, int width, int64_t steps);
@@ -38,17 +46,26 @@ struct Kernels {
   void (*unroll_backward)(const UnrollCall<T>&, int64_t first, int count, T* scratch, double* d_weights);
 };
 
+template <class T>
+struct Kernels {
+  StepKernel<T> step;
+  UnrollKernels<T> unroll;
+  int64_t (*multiply_adds)(int64_t rounds);  // on registers alone: the ceiling that benches measure
+};
+
 extern const Kernels<float> kPortableFloat;
 extern const Kernels<double> kPortableDouble;
 #if defined(__x86_64__)
 extern const Kernels<float> kAvx2;
 extern const Kernels<float> kAvx512;
-extern const Kernels<float> kAmxBf16;
+// Products in bfloat16 are the step's alone: what the unroll ops hand to meta-training stays float32 arithmetic.
+extern const StepKernel<float> kAvx512Bf16;
+extern const StepKernel<float> kAmxBf16;
 #endif
 
 // Scratch of the step and of the forward unroll, in scalars, for tiles up to `width` wide.
 inline int64_t forward_scratch(const Network& net, int width) {
-  return int64_t(width) * (6 + groups(net.hidden) * kGroup + 5 * net.hidden + 2 * net.state_rows() + pair_rows(net));
+  return int64_t(width) * (6 + groups(net.hidden) * kGroup + 5 * net.hidden + 2 * net.state_rows() + column_rows(net));
 }
 
 }  // namespace l2l

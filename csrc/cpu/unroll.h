@@ -28,7 +28,8 @@ void unroll_tile(
   T* output = grad + width;
   T* features = output + width;
   T* projected = features + 4 * width;
-  T* activations = projected + groups(net.hidden) * kGroup * width;
+  T* columns = projected + groups(net.hidden) * kGroup * width;
+  T* activations = columns + column_rows(net) * width;
   T* state = activations + (kGates + 1) * net.hidden * width;
   T* new_state = state + rows * width;
   bool skip[width];
@@ -41,7 +42,7 @@ void unroll_tile(
     const bool some = skip_not_finite<V>(grad, width, skip);
     forward<V, NV, false>(
         *call.packed,
-        {grad, state, new_state, width, features, projected, activations, output, call.corrections[t], {}, nullptr});
+        {grad, state, new_state, width, features, projected, columns, activations, output, call.corrections[t], {}});
     if (some) keep_skipped(new_state, state, skip, width, rows);
     for (int i = 0; i < width; ++i) output[i] = some && skip[i] ? T(0) : T(net.output_scale) * output[i];
     store_rows(output, width, 1, steps(updates), t * updates.row + first * updates.column, 0, count, nullptr);

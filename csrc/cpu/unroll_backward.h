@@ -54,7 +54,7 @@ struct BackwardScratch {
   using T = typename V::Scalar;
   WeightSums<V> sums;
   T *d_state, *passed;  // passed: d_state of coordinates that a step skips
-  T *d_x, *d_update, *d_grad, *transposed, *states, *kept, *end;
+  T *d_x, *d_update, *d_grad, *transposed, *columns, *states, *kept, *end;
 
   // No more is done with `at` than adding to it.
   L2L_INLINE BackwardScratch(T* at, const Network& net, int width, int64_t steps) : sums(at, net) {
@@ -65,7 +65,8 @@ struct BackwardScratch {
     d_update = d_x + groups(net.hidden > net.inputs() ? net.hidden : net.inputs()) * kGroup * width;
     d_grad = d_update + width;
     transposed = d_grad + width;
-    states = transposed + width * padded<V>(kGates * net.hidden);
+    columns = transposed + width * padded<V>(kGates * net.hidden);
+    states = columns + column_rows(net) * width;
     kept = states + (steps + 1) * rows * width;
     // transpose_rows reads on to a whole number of vectors.
     end = kept + (steps * KeptStep<T>::rows(net) + V::kLanes) * width;
@@ -96,7 +97,7 @@ void multiply_transposed(
   for (int group = 0; group < groups(count); ++group) {
     V acc[kGroup][NV];
     broadcast<V, NV>(acc, nullptr);
-    multiply(acc, matrix + group * rows * kGroup, d_rows, width, rows);
+    multiply<ScalarProduct>(acc, matrix + group * rows * kGroup, d_rows, width, rows);
     for (int g = 0; g < kGroup && group * kGroup + g < count; ++g)
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[g][v].store(d + (group * kGroup + g) * width + v * V::kLanes);
@@ -245,6 +246,23 @@ void add_sums(const Network& net, const WeightSums<V>& sums, double* d_weights) 
     for (int lane = 0; lane < V::kLanes; ++lane) d_weights[to.head_weight() + k] += sums.head[k * V::kLanes + lane];
 }
 
+// A tile's coordinates in one matrix.
+template <int width>
+struct TilePlace {
+  int64_t offsets[width];
+  Place place;
+  int64_t start;
+
+  TilePlace(const Matrix& matrix, int64_t stride, const int64_t* chosen, int64_t first, int count)
+      : place{matrix.data, matrix.dtype, stride, nullptr}, start(first * stride) {
+    if (!chosen) return;
+    for (int i = 0; i < count; ++i) offsets[i] = chosen[first + i] * stride;
+    place.offsets = offsets;
+    start = 0;
+  }
+  TilePlace(const TilePlace&) = delete;  // place points into it
+};
+
 template <class V, int NV>
 void unroll_backward_tile(
     const UnrollCall<typename V::Scalar>& call, int64_t first, int count, typename V::Scalar* scratch,
@@ -264,14 +282,16 @@ void unroll_backward_tile(
   bool skip[width];
   if (sums) memset(scratch, 0, (at.d_state - scratch) * sizeof(T));
 
-  load_rows(
-      at.states, width, rows, coordinates(arguments.state), first * arguments.state.row, arguments.state.column, count);
+  const Matrix &grads = arguments.grads, &d_updates = gradients.d_updates;
+  const TilePlace<width> of_state(arguments.state, arguments.state.row, call.chosen, first, count);
+  const TilePlace<width> of_grads(grads, grads.column, call.chosen, first, count);
+  const TilePlace<width> of_updates(d_updates, d_updates.column, call.chosen, first, count);
+  load_rows(at.states, width, rows, of_state.place, of_state.start, arguments.state.column, count);
   for (int64_t t = 0; t < horizon; ++t) {
-    const Matrix& grads = arguments.grads;
     const T* state = at.states + t * rows * width;
     T* new_state = at.states + (t + 1) * rows * width;
     KeptStep<T> step(at.kept + t * kept_rows * width, net, width);
-    load_rows(step.grad, width, 1, steps(grads), t * grads.row + first * grads.column, 0, count);
+    load_rows(step.grad, width, 1, of_grads.place, t * grads.row + of_grads.start, 0, count);
     const bool some = skip_not_finite<V>(step.grad, width, skip);
     for (int i = 0; i < width; ++i) step.live[i] = some && skip[i] ? T(0) : T(1);
     forward<V, NV, true>(
@@ -281,11 +301,11 @@ void unroll_backward_tile(
                  width,
                  step.features,
                  step.projected,
+                 at.columns,
                  step.activations,
                  step.output,
                  call.corrections[t],
-                 {},
-                 nullptr});
+                 {}});
     if (some) keep_skipped(new_state, state, skip, width, rows);
   }
 
@@ -299,8 +319,7 @@ void unroll_backward_tile(
     KeptStep<T> step(at.kept + t * kept_rows * width, net, width);
     const T* state = at.states + t * rows * width;
     const Backward<T> tile = {state, state + rows * width, step, at.d_state, at.d_x, at.transposed};
-    const Matrix& d_updates = gradients.d_updates;
-    load_rows(at.d_update, width, 1, steps(d_updates), t * d_updates.row + first * d_updates.column, 0, count);
+    load_rows(at.d_update, width, 1, of_updates.place, t * d_updates.row + of_updates.start, 0, count);
     bool some = false;
     for (int i = 0; i < width; ++i) some |= skip[i] = step.live[i] == 0;
     if (some) {

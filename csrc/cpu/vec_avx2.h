@@ -10,6 +10,7 @@ struct Vec {
   using Scalar = float;
   static constexpr int kLanes = 8;
   static constexpr int kWide = 2;       // 4 gates x 2 vectors of accumulators: as many as hide an FMA's latency
+  static constexpr bool kInterleave = false;
   static constexpr int kOuterRows = 3;  // register block of the outer product: 3 x 4 of 16 registers
   static constexpr int kOuterColumns = 4;
 

@@ -10,6 +10,7 @@ struct Vec {
   using Scalar = float;
   static constexpr int kLanes = 16;
   static constexpr int kWide = 4;  // vectors in a full tile: 4 gates x 4 vectors of accumulators hide an FMA's latency
+  static constexpr bool kInterleave = true;  // registers enough for products and activations at once
   static constexpr int kOuterRows = 5;  // register block of the outer product: 5 x 5 of 32 registers
   static constexpr int kOuterColumns = 5;
 

@@ -11,6 +11,7 @@ struct Portable {
   using Scalar = T;
   static constexpr int kLanes = 16 / sizeof(T);
   static constexpr int kWide = 2;
+  static constexpr bool kInterleave = false;
   static constexpr int kOuterRows = 2;
   static constexpr int kOuterColumns = 4;
 

@@ -50,7 +50,8 @@ L2L_DEVICE Slot slot(const Four& x) {
 
 // acc[column fragment][row fragment] += a chunk of the operand times fragments of weights, the small products first.
 template <int kColumns>
-L2L_DEVICE void multiply(float (&acc)[kColumns][2][4], const Slot& a, const Slot& b, const float4 (&weights)[kColumns]) {
+L2L_DEVICE void multiply(
+    float (&acc)[kColumns][2][4], const Slot& a, const Slot& b, const float4 (&weights)[kColumns]) {
 #pragma unroll
   for (int product = 0; product < 3; ++product) {
 #pragma unroll

@@ -2,8 +2,8 @@
 //
 // A persistent grid: every block packs the weights into shared memory once, then each of its warps takes tiles of 32
 // coordinates, one after the other, without barriers. State rows come by asynchronous copies into a mailbox of which
-// every thread owns its part, one layer ahead: as soon as a lane has read a layer's h (or c) there, it sends for the next
-// layer's or, from the last layer, for that of the warp's next tile. So a load has the time of a whole layer to arrive.
+// every thread owns its part, one layer ahead: as soon as a lane has read a layer's h (or c) there, it sends for the
+// next layer's or, from the last layer, for that of the warp's next tile. So a load has a whole layer's time to arrive.
 #include "matrix_team.cuh"
 
 namespace l2l {
@@ -175,7 +175,9 @@ void launch(const StepCall& call, const std::vector<DenseEntry>& entries, size_t
     const auto grid = unsigned(std::min(table.tiles, multiprocessors));
     check(
         table.tiles <= kTeamTiles * multiprocessors
-            ? device::launch(step_by_teams<kSlots, T, Table>, unsigned(table.tiles), team(kSlots), exchange_bytes(kSlots), stream, table, call)
+            ? device::launch(
+                  step_by_teams<kSlots, T, Table>, unsigned(table.tiles), team(kSlots), exchange_bytes(kSlots), stream,
+                  table, call)
             : device::launch(step<kSlots, T, Table>, grid, threads(kSlots), bytes, stream, table, call),
         "lstm_step_");
   });

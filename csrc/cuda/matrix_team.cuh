@@ -1,8 +1,8 @@
 // The step of few coordinates: a tile by a team of warps, one for each slot of units.
 //
-// The weights of its own slot's gates, which each warp needs once, come straight from the flat vector through the cache,
-// with the state of the first two layers at the same time, so that there is one wait for memory. The warps of a team
-// exchange their new h through shared memory, one barrier a layer.
+// The weights of its own slot's gates, which each warp needs once, come straight from the flat vector through the
+// cache, with the state of the first two layers at the same time, so that there is one wait for memory. The warps of a
+// team exchange their new h through shared memory, one barrier a layer.
 #pragma once
 
 #include "matrix_state.cuh"
@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
 
   Exchange<kSlots> exchange(reinterpret_cast<float4*>(device::shared_memory()));
   if (net.projection) {
-    if (warp() % 2 == 0) project_two<kSlots>(warp(), slot(input), ProjectionWeights<kSlots>(at, cell.weights), exchange);
+    const ProjectionWeights<kSlots> projection(at, cell.weights);
+    if (warp() % 2 == 0) project_two<kSlots>(warp(), slot(input), projection, exchange);
     exchange.meet();
   } else {
     run_part(lowest, [&](int) { return input; }, 0, state, changes, exchange);

@@ -1,8 +1,8 @@
 // One coordinate in a register: the scalar that lstm_cell.h is compiled for on a GPU.
 //
-// In float32, exp2 and the quotient are the special-function unit's, two and one units in the last place off: as good as
-// the CPU kernels' own. Quotients whose reciprocal is denormal become 0; in a cell they are below 1e-12. Everything else,
-// and all of float64, is the CUDA library's and correct to its last place or two.
+// In float32, exp2 and reciprocals are the special-function unit's, two and one units in the last place off: as good as
+// the CPU kernels' own. Quotients whose reciprocal is denormal become 0; in a cell they are below 1e-12. Everything
+// else, and all of float64, is the CUDA library's and correct to its last place or two.
 #pragma once
 
 #include <cmath>

@@ -24,7 +24,7 @@ L2L_DEVICE Offsets offsets_of(const DenseEntry&, int64_t coordinate) { return {c
 L2L_DEVICE Offsets offsets_of(const StridedEntry& entry, int64_t coordinate) { return entry.offsets(coordinate); }
 
 template <class T, bool on_chip, class Entry, int bytes>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
     step_kernel(const __grid_constant__ StepCall<T> call, const __grid_constant__ Table<Entry, bytes> table) {
   const Cell<T>& cell = call.cell;
   const int state_rows = cell.net.state_rows();

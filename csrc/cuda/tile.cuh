@@ -1,8 +1,8 @@
 // A tile of 32 coordinates, one for each lane of a warp, and one step of it forward.
 //
 // A tile's values are rows: row r of coordinate `lane` is at r * kStride + lane, in shared memory or, for networks too
-// large for it, in a workspace. Warps share the units of a layer among them: unit u is warp u % warps(), which forms its
-// four gates of all the tile's coordinates. Every thread runs every function here, and none returns early.
+// large for it, in a workspace. Warps share the units of a layer among them: unit u is warp u % warps()'s, which forms
+// its four gates for all the tile's coordinates. Every thread runs every function here, and none returns early.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,10 @@ namespace l2l {
 
 constexpr int kWidth = device::kWarp;  // coordinates in a tile
 constexpr int kStride = kWidth + 1;    // odd, so that the threads of a warp may also read down a column
-constexpr int kMaxWarps = 16, kMaxThreads = kMaxWarps * device::kWarp;
+constexpr int kMaxWarps = 10, kMaxThreads = kMaxWarps * device::kWarp;
+// Blocks on a multiprocessor that the registers must suffice for.
+template <class T, bool on_chip>
+constexpr int kMinBlocks = sizeof(T) == 4 && on_chip ? 2 : 1;
 
 L2L_DEVICE int warp() { return threadIdx.x / device::kWarp; }
 L2L_DEVICE int warps() { return blockDim.x / device::kWarp; }

@@ -1,5 +1,6 @@
 // T steps of N coordinates, forward: a block takes a tile through all its steps, its state in the block's scratch.
 #include "../lstm_unroll.h"
+#include "matrix_unroll.h"
 #include "tile.cuh"
 
 namespace l2l {
@@ -15,7 +16,8 @@ struct UnrollCall {
 };
 
 template <class T, bool on_chip>
-__global__ void __launch_bounds__(kMaxThreads, 1) unroll_kernel(const __grid_constant__ UnrollCall<T> call) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
+    unroll_kernel(const __grid_constant__ UnrollCall<T> call) {
   const Cell<T>& cell = call.cell;
   const UnrollArguments& arguments = call.arguments;
   const int state_rows = cell.net.state_rows();
@@ -69,6 +71,7 @@ void unroll(
 }  // namespace
 
 int64_t lstm_unroll_cuda_workspace(const UnrollArguments& arguments) {
+  if (matrix_unroll_supports(arguments)) return 0;
   const bool wide = arguments.weights_dtype == DType::float64;
   const Scratch scratch = wide ? unroll_scratch<double>(arguments.net) : unroll_scratch<float>(arguments.net);
   return scratch.workspace(tiles_of(arguments.count));
@@ -76,6 +79,7 @@ int64_t lstm_unroll_cuda_workspace(const UnrollArguments& arguments) {
 
 void lstm_unroll_cuda(
     const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, void* workspace, void* stream) {
+  if (matrix_unroll_supports(arguments)) return matrix_unroll(arguments, updates, last, stream);
   const auto on = static_cast<cudaStream_t>(stream);
   if (arguments.weights_dtype == DType::float64) return unroll<double>(arguments, updates, last, workspace, on);
   unroll<float>(arguments, updates, last, workspace, on);

@@ -1,9 +1,9 @@
 // Backward through time. A block runs a tile forward once, leaving the state before every step in the workspace; then,
 // from the last step to the first, it runs the step again, now keeping its activations in scratch, and backward.
 //
-// The gradient of the weights is summed in a fixed order: a tile's coordinates and steps in scratch, each element by one
-// thread; a block's tiles, which follow from the block's number alone, in its slab of the workspace; the slabs by a
-// second kernel.
+// The gradient of the weights is summed in a fixed order: a tile's coordinates and steps in scratch, each element by
+// one thread; a block's tiles, which follow from the block's number alone, in its slab of the workspace; the slabs by
+// a second kernel.
 #include "../lstm_unroll.h"
 #include "tile.cuh"
 
@@ -71,17 +71,18 @@ L2L_DEVICE void multiply_transposed(T* to, const T* matrix, const T* d, int rows
   }
 }
 
-// sums[(j * units + unit) * columns + k] += sum over the tile's coordinates of d[j * units + unit] x[k], j < n. A thread
-// takes one unit and two columns, far apart, so that the threads of a warp read neighbouring rows.
+// sums[(j * units + unit) * columns + k] += sum over the tile's coordinates of d[j * units + unit] x[k], j < n. A
+// thread takes one unit and two columns, far apart, so that the threads of a warp read neighbouring rows.
 template <int n, class T>
 L2L_DEVICE void add_outer(T* sums, const T* d, int units, const T* x, int columns) {
   const int half = (columns + 1) / 2;
   for (int i = threadIdx.x; i < units * half; i += blockDim.x) {
     const int unit = i / half, k = i - unit * half;
     const bool second = k + half < columns;
-    const T *left = d + unit * kStride, *first_x = x + k * kStride, *second_x = second ? first_x + half * kStride : first_x;
+    const T *left = d + unit * kStride, *first_x = x + k * kStride;
+    const T* second_x = second ? first_x + half * kStride : first_x;
     T sum[n][2] = {};
-#pragma unroll 4
+#pragma unroll 2
     for (int c = 0; c < kWidth; ++c) {
       const T a = first_x[c], b = second_x[c];
 #pragma unroll
@@ -134,8 +135,8 @@ L2L_DEVICE void backward_head(const Cell<T>& cell, const BackwardRows<T>& rows, 
   add_row_sums(rows.sums + at.head_bias(), static_cast<T*>(nullptr), rows.d_y, 1);
 }
 
-// The activations of the gates give way to the gates' gradients. Of d_x and d_state a thread reads what it wrote, or what
-// was written before the last barrier.
+// The activations of the gates give way to the gates' gradients. Of d_x and d_state a thread reads what it wrote, or
+// what was written before the last barrier.
 template <class T>
 L2L_DEVICE void backward_gates(const Cell<T>& cell, const BackwardRows<T>& rows, int layer, bool live) {
   using V = Real<T>;
@@ -225,7 +226,7 @@ L2L_DEVICE T backward_features(
 // ---------------------------------------------------------------- kernels
 
 template <class T, bool on_chip>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
     backward_kernel(const __grid_constant__ BackwardCall<T> call) {
   const Cell<T>& cell = call.cell;
   const Network& net = cell.net;

@@ -13,13 +13,14 @@ from typing import Annotated
 import typer
 
 import l2l_fast
-from l2l_fast.cli.options import Json, Out, note
+from l2l_fast.cli.options import Device, Json, Out, note
 
 
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small cases only, under a minute.")] = False,
     sizes: Annotated[str | None, typer.Option(help="Sizes of the step: 1k,16k,resnet,1M,10M.")] = None,
     select: Annotated[str | None, typer.Option(help="Only what this pytest -k expression selects.")] = None,
+    device: Device = "cpu",
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -42,7 +43,7 @@ def bench(
     out.mkdir(parents=True, exist_ok=True)
     raw = out / "benchmark.json"
     command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", "-rs", "--benchmark-quiet"]
-    command += [f"--benchmark-json={raw}", *(["--quick"] if quick else [])]
+    command += [f"--benchmark-json={raw}", f"--device={device}", *(["--quick"] if quick else [])]
     command += [f"--sizes={sizes}"] if sizes else []
     command += ["-k", select] if select else []
     raw.unlink(missing_ok=True)

@@ -24,12 +24,20 @@ def info(as_json: Json = False) -> None:
         "l2l_fast": metadata.version("l2l_fast"),
         **build_info(),
         "threads": torch.get_num_threads(),
-        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda_device": _cuda_device(),
         "shipped_networks": shipped(),
         "data_folder": os.environ.get("L2L_FAST_DATA"),
     }
     width = max(map(len, facts))
     report(facts, "\n".join(f"{name:<{width}}  {_plain(value)}" for name, value in facts.items()), as_json)
+
+
+def _cuda_device() -> str | None:
+    """Such as "NVIDIA H100 (sm_90)"."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
 
 
 def _plain(value: object) -> str:

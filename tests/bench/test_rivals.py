@@ -1,6 +1,8 @@
 """The benches compare like with like: rivals compute what ours computes, and the counts are right."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 import cases
 import costs
+import gpu_small
 import ours
 import parity
 import report
@@ -98,6 +101,11 @@ def test_the_ceiling_is_the_slower_of_both():
     assert costs.floor_seconds(652, 4980, slow_sgemm) == (pytest.approx(9960e-10), "sgemm")
 
 
+def test_three_products_in_tf32_stand_for_one_in_float32():
+    rates = {"sgemm_flops": 1e10, "tf32_flops": 6e10, "copy_bytes_per_second": 1e12}
+    assert costs.floor_seconds(652, 4980, rates) == (pytest.approx(9960 / 2e10), "sgemm")
+
+
 def test_sizes():
     counts = {name: sum(torch.Size(shape).numel() for shape in shapes) for name, shapes in cases.SIZES.items()}
     assert counts["16k"] == 15_910
@@ -154,6 +162,52 @@ def test_report(tmp_path):
     assert json.loads(saved.read_text()) == result
     assert "secret-host" not in saved.read_text()
     assert "data" not in result["rows"][0]
+
+
+def test_several_runs_make_one_report():
+    runs = [{"environment": {"command": name, "cpu": "A"}, "benchmarks": [name]} for name in ("one", "two")]
+    assert report.joined(runs) == {"environment": {"command": "one; two", "cpu": "A"}, "benchmarks": ["one", "two"]}
+
+
+def test_a_gpus_report():
+    shared = {"bytes": 652, "multiply_adds": 4980, "share_of_ceiling": 0.9, "limit": "copy", "tf32_flops": 3e14,
+              "copy_bytes_per_second": 4e12, "share_of_copy": 0.9}  # fmt: skip
+    raw = {
+        "commit_info": {"id": None, "dirty": None},
+        "datetime": "2030-01-02T03:04:05",
+        "environment": {"cpu": "A CPU", "cores": 2, "kernels": "cuda", "torch": "2.11.0", "threads": 2,
+                        "command": "x", "gpu": "A GPU", "driver": "580"},
+        "benchmarks": [
+            _bench("step", "10M", "ours", 1.8e-3, 10**7, **shared),
+            _bench("step", "10M", "torch.compile max-autotune", 1e-2, 10**7, times_ours=5.5, **shared),
+            _bench("step in a graph", "16k", "ours", 1e-5, 15910),
+            _bench("step in a graph", "16k", "Adam fused", 9e-6, 15910, times_ours=0.9),
+            _bench("meta-update", "mnist-mlp", "ours", 5e-3, 318_200),
+        ],
+    }  # fmt: skip
+    text = report.summary(report.trim(raw))
+    assert "10M: ours moves 3,600 GB/s, 90% of the copy rate" in text
+    assert "10,000 meta-updates of mnist-mlp: 50 s" in text
+    assert "max-autotune" in text
+    assert "0.9x" in text
+    assert "A GPU, driver 580" in text
+
+
+@pytest.mark.parametrize("name", cases.NETWORKS)
+def test_the_small_case_for_gpu_tools(name, capsys):
+    gpu_small.step(name, [(100,), (3, 5)], torch.bfloat16, "cpu")
+    gpu_small.unroll(name, 65, "cpu")
+    assert capsys.readouterr().out.count("good") == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_gpu_script_says_when_there_is_no_gpu(tmp_path):
+    script = Path(report.__file__).parent / "gpu.sh"
+    done = subprocess.run(
+        [script, tmp_path], capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable}
+    )
+    assert done.returncode == 2, done.stderr
+    assert "no GPU" in done.stderr
 
 
 @pytest.mark.parametrize(("value", "text"), [(2.5, "2.5 s"), (0.1072, "107 ms"), (4.2e-5, "42 µs"), (3e-8, "30 ns")])

@@ -1,5 +1,5 @@
-// The CUDA kernels over emulator.h and without torch, for the sanitizers: every option at awkward sizes, with buffers of
-// the exact size. Built and run by test_emulated.py.
+// The CUDA kernels over emulator.h and without torch, for the sanitizers: every option at awkward sizes, with buffers
+// of the exact size. Built and run by test_emulated.py.
 #include <cmath>
 #include <cstdio>
 #include <vector>

@@ -1,5 +1,5 @@
 // The pointer table on the host: every coordinate of a group must be met once and its places must be those that the
-// strides say. Built and run by test_host.py.
+// strides say. Built and run by test_emulated.py.
 #include <cstdio>
 #include <set>
 
@@ -141,7 +141,9 @@ int main() {
   strided(Made({7, 8}, {14, 1}, {8, 1}, {14, 1}));                                      // a window
   strided(Made({3, 4, 5}, {0, 5, 1}, {20, 5, 1}, {20, 5, 1}));                          // broken into two dimensions
   strided(Made({2, 3, 2, 5, 3, 2}, {1440, 1, 240, 3, 48, 15}, {1000, 100, 40, 8, 2, 1}, {1, 2, 6, 12, 60, 180}));
-  strided(Made({2, 1, 3, 2, 3, 4, 2, 5}, {5000, 0, 1, 700, 90, 13, 300, 3}, {1, 2, 3, 4, 5, 6, 7, 8}, {9, 1, 9, 2, 9, 3, 9, 4}));
+  strided(
+      Made({2, 1, 3, 2, 3, 4, 2, 5}, {5000, 0, 1, 700, 90, 13, 300, 3}, {1, 2, 3, 4, 5, 6, 7, 8},
+           {9, 1, 9, 2, 9, 3, 9, 4}));
   if (failures == 0) std::printf("all good\n");
   return failures != 0;
 }

@@ -11,6 +11,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
+PARITY = [HERE / "test_parity.py", HERE / "test_matrix.py"]
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 pytestmark = [
     pytest.mark.slow,
@@ -43,7 +44,7 @@ def test_parity_in_the_emulator(tmp_path):
         link=["-shared", *folders, "-ltorch_cpu", "-lc10"],
     )  # fmt: skip
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_parity.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, PARITY)],
         env=os.environ | {"L2L_FAST_NATIVE": "0", "L2L_FAST_EMULATED": str(library)},
         capture_output=True, text=True,
     )  # fmt: skip

@@ -183,7 +183,7 @@ def test_the_optimizer_does_on_a_gpu_what_it_does_on_the_cpu(features):
     for model in (here, there):
         train(LSTMOptimizer(model.parameters(), network, lr=0.5, weight_decay=0.01), model)
     for a, b in zip(here.parameters(), there.parameters(), strict=True):
-        assert_close(b.cpu(), a, rtol=1e-4, atol=1e-5)
+        assert_close(b.cpu(), a, rtol=1e-3, atol=1e-4)
 
 
 def test_a_state_dict_goes_to_the_gpu_and_back():
@@ -202,7 +202,7 @@ def test_a_state_dict_goes_to_the_gpu_and_back():
     again = LSTMOptimizer(back.parameters(), network)
     again.load_state_dict(on_gpu.state_dict())
     for a, b in zip(again.state_dict()["state"].values(), on_cpu.state_dict()["state"].values(), strict=True):
-        assert_close(a["lstm"], b["lstm"], rtol=1e-3, atol=1e-4)
+        assert_close(a["lstm"], b["lstm"], rtol=1e-3, atol=1e-3)
         assert torch.equal(a["step"], b["step"])
 
 

@@ -5,6 +5,8 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
 from test_native_step import CONFIGS, LAYOUTS, config_id
 
@@ -17,8 +19,6 @@ pytestmark = [] if EMULATED else [pytest.mark.cuda]
 OP = torch.ops.l2l_fast
 TINY = Config("log_sign", 2, 1, False, "linear", 0.1, 10.0, 0.95, 0.95, 1e-8)
 SIZES = [0, 1, 2, 31, 32, 33, 63, 64, 65] + [100_003] * (not EMULATED)
-# Each of the 64 takes a while in the emulator, so there it is every fifth: every option, not every combination.
-SOME_CONFIGS = CONFIGS[::5] if EMULATED else CONFIGS
 both_networks = pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
 
 
@@ -74,7 +74,7 @@ def test_step_of_every_size(device, config, size):
     check_step(device, [torch.randn(size)], [make_grads(size)], [make_state(size, config)], config)
 
 
-@pytest.mark.parametrize("config", SOME_CONFIGS, ids=config_id)
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
 def test_step_with_every_option(device, config):
     grad = make_grads(35).clamp(-1, 1)
     check_step(
@@ -257,9 +257,9 @@ def test_unroll_of_every_size(device, config, size):
         close_scaled(actual, expected)
 
 
-@pytest.mark.parametrize("config", SOME_CONFIGS, ids=config_id)
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
 def test_unroll_with_every_option(device, config):
-    for actual, expected in zip(*unroll_both(device, config, 3, 5 if EMULATED else 37), strict=True):
+    for actual, expected in zip(*unroll_both(device, config, 3, 37), strict=True):
         close_scaled(actual, expected, 3e-4)
 
 
@@ -351,6 +351,38 @@ def test_unroll_is_steps(device):
             ops.lstm_step_([theta], [grad], [state], weights, one, [one * (3 + t)], config)
         close(theta, updates.cpu().double().sum(0))
         close(state, last.cpu().double(), 1e-5)
+
+
+# ---------------------------------------------------------------- whatever may come
+
+
+@settings(
+    max_examples=40 if EMULATED else 60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the device is the same for all examples
+)
+@given(
+    features=st.sampled_from(sorted(reference.FEATURES)),
+    hidden=st.integers(1, 64),
+    layers=st.integers(1, 3),
+    projection=st.booleans(),
+    output=st.sampled_from(reference.OUTPUTS),
+    horizon=st.integers(0, 3 if EMULATED else 6),
+    sizes=st.lists(st.integers(0, 70 if EMULATED else 140), min_size=1, max_size=3),
+    d_last=st.booleans(),
+    number=st.integers(1, 1000),
+    seed=st.integers(0, 2**16),
+)
+def test_any_network(device, features, hidden, layers, projection, output, horizon, sizes, d_last, number, seed):
+    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.9, 0.95, 1e-8)
+    params = [torch.randn(size) for size in sizes]
+    grads = [make_grads(size, seed=seed + i).clamp(-1, 1) for i, size in enumerate(sizes)]
+    states = [make_state(size, config, seed=seed + i) for i, size in enumerate(sizes)]
+    check_step(device, params, grads, states, config, number=number)
+    results = unroll_both(device, config, horizon, sizes[0], d_last=d_last, seed=seed, number=number)
+    for actual, expected in zip(*results, strict=True):
+        assert actual.shape == expected.shape
+        close_scaled(actual, expected, 1e-3)
 
 
 # ---------------------------------------------------------------- as PyTorch sees them

@@ -92,7 +92,10 @@ void run(const Network& net, int64_t count, int64_t horizon, DType dtype) {
 }  // namespace
 
 int main() {
-  for (const std::string& isa : cpu_isas()) {
+  std::vector<std::string> isas = cpu_isas();
+  for (const std::string& isa : cpu_bf16_isas()) isas.push_back(isa);
+  for (const std::string& isa : isas) {
+    std::printf("%s\n", isa.c_str());
     use_cpu_isa(isa);
     for (Features features : {Features::identity, Features::log_sign, Features::moments, Features::both})
       for (int hidden : {1, 5, 20, 33})

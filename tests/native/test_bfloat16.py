@@ -8,19 +8,20 @@ from test_native_step import CONFIGS, close, config_id, step_both
 
 from l2l_fast import _native, ops, reference
 
-NAME = "amx_bf16"
+ALL = ("amx_bf16", "avx512_bf16")
 # bfloat16 keeps eight bits: a weight and an activation are each wrong by 2^-9 of themselves at most.
 TOLERANCE = 2e-2
 
 
-@pytest.fixture(autouse=True)
-def bfloat16():
+@pytest.fixture(params=ALL, autouse=True)
+def name(request):
+    """Every mode that this machine can run."""
     before = _native.extension.cpu_isa()
     try:
-        _native.extension.use_cpu_isa(NAME)
+        _native.extension.use_cpu_isa(request.param)
     except RuntimeError as error:
         pytest.skip(str(error))
-    yield
+    yield request.param
     _native.extension.use_cpu_isa(before)
 
 
@@ -30,11 +31,40 @@ def near(actual, expected):
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=TOLERANCE * scale)
 
 
-def test_only_who_asks_gets_it():
-    assert _native.build_info()["cpu_isa"] == NAME
-    assert NAME not in _native.extension.cpu_isas()
-    assert f"'cpu_isa': '{NAME}'" in run(PRINT, L2L_FAST_CPU_ISA=NAME).stdout
-    assert NAME not in run(PRINT).stdout
+def test_only_who_asks_gets_it(name):
+    assert _native.build_info()["cpu_isa"] == name
+    assert name in _native.extension.cpu_bf16_isas()
+    assert name not in _native.extension.cpu_isas()
+    assert f"'cpu_isa': '{name}'" in run(PRINT, L2L_FAST_CPU_ISA=name).stdout
+    assert name not in run(PRINT).stdout
+
+
+def test_bf16_is_the_fastest_of_them():
+    _native.extension.use_cpu_isa("bf16")
+    assert _native.extension.cpu_isa() == _native.extension.cpu_bf16_isas()[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "update_error", "states_error"),
+    [(PAPER, 3.5e-3, 3.5e-3), (RNNPROP, 3.5e-3, 4e-2)],
+    ids=["paper", "rnnprop"],
+)
+def test_the_stated_error(config, update_error, states_error):
+    """One step's largest errors, as csrc/README.md states them: of the largest update, and of the states."""
+    for seed in range(5):
+        weights = make_weights(config, seed)
+        param, grad = torch.zeros(20_000), make_grads(20_000, seed=seed).clamp(-1, 1)
+        state = make_state(20_000, config, seed)
+        params, states = step_both([param], [grad], [state], config, weights=weights)
+        assert (param - params[0]).abs().max() <= update_error * params[0].abs().max()
+        assert (state - states[0]).abs().max() <= states_error
+
+
+def test_opcheck():
+    args = [torch.zeros(70)], [make_grads(70)], [make_state(70, PAPER)], make_weights(PAPER)
+    torch.library.opcheck(
+        torch.ops.l2l_fast.lstm_step_.default, (*args, torch.tensor(1.0), [torch.tensor(1.0)], *PAPER, 0.0, False)
+    )
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129, 100_003])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 PRINT = "from l2l_fast import ops, _native; print(_native.build_info())"
 
@@ -31,6 +32,24 @@ def test_instruction_set_by_environment(name):
         assert f"'cpu_isa': '{name}'" in result.stdout
     else:
         assert f"this machine cannot run the instruction set '{name}'" in result.stderr
+
+
+def test_bfloat16_by_environment():
+    from l2l_fast import _native
+
+    result, here = run(PRINT, L2L_FAST_CPU_ISA="bf16"), _native.extension.cpu_bf16_isas()
+    if here:
+        assert f"'cpu_isa': '{here[0]}'" in result.stdout
+    else:
+        assert "this machine has no instructions for products in bfloat16" in result.stderr
+
+
+def test_facts_of_the_cuda_build_agree():
+    from l2l_fast import _native
+
+    info = _native.build_info()
+    assert info["cuda"] == bool(info["cuda_archs"]) == (info["cuda_version"] is not None)
+    assert (info["cuda_reason"] is None) == (info["cuda"] and torch.cuda.is_available())
 
 
 def test_unknown_instruction_set():

@@ -62,6 +62,21 @@ def test_sizes(isa, config, size):
     close(state, states[0])
 
 
+def test_a_million_and_three():
+    """Step and unroll; coordinates are independent, so the reference runs on some and on the ragged end."""
+    size, step = 1_000_003, torch.tensor(3.0)
+    some = torch.cat([torch.randint(size, (2000,), generator=torch.Generator().manual_seed(0)), torch.arange(-70, 0)])
+    param, grad, state, weights = torch.zeros(size), make_grads(size), make_state(size, PAPER), make_weights(PAPER)
+    updates, last = ops.lstm_unroll(grad[None], state, weights, PAPER, step=3)
+    few = state[some].double()
+    wanted, wanted_last = reference.lstm_unroll(grad[None, some].double(), few, weights.double(), step, *PAPER)
+    close(updates[:, some], wanted)
+    close(last[some], wanted_last)
+    ops.lstm_step_([param], [grad], [state], weights, torch.tensor(1.0), [step], PAPER)
+    close(param[some], wanted[0])
+    close(state[some], wanted_last)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
 def test_options(isa, config):
     param, grad, state = torch.randn(70), make_grads(70), make_state(70, config)

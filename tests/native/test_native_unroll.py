@@ -48,6 +48,29 @@ def test_sizes(isa, config, size):
         close(actual, expected, 2e-4)
 
 
+@pytest.mark.parametrize("count", [1, 64, 65, 1003])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+def test_coordinates_whose_updates_have_no_gradient_are_left_out(isa, config, share, count):
+    generator = torch.Generator().manual_seed(0)
+    left_out = torch.rand(count, generator=generator) < share
+    d_updates = torch.randn(4, count, generator=generator).masked_fill(left_out, 0)
+    d_updates[0, ~left_out] = 0  # a gradient at one step is enough
+    weights, grads, state = make_weights(config), make_grads(4, count).clamp(-1, 1), make_state(count, config)
+
+    def d_weights(backward, *tensors):
+        *tensors, weights = tensors
+        step = torch.tensor(2.0)
+        return backward(tensors[0], None, *tensors[1:], weights, step, *config, False, False, True)[2]
+
+    op = torch.ops.l2l_fast.lstm_unroll_backward
+    actual = d_weights(op, d_updates, grads, state, weights)
+    tensors = (d_updates.double(), grads.double(), state.double(), weights.double())
+    close(actual, d_weights(reference.lstm_unroll_backward, *tensors), 2e-4)
+    kept = ~left_out
+    assert torch.equal(actual, d_weights(op, d_updates[:, kept], grads[:, kept], state[kept], weights))
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
 def test_options(isa, config):
     for actual, expected in zip(*both(config, 3, 37), strict=True):

@@ -1,0 +1,99 @@
+"""The three ops once each, small and checked: what a sanitizer or a profiler runs.
+
+    python bench/gpu_small.py [--device cuda] [--coordinates 1000] [--state float32] [--only step]
+
+Inputs are made on the CPU, so that a sanitizer sees little but our own kernels; results are held to the float64
+reference, which runs on the CPU too.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+import cases
+from l2l_fast import ops, reference
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+STEPS = 3
+
+
+def step(name: str, shapes: list[tuple[int, ...]], state_dtype: torch.dtype, device: str, repeats: int = 2) -> None:
+    """Steps of several tensors at once."""
+    network, params = cases.network(name), cases.params(shapes)
+    grads, config = [param.grad for param in params], network.config
+    weights = network.flat_weights().detach()
+
+    def run(kernel, device: str, dtype: torch.dtype, held: torch.dtype) -> list[Tensor]:
+        def here(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, dtype, copy=True)
+
+        thetas, states = [here(param) for param in params], []
+        for param in params:
+            like = ops.new_state(param, config, held)
+            storage = torch.zeros(like.untyped_storage().nbytes() // like.itemsize, dtype=held).to(device)
+            states.append(storage.as_strided(like.shape, like.stride()))
+        lr, counts = here(torch.ones(())), [here(torch.tensor(float(t))) for t in range(1, repeats + 1)]
+        gradients, flat = [here(grad) for grad in grads], here(weights)
+        for count in counts:
+            kernel(thetas, gradients, states, flat, lr, [count] * len(thetas), *config, 0.01, False)
+        return [*thetas, *states]
+
+    found = run(torch.ops.l2l_fast.lstm_step_, device, torch.float32, state_dtype)
+    if cases.count(params) <= 100_000:
+        expected = run(reference.lstm_step_, "cpu", torch.float64, torch.float64)
+        compare(f"step, {name} network, {state_dtype} state", found, expected, TOLERANCE[state_dtype])
+
+
+def unroll(name: str, size: int, device: str) -> None:
+    """Forward and backward through time, every gradient."""
+    network, (series,) = cases.network(name), cases.params([(STEPS, size)])
+    config, flags = network.config, (True, True, True)
+
+    def run(forward, backward, device: str, dtype: torch.dtype) -> list[Tensor]:
+        def here(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, dtype, copy=True)
+
+        grads, weights, count = here(series.grad), here(network.flat_weights()), here(torch.ones(()))
+        state = here(ops.new_state(series[0], config, dtype))
+        updates, last = forward(grads, state, weights, count, *config)
+        d_updates, d_last = here(series), here(torch.linspace(-1, 1, last.numel()).view(last.shape))
+        return [updates, last, *backward(d_updates, d_last, grads, state, weights, count, *config, *flags)]
+
+    kernels = torch.ops.l2l_fast
+    found = run(kernels.lstm_unroll, kernels.lstm_unroll_backward, device, torch.float32)
+    expected = run(reference.lstm_unroll_forward, reference.lstm_unroll_backward, "cpu", torch.float64)
+    compare(f"unroll and its backward, {name} network", found, expected, 1e-4)
+
+
+def compare(what: str, found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for mine, theirs in zip(found, expected, strict=True):
+        error = ((mine.cpu().double() - theirs).abs().max() / theirs.abs().max()).item()
+        if not error <= tolerance:
+            raise SystemExit(f"{what}: relative error {error:.1e}, allowed {tolerance:.0e}")
+    print(f"{what}: good")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--coordinates", type=int, default=1000)
+    parser.add_argument("--state", choices=["float32", "bfloat16"], help="default: both")
+    parser.add_argument("--only", choices=["step"], help="steps of the paper's network alone")
+    arguments = parser.parse_args()
+    size, states = arguments.coordinates, list(TOLERANCE)
+    if arguments.state:
+        states = [getattr(torch, arguments.state)]
+    for name in ("paper",) if arguments.only else cases.NETWORKS:
+        for state_dtype in states:
+            shapes = [(size,)] if arguments.only else [(size,), (3, 5), (1,), (size // 8, 8)]
+            step(name, shapes, state_dtype, arguments.device)
+        if not arguments.only:
+            unroll(name, size, arguments.device)
+    print("all good")
+
+
+if __name__ == "__main__":
+    main()
