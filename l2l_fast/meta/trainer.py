@@ -102,10 +102,10 @@ class MetaTrainer:
         seed: of everything random.
         device: where to train.
         graphs: capture each window and the meta-update in CUDA graphs and replay them; None does where the device is a
-            GPU. What a small problem waits for is launches, hundreds a window, and a graph is one. A task that waits
-            for the device or copies to it in its loss needs False. Eager all the same: imitation, second derivatives,
-            the step of a ``meta_optimizer`` that is not made with ``fused=True, capturable=True``, and windows of rare
-            lengths.
+            GPU. A small problem waits for launches, hundreds a window; a graph is one. A task whose loss waits for the
+            device or copies to it needs False. Eager all the same: imitation, second derivatives, windows of rare
+            lengths, and a ``meta_optimizer`` that is not made with ``fused=True, capturable=True``. Not yet run on a
+            GPU.
         progress: show a progress bar (needs rich).
 
     Raises:

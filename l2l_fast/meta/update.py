@@ -41,7 +41,7 @@ class MetaUpdate:
         self.weights = network.flat_weights().detach()
         self.gradient = torch.zeros_like(self.weights)
         self.results = self.weights.new_zeros(windows + 1)
-        self.found_inf = torch.zeros((), device=self.weights.device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=self.weights.device)
         self.optimizer = optimizer = make_optimizer(self.parameters)
         self.skips = getattr(optimizer, "_step_supports_amp_scaling", False)
         self.capturable = self.skips and all(group.get("capturable", False) for group in optimizer.param_groups)
@@ -50,7 +50,7 @@ class MetaUpdate:
         if self.capturable:
             optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are eager, which it warns about
             for group in optimizer.param_groups:  # a number would be captured as it is today
-                group["lr"] = torch.full((), float(group["lr"]), device=self.weights.device)
+                group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=self.weights.device)
 
     @torch.no_grad()
     def begin(self) -> None:
