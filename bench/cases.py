@@ -46,10 +46,10 @@ def finished() -> None:
         torch.cuda.synchronize()
 
 
-def network(name: str = "paper") -> CoordinatewiseLSTM:
+def network(name: str = "paper", **options) -> CoordinatewiseLSTM:
     """The same weights in every row of every run."""
     torch.manual_seed(0)
-    return CoordinatewiseLSTM(**NETWORKS[name]).to(device)
+    return CoordinatewiseLSTM(**NETWORKS[name] | options).to(device)
 
 
 def params(shapes: list[tuple[int, ...]]) -> list[Tensor]:
