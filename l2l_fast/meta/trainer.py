@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from l2l_fast import tasks as task_names
 from l2l_fast.meta import progress as bars
+from l2l_fast.meta import ranks
 from l2l_fast.meta.curricula import Horizon
 from l2l_fast.meta.graphs import CudaCapture, Graphs
 from l2l_fast.meta.unroll import (
@@ -235,8 +236,11 @@ class MetaTrainer:
         if self.checkpoint is not None and self.meta_step == 0:
             self._resume()
         deadline, writer = time.monotonic() + max_seconds, self._writer()
-        with _DeferredInterrupt() as interrupt, bars.meta_training(self.progress and _rank() == 0, meta_steps) as bar:
-            while self.meta_step < meta_steps and not _any(interrupt.requested or time.monotonic() > deadline):
+        shown = self.progress and ranks.rank() == 0
+        with _DeferredInterrupt() as interrupt, bars.meta_training(shown, meta_steps) as bar:
+            while self.meta_step < meta_steps:
+                if ranks.any_rank(interrupt.requested or time.monotonic() > deadline):
+                    break
                 self._step()
                 if self.meta_step % self.validate_every == 0 or self.meta_step == meta_steps:
                     self._validate()
@@ -289,7 +293,7 @@ class MetaTrainer:
                 stream = self.streams[slot] = self._start(progress)
             self._window(stream)
             update.results[slot].copy_(self._meta_loss)
-        _average_(update.gradient, update.results[:-1])
+        ranks.average_(update.gradient, update.results[:-1])
         if self.schedule == "cosine":
             update.set_lr(self.meta_lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))))
         if update.skips:
@@ -343,7 +347,7 @@ class MetaTrainer:
 
     def _draw(self, number: int, task_index: int) -> tuple[Instances, Tensor | None]:
         """Everything random of a trajectory but what it meets on its way: instances and scaling."""
-        ids = range(_rank() * self.instances, (_rank() + 1) * self.instances)
+        ids = range(ranks.rank() * self.instances, (ranks.rank() + 1) * self.instances)
         seeds = [_seed(_INSTANCE, self.seed, number, i) for i in ids]
         instances, scaling = Instances(self.tasks[task_index], seeds, self.device), None
         if self.scaling:
@@ -424,7 +428,7 @@ class MetaTrainer:
         settings["network"] = list(self.network.config)
         settings["loss_weights"] = None if self.loss_weights is None else self.loss_weights.tolist()
         settings["meta_optimizer"] = type(self.meta_optimizer).__name__
-        settings["ranks"] = _world()
+        settings["ranks"] = ranks.world()
         return settings
 
     def _save(self) -> None:
@@ -436,11 +440,10 @@ class MetaTrainer:
             }
             for stream in self.streams
         ]  # fmt: skip
-        every_rank = _gather(streams)
-        if _rank() == 0:
+        every_rank = ranks.gather(streams)
+        if ranks.rank() == 0:
             self._write(every_rank)
-        if _world() > 1:
-            distributed.barrier()  # no rank goes on before the checkpoint is there
+        ranks.wait_for_all()  # no rank goes on before the checkpoint is there
 
     def _write(self, every_rank: list) -> None:
         self.checkpoint.mkdir(parents=True, exist_ok=True)
@@ -491,7 +494,7 @@ class MetaTrainer:
         self._update.load_state_dict(saved["meta_optimizer"])
         self.horizon.load_state_dict(saved["horizon"])
         self.history = History(**saved["history"])
-        self.streams = [entry and self._restore_stream(entry) for entry in saved["streams"][_rank()]]
+        self.streams = [entry and self._restore_stream(entry) for entry in saved["streams"][ranks.rank()]]
 
     def _restore_stream(self, entry: dict) -> _Stream:
         led = entry["teacher"] is not None
@@ -503,7 +506,7 @@ class MetaTrainer:
         return stream
 
     def _writer(self):
-        if self.log_dir is None or _rank() != 0:
+        if self.log_dir is None or ranks.rank() != 0:
             return None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -544,40 +547,3 @@ def _require(good: bool, option: str, value, allowed: str) -> None:
 def _seed(*words: int) -> int:
     """A generator seed from what it is for; unlike a sum, no two different sequences of words share one."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _rank() -> int:
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-
-
-def _world() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _average_(*tensors: Tensor) -> None:
-    """Put the mean over the ranks in place of the tensors, in one reduction."""
-    if _world() == 1:
-        return
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    distributed.all_reduce(flat)
-    pieces = (flat / _world()).split([tensor.numel() for tensor in tensors])
-    for tensor, piece in zip(tensors, pieces, strict=True):
-        tensor.copy_(piece.view_as(tensor))
-
-
-def _any(flag: bool) -> bool:
-    """Whether any rank says so: all stop together."""
-    if _world() == 1:
-        return flag
-    flags = torch.tensor(float(flag))
-    distributed.all_reduce(flags)
-    return flags.item() > 0
-
-
-def _gather(value) -> list:
-    """Every rank's value, on rank 0."""
-    if _world() == 1:
-        return [value]
-    values = [None] * _world() if _rank() == 0 else None
-    distributed.gather_object(value, values)
-    return values
