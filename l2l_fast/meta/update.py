@@ -48,7 +48,6 @@ class MetaUpdate:
         if self.skips:
             optimizer.found_inf = self.found_inf
         if self.capturable:
-            optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are eager, which it warns about
             for group in optimizer.param_groups:  # a number would be captured as it is today
                 group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=self.weights.device)
 
