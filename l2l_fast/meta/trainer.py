@@ -7,30 +7,35 @@ import os
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from l2l_fast import reference
 from l2l_fast import tasks as task_names
 from l2l_fast.meta import progress as bars
+from l2l_fast.meta import ranks
 from l2l_fast.meta.curricula import Horizon
+from l2l_fast.meta.graphs import CudaCapture, Graphs
 from l2l_fast.meta.unroll import (
     OBJECTIVES,
     Rule,
     Trajectory,
     advance_,
     imitate,
-    unroll,
     unroll_second_derivatives,
+    window_,
 )
+from l2l_fast.meta.update import MetaUpdate
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.tasks import Instances, Task
+from l2l_fast.tasks.base import Batch, send
 
 FORMAT_VERSION = 1
 SCHEDULES = ("constant", "cosine")
@@ -97,6 +102,11 @@ class MetaTrainer:
         log_dir: folder for TensorBoard.
         seed: of everything random.
         device: where to train.
+        graphs: capture each window and the meta-update in CUDA graphs and replay them; None does where the device is a
+            GPU. A small problem waits for launches, hundreds a window; a graph is one. A task whose loss waits for the
+            device or copies to it needs False. Eager all the same: imitation, second derivatives, windows of rare
+            lengths, and a ``meta_optimizer`` that is not made with ``fused=True, capturable=True``. Not yet run on a
+            GPU.
         progress: show a progress bar (needs rich).
 
     Raises:
@@ -143,6 +153,7 @@ class MetaTrainer:
         log_dir: str | PathLike | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        graphs: bool | None = None,
         progress: bool = True,
     ) -> None:
         tasks = [tasks] if isinstance(tasks, str | Task) else list(tasks)
@@ -163,6 +174,9 @@ class MetaTrainer:
         share = (imitation, imitation) if isinstance(imitation, int | float) else tuple(imitation)
         _require(len(share) == 2 and all(0 <= p <= 1 for p in share), "imitation", imitation, "in [0, 1]")
         _require(not (second_derivatives and any(share)), "imitation", imitation, "0 with second_derivatives=True")
+        device = torch.device(device)
+        graphs = device.type == "cuda" if graphs is None else graphs
+        _require(not graphs or device.type == "cuda", "graphs", graphs, f"False or None on {device}")
         self.network = network.to(device)
         self.horizon = Horizon(horizon) if isinstance(horizon, int) else horizon
         self.unroll, self.instances, self.parallel = unroll, instances, parallel
@@ -174,11 +188,19 @@ class MetaTrainer:
         self.validate_every, self.validation_instances = validate_every, validation_instances
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every, self.log_dir, self.seed = checkpoint_every, log_dir, seed
-        self.device, self.progress = torch.device(device), progress
+        self.device, self.progress = device, progress
 
-        self.parameters = [network.get_parameter(name) for name in reference.weight_shapes(network.config)]
-        make = meta_optimizer or (lambda params: torch.optim.Adam(params, lr=meta_lr, fused=True))
-        self.meta_optimizer = make(self.parameters)
+        make = meta_optimizer or (lambda params: torch.optim.Adam(params, lr=meta_lr, fused=True, capturable=graphs))
+        self._update = MetaUpdate(network, make, clip, parallel)
+        self.meta_optimizer, self.parameters = self._update.optimizer, self._update.parameters
+        self._rule = Rule(network.config, self._update.weights, lr, weight_decay)
+        self._graphs, self._eager = Graphs(CudaCapture(device) if graphs else None), Graphs()
+        # Trajectories that have ended: in their memory the next ones find the graphs that were captured on it.
+        self._ended: defaultdict[tuple, list[Trajectory]] = defaultdict(list)
+        self._drawn: tuple | None = None  # the number of a trajectory to come, and what :meth:`_draw` gives for it
+        self._meta_loss = self._update.weights.new_zeros(())  # of the window just run
+        self._ratios = self._update.weights.new_zeros(validation_instances)  # sums of f_t / f_0
+
         self.meta_step, self.started, self.history = 0, 0, History()
         self.streams: list[_Stream | None] = [None] * parallel
         self._best = self._weights()
@@ -214,8 +236,11 @@ class MetaTrainer:
         if self.checkpoint is not None and self.meta_step == 0:
             self._resume()
         deadline, writer = time.monotonic() + max_seconds, self._writer()
-        with _DeferredInterrupt() as interrupt, bars.meta_training(self.progress and _rank() == 0, meta_steps) as bar:
-            while self.meta_step < meta_steps and not _any(interrupt.requested or time.monotonic() > deadline):
+        shown = self.progress and ranks.rank() == 0
+        with _DeferredInterrupt() as interrupt, bars.meta_training(shown, meta_steps) as bar:
+            while self.meta_step < meta_steps:
+                if ranks.any_rank(interrupt.requested or time.monotonic() > deadline):
+                    break
                 self._step()
                 if self.meta_step % self.validate_every == 0 or self.meta_step == meta_steps:
                     self._validate()
@@ -244,45 +269,61 @@ class MetaTrainer:
 
     def _step(self) -> None:
         """One window on every parallel trajectory, then one update of the network."""
-        progress = self.meta_step / self._total
-        rule = Rule(self.network.config, self._weights(), self.lr, self.weight_decay)
-        losses, gradient = [], torch.zeros_like(rule.weights)
-        for slot, stream in enumerate(self.streams):
-            if stream is None:
-                stream = self.streams[slot] = self._start(progress)
-            trajectory = stream.trajectory
-            length = min(self.unroll, stream.horizon - trajectory.steps_done)
-            weights = None if self.loss_weights is None else self.loss_weights[:length]
-            if stream.teacher is not None:
-                _, meta_loss, d_weights = imitate(trajectory, rule, length, stream.teacher)
-            else:
-                run = unroll_second_derivatives if self.second_derivatives else unroll
-                _, meta_loss, d_weights = run(trajectory, rule, length, objective=self.objective, weights=weights)
-            losses.append(meta_loss)
-            gradient += d_weights / self.parallel
-        gradient, losses = _average(gradient, torch.stack(losses))
-        *losses, norm = torch.cat([losses, gradient.norm()[None]]).tolist()  # the one wait for the device
+        self._launch(self.meta_step / self._total)
+        if self._graphs.capture is not None:
+            self._draw_ahead()  # while the device works
+        # The one wait for the device. It cannot be put off: a trajectory that has diverged must not run on.
+        *losses, norm = self._update.results.tolist()
         for slot, (stream, loss) in enumerate(zip(self.streams, losses, strict=True)):
             if stream.trajectory.steps_done >= stream.horizon or not math.isfinite(loss):
-                self.streams[slot] = None  # ended, or diverged beyond use
-        if all(map(math.isfinite, [*losses, norm])):
-            self._update(gradient, norm, progress)
-        else:
+                self._end(slot)  # at its horizon, or beyond use
+        if not all(map(math.isfinite, [*losses, norm])):
             self.history.skipped += 1
+        elif not self._update.skips:
+            self._update.step()
         self.meta_step += 1
         self.history.meta_losses.append(sum(losses) / len(losses))
 
-    def _update(self, gradient: Tensor, norm: float, progress: float) -> None:
-        if self.clip is not None and norm > self.clip:
-            gradient = gradient * (self.clip / norm)
-        pieces = reference.split_weights(gradient, self.network.config).values()
-        for parameter, piece in zip(self.parameters, pieces, strict=True):
-            parameter.grad = piece
+    def _launch(self, progress: float) -> None:
+        """All of a meta-step that nobody waits for: windows, the mean over the ranks, and the update if it can be."""
+        update = self._update
+        update.begin()
+        for slot, stream in enumerate(self.streams):
+            if stream is None:
+                stream = self.streams[slot] = self._start(progress)
+            self._window(stream)
+            update.results[slot].copy_(self._meta_loss)
+        ranks.average_(update.gradient, update.results[:-1])
         if self.schedule == "cosine":
-            factor = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-            for group in self.meta_optimizer.param_groups:
-                group["lr"] = self.meta_lr * factor
-        self.meta_optimizer.step()
+            update.set_lr(self.meta_lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))))
+        if update.skips:
+            run = self._graphs if update.capturable else self._eager
+            run("update", update.measure_and_step)
+        else:
+            update.measure()
+
+    def _window(self, stream: _Stream) -> None:
+        """Adds one window's share to the gradient, and leaves its meta-loss in its place."""
+        trajectory = stream.trajectory
+        length = min(self.unroll, stream.horizon - trajectory.steps_done)
+        weights = None if self.loss_weights is None else self.loss_weights[:length]
+        if stream.teacher is not None:
+            self._collect(imitate(trajectory, self._rule, length, stream.teacher))
+        elif self.second_derivatives:
+            options = {"objective": self.objective, "weights": weights}
+            self._collect(unroll_second_derivatives(trajectory, self._rule, length, **options))
+        else:
+            batches = trajectory.next(length)
+            self._graphs((trajectory, length), partial(self._unroll, trajectory, batches, length, weights))
+
+    def _unroll(self, trajectory: Trajectory, batches: Batch, length: int, weights: Tensor | None) -> None:
+        options = {"objective": self.objective, "weights": weights}
+        self._collect(window_(trajectory, self._rule, batches, length, **options))
+
+    def _collect(self, window: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, meta_loss, d_weights = window
+        self._update.gradient += d_weights / self.parallel
+        self._meta_loss.copy_(meta_loss)
 
     def _start(self, progress: float) -> _Stream:
         """A new trajectory; its task, horizon and seeds follow from its number alone."""
@@ -298,38 +339,79 @@ class MetaTrainer:
         return self._make_stream(number, number % len(self.tasks), horizon, led)
 
     def _make_stream(self, number: int, task_index: int, horizon: int, led: bool) -> _Stream:
-        ids = range(_rank() * self.instances, (_rank() + 1) * self.instances)
+        if self._drawn is None or self._drawn[0] != number:
+            self._drawn = number, *self._draw(number, task_index)
+        (_, instances, scaling), self._drawn = self._drawn, None
+        trajectory = self._trajectory(("training", task_index), instances, scaling)
+        return _Stream(number, task_index, horizon, trajectory, self.teacher([trajectory.theta]) if led else None)
+
+    def _draw(self, number: int, task_index: int) -> tuple[Instances, Tensor | None]:
+        """Everything random of a trajectory but what it meets on its way: instances and scaling."""
+        ids = range(ranks.rank() * self.instances, (ranks.rank() + 1) * self.instances)
         seeds = [_seed(_INSTANCE, self.seed, number, i) for i in ids]
         instances, scaling = Instances(self.tasks[task_index], seeds, self.device), None
         if self.scaling:
             size = sum(math.prod(shape) for shape in instances.shapes.values())
             generators = [torch.Generator().manual_seed(_seed(_SCALING, self.seed, number, i)) for i in ids]
             exponents = torch.stack([torch.rand(size, generator=generator) for generator in generators])
-            scaling = ((2 * exponents - 1) * self.scaling).exp().to(self.device)
-        trajectory = Trajectory(instances, self.network.config, self._weights().dtype, scaling)
-        return _Stream(number, task_index, horizon, trajectory, self.teacher([trajectory.theta]) if led else None)
+            scaling = send(((2 * exponents - 1) * self.scaling).exp(), self.device)
+        return instances, scaling
+
+    def _draw_ahead(self) -> None:
+        """Draw the next trajectory to start, which depends on its number alone, before it is needed."""
+        if self._drawn is None:
+            self._drawn = self.started, *self._draw(self.started, self.started % len(self.tasks))
+
+    def _trajectory(self, kind: tuple, instances: Instances, scaling: Tensor | None = None) -> Trajectory:
+        """A trajectory at its start, in the place of one that has ended if there is one."""
+        ended = self._ended[kind, tuple(instances.shapes.items())]
+        if not ended:
+            return Trajectory(instances, self.network.config, self._rule.weights.dtype, scaling, self.unroll)
+        trajectory = ended.pop()
+        trajectory.place(instances, scaling)
+        self._graphs((trajectory, 0), trajectory.evaluate_start_)
+        return trajectory
+
+    def _leave(self, kind: tuple, trajectory: Trajectory) -> None:
+        """Keep an ended trajectory's memory for the next of its kind, where graphs may have been captured on it."""
+        if self._graphs.capture is not None:
+            self._ended[kind, tuple(trajectory.instances.shapes.items())].append(trajectory)
+
+    def _end(self, slot: int) -> None:
+        stream, self.streams[slot] = self.streams[slot], None
+        if stream is not None:
+            self._leave(("training", stream.task_index), stream.trajectory)
 
     def _validate(self) -> None:
         """Mean of f_t / f_0 over the horizon, the instances and the tasks; keeps the best weights."""
-        rule, scores = Rule(self.network.config, self._weights(), self.lr, self.weight_decay), []
-        for index, task in enumerate(self.tasks):
-            seeds = [_seed(_VALIDATION, self.seed, index, i) for i in range(self.validation_instances)]
-            trajectory = Trajectory(Instances(task, seeds, self.device), self.network.config, rule.weights.dtype)
-            total = torch.zeros_like(trajectory.losses)
-            while left := self.horizon.validation - trajectory.steps_done:
-                batches = trajectory.instances.draws(length := min(left, self.unroll))
-                grads = trajectory.grad.expand(length, -1, -1)  # each step's in the place of the one before
-                total += (advance_(trajectory, rule, batches, grads) / trajectory.first_losses).sum(0)
-            scores.append(total.mean().item() / self.horizon.validation)
+        self._update.begin()
+        scores = [self._score(index) for index in range(len(self.tasks))]
         score = sum(scores) / len(scores)
         score = score if math.isfinite(score) else math.inf
         self.history.validations.append((self.meta_step, score))
         if score < self.history.best_score:
-            self.history.best_score, self._best = score, rule.weights.clone()
+            self.history.best_score, self._best = score, self._weights()
         if self.horizon.validated(score):
             self.network.load_flat_weights_(self._best)
             self.history.best_score = math.inf
-            self.streams = [None] * self.parallel
+            for slot in range(self.parallel):
+                self._end(slot)
+
+    def _score(self, index: int) -> float:
+        """Of one task."""
+        seeds = [_seed(_VALIDATION, self.seed, index, i) for i in range(self.validation_instances)]
+        trajectory = self._trajectory(("validation", index), Instances(self.tasks[index], seeds, self.device))
+        self._ratios.zero_()
+        while left := self.horizon.validation - trajectory.steps_done:
+            batches = trajectory.next(length := min(left, self.unroll))
+            self._graphs((trajectory, length), partial(self._walk, trajectory, batches, length))
+        self._leave(("validation", index), trajectory)
+        return self._ratios.mean().item() / self.horizon.validation
+
+    def _walk(self, trajectory: Trajectory, batches: Batch, length: int) -> None:
+        """Steps without a meta-gradient; adds their f_t / f_0."""
+        grads = trajectory.grad.expand(length, -1, -1)  # each step's in the place of the one before
+        self._ratios += (advance_(trajectory, self._rule, batches, grads) / trajectory.first_losses).sum(0)
 
     def _weights(self) -> Tensor:
         return self.network.flat_weights().detach()
@@ -346,7 +428,7 @@ class MetaTrainer:
         settings["network"] = list(self.network.config)
         settings["loss_weights"] = None if self.loss_weights is None else self.loss_weights.tolist()
         settings["meta_optimizer"] = type(self.meta_optimizer).__name__
-        settings["ranks"] = _world()
+        settings["ranks"] = ranks.world()
         return settings
 
     def _save(self) -> None:
@@ -358,11 +440,10 @@ class MetaTrainer:
             }
             for stream in self.streams
         ]  # fmt: skip
-        every_rank = _gather(streams)
-        if _rank() == 0:
+        every_rank = ranks.gather(streams)
+        if ranks.rank() == 0:
             self._write(every_rank)
-        if _world() > 1:
-            distributed.barrier()  # no rank goes on before the checkpoint is there
+        ranks.wait_for_all()  # no rank goes on before the checkpoint is there
 
     def _write(self, every_rank: list) -> None:
         self.checkpoint.mkdir(parents=True, exist_ok=True)
@@ -410,10 +491,10 @@ class MetaTrainer:
         self.meta_step, self.started = saved["meta_step"], saved["started"]
         self.network.load_flat_weights_(saved["weights"])
         self._best = saved["best"]
-        self.meta_optimizer.load_state_dict(saved["meta_optimizer"])
+        self._update.load_state_dict(saved["meta_optimizer"])
         self.horizon.load_state_dict(saved["horizon"])
         self.history = History(**saved["history"])
-        self.streams = [entry and self._restore_stream(entry) for entry in saved["streams"][_rank()]]
+        self.streams = [entry and self._restore_stream(entry) for entry in saved["streams"][ranks.rank()]]
 
     def _restore_stream(self, entry: dict) -> _Stream:
         led = entry["teacher"] is not None
@@ -425,7 +506,7 @@ class MetaTrainer:
         return stream
 
     def _writer(self):
-        if self.log_dir is None or _rank() != 0:
+        if self.log_dir is None or ranks.rank() != 0:
             return None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -466,39 +547,3 @@ def _require(good: bool, option: str, value, allowed: str) -> None:
 def _seed(*words: int) -> int:
     """A generator seed from what it is for; unlike a sum, no two different sequences of words share one."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _rank() -> int:
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-
-
-def _world() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _average(*tensors: Tensor) -> list[Tensor]:
-    """Mean over the ranks, in one reduction."""
-    if _world() == 1:
-        return list(tensors)
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    distributed.all_reduce(flat)
-    pieces = (flat / _world()).split([tensor.numel() for tensor in tensors])
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
-
-
-def _any(flag: bool) -> bool:
-    """Whether any rank says so: all stop together."""
-    if _world() == 1:
-        return flag
-    flags = torch.tensor(float(flag))
-    distributed.all_reduce(flags)
-    return flags.item() > 0
-
-
-def _gather(value) -> list:
-    """Every rank's value, on rank 0."""
-    if _world() == 1:
-        return [value]
-    values = [None] * _world() if _rank() == 0 else None
-    distributed.gather_object(value, values)
-    return values

@@ -41,28 +41,64 @@ class Rule:
 class Trajectory:
     """B instances of a task on their way, with the learned optimizer's state and the gradient at the current point.
 
-    Its tensors keep their places in memory: a window changes them in place.
+    Its tensors keep their places in memory: a window changes them in place, and so does :meth:`place`. What is captured
+    of one window (:mod:`l2l_fast.meta.graphs`) so serves every later one, of this trajectory and of those that follow.
 
     Args:
         instances: the B optimizees.
         config: what the network computes.
         dtype: of parameters and state; float32, or float64 to check.
         scaling: optional [B, N] factors c: the optimizer sees theta / c and minimises f(c * theta) (Lv et al. 2017).
+        window: the most steps that one window will have; a longer one makes the batches' place anew.
     """
 
     def __init__(
-        self, instances: Instances, config: Config, dtype=torch.float32, scaling: Tensor | None = None
+        self, instances: Instances, config: Config, dtype=torch.float32, scaling: Tensor | None = None, window: int = 1
     ) -> None:
-        self.instances, self.scaling = instances, scaling
-        self.theta = instances.start().to(dtype)
-        if scaling is not None:
-            self.theta = self.theta / scaling
+        self.theta = torch.empty_like(instances.start(), dtype=dtype)
+        self.scaling = None if scaling is None else torch.empty_like(scaling)
         self.state = ops.new_state(self.theta, config, dtype)
-        self.steps_done = 0
-        self.step = torch.zeros((), device=self.theta.device)  # the same number, where the kernels read it
+        self.step = torch.zeros((), device=self.theta.device)  # steps_done, where the kernels read it
         self.grad = torch.empty_like(self.theta)
-        self.losses = self.evaluator()(instances.draw(), self.grad)
+        self._window, self._batches = window, None
+        self.place(instances, scaling)
+        self.losses = self.evaluator()(_at(self._batches, 0), self.grad)
         self.first_losses = self.losses.clone()
+
+    def place(self, instances: Instances, scaling: Tensor | None = None) -> None:
+        """Put another start here, of as many instances with the same shapes; :meth:`evaluate_start_` comes next."""
+        self.instances, self.steps_done = instances, 0
+        self.theta.copy_(instances.start())
+        self.theta.grad = None  # a teacher's
+        if scaling is not None:
+            self.theta.div_(scaling)
+            self.scaling.copy_(scaling)
+        self.state.zero_()
+        self.step.zero_()
+        self._hold(instances.draws(1), 1)
+
+    @torch.no_grad()
+    def evaluate_start_(self) -> None:
+        """Losses and gradients at the start."""
+        self.losses.copy_(self.evaluator()(_at(self._batches, 0), self.grad))
+        self.first_losses.copy_(self.losses)
+
+    def next(self, length: int) -> Batch:
+        """All that the host does of a window: draw the batches of its steps, leaves [length, B, ...], and count them.
+
+        They stand where the last window's stood.
+        """
+        self.steps_done += length
+        if not self.instances.task.resample:  # they are what they were
+            return tree_map(lambda leaf: leaf[0].expand(length, *leaf.shape[1:]), self._batches)
+        return self._hold(self.instances.draws(length), length)
+
+    def _hold(self, drawn: Batch, length: int) -> Batch:
+        """Copy batches, leaves [length, B, ...], to their place."""
+        if self._batches is None or length > self._window:
+            self._window = max(length, self._window) if self.instances.task.resample else 1
+            self._batches = tree_map(lambda leaf: leaf.new_empty(self._window, *leaf.shape[1:]), drawn)
+        return tree_map(lambda place, leaf: place[:length].copy_(leaf), self._batches, drawn)
 
     def evaluator(self) -> Callable[[Batch, Tensor], Tensor]:
         """Makes ``evaluate(batch, out)``: losses [B] at wherever theta is by then, gradients [B, N] in ``out``."""
@@ -92,9 +128,11 @@ class Trajectory:
     def load_state_dict(self, saved: dict) -> None:
         saved = dict(saved)
         self.instances.load_state_dict(saved.pop("instances"))
-        self.state.copy_(saved.pop("state"))
-        self.__dict__.update(saved)
+        self.steps_done = saved.pop("steps_done")
         self.step.fill_(self.steps_done)
+        for name, tensor in saved.items():
+            if tensor is not None:
+                getattr(self, name).copy_(tensor)
 
 
 def loss_weights(
@@ -147,12 +185,12 @@ def suffix_sums(grads: Tensor, d_losses: Tensor, lr: float = 1.0, weight_decay: 
 def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor) -> Tensor:
     """Steps of the learned optimizer, each followed by the loss and the gradient where it leads.
 
-    Nothing here waits for the device.
+    Nothing here waits for the device, nor does it depend on anything that the host knows but the length.
 
     Args:
         trajectory: moved on in place.
         rule: the optimizer.
-        batches: of T steps, from ``trajectory.instances.draws(T)``.
+        batches: of T steps, from ``trajectory.next(T)``.
         grads: [T, B, N], takes the gradients at theta[1] .. theta[T].
 
     Returns:
@@ -168,13 +206,11 @@ def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor) 
         )  # fmt: skip
         grad = grads[t]
         losses.append(evaluate(_at(batches, t), grad))
-    trajectory.steps_done += len(grads)
     trajectory.grad.copy_(grad)
     trajectory.losses.copy_(losses[-1])
     return torch.stack(losses)
 
 
-@torch.no_grad()
 def unroll(
     trajectory: Trajectory, rule: Rule, length: int, *, objective: str = "sum", weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +225,20 @@ def unroll(
     Returns:
         losses [T, B], the 0-dim meta-loss, and its gradient with respect to the flat weights [W].
     """
-    batches = trajectory.instances.draws(length)  # all that is done on the CPU
+    return window_(trajectory, rule, trajectory.next(length), length, objective=objective, weights=weights)
+
+
+@torch.no_grad()
+def window_(
+    trajectory: Trajectory,
+    rule: Rule,
+    batches: Batch,
+    length: int,
+    *,
+    objective: str = "sum",
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of :func:`unroll` that is the device's alone, as :func:`advance_` is; ``batches`` are the next ones."""
     size, first_state = trajectory.theta.numel(), trajectory.state.clone(memory_format=torch.preserve_format)
     first_step = trajectory.step + 1
     grads = trajectory.grad.new_empty(length + 1, *trajectory.grad.shape)
@@ -248,7 +297,7 @@ def imitate(
         as :func:`unroll`: losses of the teacher's trajectory, the meta-loss, its gradient.
     """
     size, theta = trajectory.theta.numel(), trajectory.theta
-    evaluate, batches = trajectory.evaluator(), trajectory.instances.draws(length)
+    evaluate, batches = trajectory.evaluator(), trajectory.next(length)
     grads = theta.new_empty(length + 1, *theta.shape)
     grads[0] = trajectory.grad
     moves, losses = theta.new_empty(length, *theta.shape), []
@@ -268,7 +317,6 @@ def imitate(
         *_, d_weights = ops.lstm_unroll_backward(error / size, None, flat, first_state, rule.weights, rule.config, step)
         first_state.copy_(last_state)
         trajectory.step += length
-    trajectory.steps_done += length
     return torch.stack(losses), error.square().sum() / (2 * size), d_weights
 
 

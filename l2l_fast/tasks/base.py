@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 Params = dict[str, Tensor]
 Batch = Any  # a tensor, or a nested tuple, list or dictionary of tensors
@@ -60,6 +60,13 @@ class Resident:
         return self._copies[device]
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` from the CPU on ``device``; nobody waits for the copy, which pageable memory would make them do."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def look_up(table: Tensor, rows: Tensor) -> Tensor:
     """``table[rows]``, for rows [n] of a table [M, ...]."""
     if table.ndim == 1:
@@ -88,14 +95,14 @@ class Instances:
     def __init__(self, task: Task, seeds, device: torch.device | str = "cpu") -> None:
         self.task, self.device = task, torch.device(device)
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        self._starts = [task.init(generator) for generator in self.generators]
-        self.shapes = {name: param.shape for name, param in self._starts[0].items()}
+        starts = [task.init(generator) for generator in self.generators]
+        self.shapes = {name: param.shape for name, param in starts[0].items()}
+        self._start = torch.stack([torch.cat([param.reshape(-1) for param in start.values()]) for start in starts])
         self._fixed = None if task.resample else self._draw(1)
 
     def start(self) -> Tensor:
         """Flat starting parameters [B, N]."""
-        rows = [torch.cat([param.reshape(-1) for param in start.values()]) for start in self._starts]
-        return torch.stack(rows).to(self.device)
+        return send(self._start, self.device)
 
     def draw(self) -> Batch:
         """The next step's stacked batch, leaves [B, ...]."""
@@ -151,12 +158,14 @@ class Instances:
 
     def load_state_dict(self, state: dict) -> None:
         for generator, saved in zip(self.generators, state["generators"], strict=True):
-            generator.set_state(saved)
+            generator.set_state(saved.cpu())  # a checkpoint may have been loaded to another device
 
     def _draw(self, steps: int) -> Batch:
         batches = [self.task.sample(generator) for _ in range(steps) for generator in self.generators]
+        leaves, structure = zip(*map(tree_flatten, batches), strict=True)
 
-        def stacked(*leaves: Tensor) -> Tensor:
-            return torch.stack(leaves).view(steps, len(self.generators), *leaves[0].shape).to(self.device)
+        def stacked(column: tuple[Tensor, ...]) -> Tensor:
+            rows = torch.stack(column).view(steps, len(self.generators), *column[0].shape)
+            return send(rows, self.device)
 
-        return tree_map(stacked, *batches)
+        return tree_unflatten([stacked(column) for column in zip(*leaves, strict=True)], structure[0])
