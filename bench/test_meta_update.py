@@ -41,5 +41,6 @@ def test_meta_update(case, way, race):
     call = ours if way == "ours" else rivals.MetaUpdate(cases.network(**UPDATES), task, instances, cases.UNROLL).step
     race(
         f"meta-update, {case}", call, kind="meta-update", case=case, way=way, data=task.name,
-        beside=None if way == "ours" else ours, coordinates=cases.UNROLL * instances * size, unroll=cases.UNROLL, instances=instances,
+        beside=None if way == "ours" else ours, coordinates=cases.UNROLL * instances * size, unroll=cases.UNROLL,
+        instances=instances,
     )  # fmt: skip
