@@ -82,6 +82,9 @@ class MetaTrainer:
         unroll: steps a window, T.
         horizon: steps a trajectory; an int, or a curriculum of :mod:`l2l_fast.meta.curricula`.
         instances: of the task, side by side in one trajectory, B.
+        coordinates: how many of a trajectory's are drawn in each window to stand for all in the meta-gradient, without
+            bias (:func:`~l2l_fast.meta.sampling.sample_coordinates`); None for all. 512 of an MNIST network's 15,910
+            leave an error of a few per cent, less than batches do, in half of the time.
         parallel: trajectories, each with its own task and horizon, that one meta-step averages over.
         meta_lr: learning rate of the meta-optimizer.
         meta_optimizer: made from the network's parameters; ``torch.optim.Adam(lr=meta_lr)`` if None.
@@ -133,6 +136,7 @@ class MetaTrainer:
         unroll: int = 20,
         horizon: int | Horizon = 100,
         instances: int = 1,
+        coordinates: int | None = None,
         parallel: int = 1,
         meta_lr: float = 3e-3,
         meta_optimizer: Callable[[list], torch.optim.Optimizer] | None = None,
@@ -168,6 +172,8 @@ class MetaTrainer:
         _require(schedule in SCHEDULES, "schedule", schedule, f"one of {SCHEDULES}")
         _require(objective in OBJECTIVES, "objective", objective, f"one of {OBJECTIVES}")
         _require(clip is None or clip > 0, "clip", clip, "positive or None")
+        _require(coordinates is None or coordinates >= 1, "coordinates", coordinates, "at least 1 or None")
+        _require(not (second_derivatives and coordinates), "coordinates", coordinates, "None with second_derivatives")
         _require(scaling >= 0, "scaling", scaling, "at least 0")
         if loss_weights is not None:
             _require(len(loss_weights) == unroll, "loss_weights", loss_weights, f"of length unroll = {unroll}")
@@ -179,7 +185,7 @@ class MetaTrainer:
         _require(not graphs or device.type == "cuda", "graphs", graphs, f"False or None on {device}")
         self.network = network.to(device)
         self.horizon = Horizon(horizon) if isinstance(horizon, int) else horizon
-        self.unroll, self.instances, self.parallel = unroll, instances, parallel
+        self.unroll, self.instances, self.parallel, self.coordinates = unroll, instances, parallel, coordinates
         self.meta_lr, self.schedule, self.objective, self.clip = meta_lr, schedule, objective, clip
         self.loss_weights = None if loss_weights is None else torch.tensor(loss_weights, device=device)
         self.scaling, self.imitation, self.lr, self.weight_decay = scaling, share, lr, weight_decay
@@ -317,7 +323,7 @@ class MetaTrainer:
             self._graphs((trajectory, length), partial(self._unroll, trajectory, batches, length, weights))
 
     def _unroll(self, trajectory: Trajectory, batches: Batch, length: int, weights: Tensor | None) -> None:
-        options = {"objective": self.objective, "weights": weights}
+        options = {"objective": self.objective, "weights": weights, "coordinates": self.coordinates}
         self._collect(window_(trajectory, self._rule, batches, length, **options))
 
     def _collect(self, window: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -420,8 +426,9 @@ class MetaTrainer:
 
     def _settings(self) -> dict:
         """Everything that must be the same for a resumed run to be the same run."""
-        names = ("unroll", "instances", "parallel", "meta_lr", "schedule", "objective", "clip", "scaling", "lr",
-                 "weight_decay", "second_derivatives", "validate_every", "validation_instances", "seed")  # fmt: skip
+        names = ("unroll", "instances", "coordinates", "parallel", "meta_lr", "schedule", "objective", "clip",
+                 "scaling", "lr", "weight_decay", "second_derivatives", "validate_every", "validation_instances",
+                 "seed")  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         settings["horizon"], settings["imitation"] = repr(self.horizon), list(self.imitation)
         settings["tasks"] = [task.name for task in self.tasks]

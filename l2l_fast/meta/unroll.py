@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from l2l_fast import ops
+from l2l_fast.meta.sampling import sample_coordinates
 from l2l_fast.reference import Config
 from l2l_fast.tasks import Instances
 from l2l_fast.tasks.base import Batch
@@ -59,6 +61,7 @@ class Trajectory:
         self.scaling = None if scaling is None else torch.empty_like(scaling)
         self.state = ops.new_state(self.theta, config, dtype)
         self.step = torch.zeros((), device=self.theta.device)  # steps_done, where the kernels read it
+        self.shift = torch.zeros((), dtype=torch.float64, device=self.theta.device)  # the window's random number
         self.grad = torch.empty_like(self.theta)
         self._window, self._batches = window, None
         self.place(instances, scaling)
@@ -88,6 +91,8 @@ class Trajectory:
 
         They stand where the last window's stood.
         """
+        # Of a generator of its own, which follows from the instance and the step, so that batches do not depend on it.
+        self.shift.fill_(np.random.default_rng((self.instances.generators[0].initial_seed(), self.steps_done)).random())
         self.steps_done += length
         if not self.instances.task.resample:  # they are what they were
             return tree_map(lambda leaf: leaf[0].expand(length, *leaf.shape[1:]), self._batches)
@@ -212,7 +217,13 @@ def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor) 
 
 
 def unroll(
-    trajectory: Trajectory, rule: Rule, length: int, *, objective: str = "sum", weights: Tensor | None = None
+    trajectory: Trajectory,
+    rule: Rule,
+    length: int,
+    *,
+    objective: str = "sum",
+    weights: Tensor | None = None,
+    coordinates: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Advance a trajectory by ``length`` steps and differentiate the losses after each of them.
 
@@ -221,11 +232,14 @@ def unroll(
         rule: the optimizer.
         length: T.
         objective, weights: see :func:`loss_weights`.
+        coordinates: how many, of B * N, are drawn to stand for all in the gradient; None for all of them. See
+            :func:`~l2l_fast.meta.sampling.sample_coordinates`.
 
     Returns:
         losses [T, B], the 0-dim meta-loss, and its gradient with respect to the flat weights [W].
     """
-    return window_(trajectory, rule, trajectory.next(length), length, objective=objective, weights=weights)
+    options = {"objective": objective, "weights": weights, "coordinates": coordinates}
+    return window_(trajectory, rule, trajectory.next(length), length, **options)
 
 
 @torch.no_grad()
@@ -237,6 +251,7 @@ def window_(
     *,
     objective: str = "sum",
     weights: Tensor | None = None,
+    coordinates: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The part of :func:`unroll` that is the device's alone, as :func:`advance_` is; ``batches`` are the next ones."""
     size, first_state = trajectory.theta.numel(), trajectory.state.clone(memory_format=torch.preserve_format)
@@ -245,11 +260,13 @@ def window_(
     grads[0] = trajectory.grad
     losses = advance_(trajectory, rule, batches, grads[1:])
     meta_loss, d_losses = loss_weights(objective, losses, trajectory.first_losses, weights)
-    sums = suffix_sums(grads[1:], d_losses, rule.lr, rule.weight_decay)
-    *_, d_weights = ops.lstm_unroll_backward(
-        sums.view(length, size), None, grads[:length].view(length, size), first_state.view(size, -1), rule.weights,
-        rule.config, first_step,
-    )  # fmt: skip
+    d_updates = suffix_sums(grads[1:], d_losses, rule.lr, rule.weight_decay).view(length, size)
+    inputs, states = grads[:length].view(length, size), first_state.view(size, -1)
+    if coordinates is not None and coordinates < size:
+        chosen, factors = sample_coordinates(d_updates, coordinates, trajectory.shift)
+        d_updates, inputs = d_updates[:, chosen] * factors, inputs[:, chosen]
+        states = states.T[:, chosen].T  # along the rows, which are contiguous
+    *_, d_weights = ops.lstm_unroll_backward(d_updates, None, inputs, states, rule.weights, rule.config, first_step)
     return losses, meta_loss, d_weights
 
 

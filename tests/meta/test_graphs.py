@@ -149,6 +149,7 @@ OPTIONS = {
     "sgd": {"meta_optimizer": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9), "schedule": "cosine"},
     "unclipped": {"clip": None},
     "mixture": {"parallel": 2},
+    "sampled": {"coordinates": 7, "parallel": 2},
 }
 
 
