@@ -44,7 +44,7 @@ def meta_lr(run: Run) -> Findings:
             )  # fmt: skip
             last = curves[name][:, -max(1, meta_steps // 10) :].mean(1)
             figures[name] = {
-                "meta_loss": last.median().item(),
+                "meta_loss": statistics.median(last.tolist()),
                 "mean_loss": statistics.median(mean_loss(found) for found in losses),
                 "final_loss": statistics.median(final_loss(found, horizon) for found in losses),
             }
@@ -54,11 +54,11 @@ def meta_lr(run: Run) -> Findings:
     folder.mkdir(parents=True, exist_ok=True)
     findings.entries.append(Entry(label, figures, files=[picture]))
     findings.pictures[picture] = f"{problem.name}: what is learned at each meta learning rate"
-    legend = {f"{name} (best)" if name == best else name: curve for name, curve in curves.items()}
+    legend = {f"meta-lr {name}{' (best)' if name == best else ''}": curve for name, curve in curves.items()}
     title = f"{problem.name}: meta-training at five learning rates, {settings.meta_seeds} meta-seeds"
     plot_curves(
         legend, folder / picture, title,
-        emphasised=[f"{best} (best)"], xlabel="meta-training step (meta-updates)",
+        emphasised=[f"meta-lr {best} (best)"], xlabel="meta-training step (meta-updates)",
         ylabel=f"mean loss of the last {horizon} steps trained on",
     )  # fmt: skip
     write(findings, folder)

@@ -125,25 +125,22 @@ class Findings:
 
     def table(self) -> str:
         """Plain text: a line a network below each case, the bars in a line of their own."""
-        lines = [f"{self.row}: {self.title} ({self.dataset}, {self.seeds} held-out seeds)"]
-        width = max([len(name) for entry in self.entries for name in [*entry.figures, MEDIAN]], default=6) + 4
+        lines = [f"{self.row}: {self.title}, {self.seeds} held-out seeds"]
         for entry in self.entries:
-            rivals = f", ratios to {entry.rivals}" if entry.rivals else ""
-            headings = [METRICS[metric] for metric in entry.metrics]
-            widths = [max(len(heading), 15) + 2 for heading in headings]
-            lines += ["", entry.label + rivals, _aligned("", headings, width, widths)]
+            against = f", against {entry.rivals}" if entry.rivals else ""
+            rows = [("", [METRICS[metric] for metric in entry.metrics])]
             if entry.bars:
-                cells = [bar(entry, metric) for metric in entry.metrics]
-                lines.append(_aligned("  bar", cells, width, widths))
-            rows = list(self.lines(entry))
-            for name, values in rows:
-                cells = [number(value, metric) for value, metric in zip(values, entry.metrics, strict=True)]
-                if name == rows[-1][0]:
-                    cells = [
-                        f"{cell} {verdict(entry.met(metric))}".rstrip()
-                        for cell, metric in zip(cells, entry.metrics, strict=True)
-                    ]
-                lines.append(_aligned(f"  {name}", cells, width, widths))
+                rows.append(("bar", [bar(entry, metric) for metric in entry.metrics]))
+            for name, values in self.lines(entry):
+                rows.append((name, [number(*pair) for pair in zip(values, entry.metrics, strict=True)]))
+            verdicts = [verdict(entry.met(metric)) for metric in entry.metrics]
+            rows[-1] = rows[-1][0], [" ".join(pair).strip() for pair in zip(rows[-1][1], verdicts, strict=True)]
+            columns = zip(*(cells for _, cells in rows), strict=True)
+            widths = [max(len(name) for name, _ in rows), *(max(map(len, column)) for column in columns)]
+            lines += ["", entry.label + against]
+            for name, cells in rows:
+                padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+                lines.append("   ".join([f"  {name:<{widths[0]}}", *padded]).rstrip())
         if judged := self.judged():
             lines += ["", f"{sum(judged)} of {len(judged)} bars met"]
         return "\n".join(lines)
@@ -164,7 +161,3 @@ def bar(entry: Entry, metric: str) -> str:
 def verdict(met: bool | None) -> str:
     """In a word; nothing without a bar."""
     return {None: "", True: "met", False: "missed"}[met]
-
-
-def _aligned(name: str, cells: list[str], width: int, widths: list[int]) -> str:
-    return (f"{name:<{width}}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))).rstrip()

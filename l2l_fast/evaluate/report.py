@@ -50,7 +50,7 @@ def _markdown_row(findings: Findings) -> str:
             texts = [f"{value} ({limit}, {word})" if word else value for value, limit, word in cells]
             lines.append("| " + " | ".join([entry.label, name, *texts, entry.rivals]) + " |")
     if findings.judged():
-        lines += ["", f"{_score(findings)} ({findings.dataset}, {findings.seeds} held-out seeds)."]
+        lines += ["", f"{_score(findings)} ({findings.seeds} held-out seeds)."]
     return "\n".join(lines)
 
 
@@ -77,8 +77,7 @@ def _html_row(findings: Findings, folder: Path) -> str:
     )
     return _SECTION.format(
         row=escape(findings.row), title=escape(findings.title), question=escape(findings.question), heads=heads,
-        body="\n".join(body), score=_score(findings), seeds=findings.seeds, dataset=escape(findings.dataset),
-        pictures=pictures,
+        body="\n".join(body), score=_score(findings), seeds=findings.seeds, pictures=pictures,
     )  # fmt: skip
 
 
@@ -114,7 +113,7 @@ def _embedded(path: Path) -> str:
 
 _SECTION = """<section id="{row}">
 <h2>{title}</h2>
-<p>{question} <b>{score}</b>, {seeds} held-out seeds, {dataset}.</p>
+<p>{question} <b>{score}</b>, {seeds} held-out seeds.</p>
 <table><thead><tr><th>case</th><th>network</th>{heads}<th>against</th></tr></thead>
 <tbody>
 {body}
