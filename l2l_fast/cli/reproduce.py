@@ -70,22 +70,24 @@ def reproduce(
     if seeds is not None:
         settings = dataclasses.replace(settings, seeds=seeds)
     chosen = {"--network": network, "--quadratic-network": quadratic_network}
-    words = ["l2l-fast", "reproduce", row, *(word for option, values in chosen.items() for value in values or []
+    words = [*(word for option, values in chosen.items() for value in values or []
              for word in (option, value)), "--dataset", dataset, *(["--seeds", str(seeds)] if seeds else []),
              *(["--quick"] if quick else []), *(["--seed", str(seed)] if seed else [])]  # fmt: skip
-    run = runner.Run(out, dataset, settings, seed, device, shlex.join(words), _stages)
+    run = runner.Run(
+        out, dataset, settings, seed, device, lambda name: shlex.join(["l2l-fast", "reproduce", name, *words]), _stages
+    )
 
     found = []
     for name in names:
         if ROWS[name].kind == "meta-lr":
             findings = meta_lr(run)
         else:
-            judged = networks[name] if networks[name] is not None else _trained(name, run) | extra
+            judged = networks[name] if networks[name] is not None else _trained(name, run, extra)
             findings = runner.reproduce(name, judged, run)
         found.append(findings)
         note(f"{name}: row.json, table.txt and pictures are in {out / name}")
     if row == "all":
-        (out / "report.html").write_text(html(found, out), encoding="utf-8")
+        (out / "report.html").write_text(html(found, out, run.command("all")), encoding="utf-8")
         (out / "results.md").write_text(markdown(found), encoding="utf-8")
         note(f"report.html and results.md are in {out}")
     report(_result(row, found), "\n\n\n".join(findings.table() for findings in found), as_json)
@@ -132,8 +134,8 @@ def _load(given: list[str]) -> Networks:
     return {name: CoordinatewiseLSTM.from_pretrained(path) for name, path in zip(names, given, strict=True)}
 
 
-def _trained(row: str, run: runner.Run) -> Networks:
-    """The networks of a row's recipe files."""
+def _trained(row: str, run: runner.Run, given: Networks) -> Networks:
+    """The networks of a row's recipe files, and those that a person wants beside them."""
     networks = {}
     with run.stages(f"{row}: meta-training") as progress:
         for name in ROWS[row].recipes:
@@ -142,4 +144,4 @@ def _trained(row: str, run: runner.Run) -> Networks:
                 device=run.device, on_step=partial(progress, f"recipe {name}"),
             )  # fmt: skip
             networks[name] = CoordinatewiseLSTM.from_pretrained(folder)
-    return networks
+    return networks | {f"{name}, given" if name in networks else name: net for name, net in given.items()}

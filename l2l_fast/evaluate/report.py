@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -24,7 +25,7 @@ def markdown(all_findings: Sequence[Findings]) -> str:
     return "\n\n".join(_markdown_row(findings) for findings in all_findings) + "\n"
 
 
-def html(all_findings: Sequence[Findings], folder: Path) -> str:
+def html(all_findings: Sequence[Findings], folder: Path, command: str) -> str:
     """One page that needs no other file: pictures are read from ``folder/ROW`` and stand in it as base64."""
     summary = "".join(
         f'<tr><td class="name"><a href="#{escape(findings.row)}">{escape(findings.row)}</a></td>'
@@ -36,7 +37,7 @@ def html(all_findings: Sequence[Findings], folder: Path) -> str:
     sections = "\n".join(_html_row(findings, folder / findings.row) for findings in all_findings)
     return _PAGE.format(
         title=f"Learned optimizers on {escape(first.dataset)}", protocol=escape(f"{PROTOCOL} {BARS}"), facts=facts,
-        command=escape(first.command), summary=summary, sections=sections,
+        command=escape(command), summary=summary, sections=sections,
     )  # fmt: skip
 
 
@@ -46,9 +47,11 @@ def _markdown_row(findings: Findings) -> str:
     lines.append("| " + " | ".join(["case", "network", *(METRICS[metric] for metric in metrics), "against"]) + " |")
     lines.append("|" + "---|" * (len(metrics) + 3))
     for entry in findings.entries:
+        label, rivals = entry.label, entry.rivals
         for name, cells in _cells(findings, entry, metrics):
             texts = [f"{value} ({limit}, {word})" if word else value for value, limit, word in cells]
-            lines.append("| " + " | ".join([entry.label, name, *texts, entry.rivals]) + " |")
+            lines.append("| " + " | ".join([label, name, *texts, rivals]) + " |")
+            label = rivals = ""  # once a case
     if findings.judged():
         lines += ["", f"{_score(findings)} ({findings.seeds} held-out seeds)."]
     return "\n".join(lines)
@@ -108,7 +111,11 @@ def _score(findings: Findings) -> str:
 
 
 def _embedded(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
+    from PIL import Image  # matplotlib, which drew the picture, needs it as well
+
+    content = io.BytesIO()  # a quarter of the size, and no difference to be seen
+    Image.open(path).convert("RGB").quantize(128).save(content, "png", optimize=True)
+    return base64.b64encode(content.getvalue()).decode()
 
 
 _SECTION = """<section id="{row}">

@@ -35,7 +35,7 @@ class Run:
         settings: how much is run.
         seed: of everything random.
         device: where to run.
-        command: what a person typed, for the record.
+        command: of a row's name, what a person types to run it again.
         stages: ``with stages(what) as progress`` shows the progress of one case.
     """
 
@@ -44,7 +44,7 @@ class Run:
     settings: Settings = FULL
     seed: int = 0
     device: str = "cpu"
-    command: str = ""
+    command: Callable[[str], str] = "l2l-fast reproduce {}".format
     stages: Callable[[str], AbstractContextManager[Progress | None]] = lambda what: contextlib.nullcontext()
 
     def task(self, case: Case) -> Task:
@@ -61,7 +61,7 @@ class Run:
         row = ROWS[name]
         return Findings(
             name, row.title, row.question, self.dataset, networks, row.network is not None, self.settings.seeds,
-            command=self.command, environment=environment(self.device),
+            command=self.command(name), environment=environment(self.device),
         )  # fmt: skip
 
 
