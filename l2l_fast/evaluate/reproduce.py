@@ -54,7 +54,8 @@ class Run:
     def store(self, case: Case) -> Store:
         """Where figures of the case's task are kept."""
         facts = {"task": case.task.format(dataset=self.dataset), "options": dict(case.options)}
-        return Store(self.folder / "store", **facts, torch=torch.__version__)
+        versions = {name: environment(self.device)[name] for name in ("l2l_fast", "torch")}
+        return Store(self.folder / "store", **facts, **versions)
 
     def findings(self, name: str, networks: list[str]) -> Findings:
         """An empty record of a row."""
