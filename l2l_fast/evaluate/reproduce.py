@@ -15,9 +15,10 @@ from torch import Tensor
 from l2l_fast import tasks
 from l2l_fast.evaluate.baselines import find_baseline
 from l2l_fast.evaluate.compare import compare_horizons, environment, held_out, held_out_seeds, learned_lanes
+from l2l_fast.evaluate.comparison import Comparison
 from l2l_fast.evaluate.figures import Entry, Findings
-from l2l_fast.evaluate.plots import plot_curves
-from l2l_fast.evaluate.rows import BASELINES, FULL, ROWS, Case, Row, Settings
+from l2l_fast.evaluate.plots import plot_curves, plot_start_scales
+from l2l_fast.evaluate.rows import BASELINES, FULL, ROWS, Case, Settings
 from l2l_fast.evaluate.store import Store, stored_trajectories
 from l2l_fast.evaluate.trajectories import Progress, smoothed
 from l2l_fast.tasks import Task
@@ -83,8 +84,11 @@ def reproduce(name: str, networks: Mapping[str, torch.nn.Module | str | PathLike
         raise ValueError(f"the row {name} trains networks of its own; run it with: l2l-fast reproduce {name}")
     folder = run.folder / name
     folder.mkdir(parents=True, exist_ok=True)
+    found = {}
     for case in row.cases:
-        runners[row.kind](row, case, networks, run, findings, folder)
+        found[case.options.get("init_scale")] = runners[row.kind](case, networks, run, findings, folder)
+    if len(found) > 1 and None not in found:
+        _against_start_scales(found, findings, folder)
     write(findings, folder)
     return findings
 
@@ -95,7 +99,7 @@ def write(findings: Findings, folder: Path) -> None:
     (folder / "table.txt").write_text(findings.table() + "\n")
 
 
-def _compare(row: Row, case: Case, networks, run: Run, findings: Findings, folder: Path) -> None:
+def _compare(case: Case, networks, run: Run, findings: Findings, folder: Path) -> dict[int, Comparison]:
     label, settings = case.label(run.dataset), run.settings
     with run.stages(f"{findings.row}: {label}") as progress:
         found = compare_horizons(
@@ -112,10 +116,19 @@ def _compare(row: Row, case: Case, networks, run: Run, findings: Findings, folde
         comparison.plot(folder / f"{stem}.png")
         findings.entries.append(entry)
         findings.pictures[f"{stem}.png"] = entry.label
+    return found
 
 
-def _long(row: Row, case: Case, networks, run: Run, findings: Findings, folder: Path) -> None:
-    del row
+def _against_start_scales(found: dict[float, dict[int, Comparison]], findings: Findings, folder: Path) -> None:
+    """A picture more for a row whose cases differ in the start scale alone."""
+    for horizon in next(iter(found.values())):
+        picture, task = f"start-scales-{horizon}.png", findings.entries[0].label.split(",")[0]
+        title = f"{task}: start scales, {horizon} steps, {findings.seeds} held-out seeds, baselines tuned"
+        plot_start_scales({scale: by[horizon] for scale, by in found.items()}, folder / picture, title)
+        findings.pictures = {picture: title} | findings.pictures
+
+
+def _long(case: Case, networks, run: Run, findings: Findings, folder: Path) -> None:
     label, horizon = case.label(run.dataset), run.settings.long_horizon
     with run.stages(f"{findings.row}: {label}") as progress:
         on_step = progress and (lambda done: progress(f"{horizon} steps", done, horizon))

@@ -120,6 +120,14 @@ def test_a_compare_row(tmp_path, monkeypatch, network):
     assert "median" in (tmp_path / "mnist" / "table.txt").read_text()
 
 
+def test_start_scales_have_a_picture_together(tmp_path, monkeypatch, network):
+    cases = tuple(Case("{dataset}-mlp", (3,), {}, {"init_scale": scale}) for scale in (0.01, 1.0))
+    monkeypatch.setitem(ROWS, "init", dataclasses.replace(ROWS["init"], cases=cases))
+    found = runner.reproduce("init", {"a": network}, runner.Run(tmp_path, settings=TINY))
+    assert next(iter(found.pictures)) == "start-scales-3.png"
+    assert (tmp_path / "init" / "start-scales-3.png").stat().st_size > 5000
+
+
 def test_a_long_row(tmp_path, monkeypatch, network):
     monkeypatch.setattr(runner, "EARLY", (4, 8))
     monkeypatch.setattr(runner, "LATE", 3)
