@@ -142,7 +142,14 @@ def _draw(
     for label, (mean, error) in lines.items():
         strong = label in emphasised
         if strong:
-            style = {"color": _EMPHASISED[bold % len(_EMPHASISED)], "linewidth": 2.6, "zorder": 4}
+            # Beyond four, the colours come again, broken.
+            again, color = divmod(bold, len(_EMPHASISED))
+            style = {
+                "color": _EMPHASISED[color],
+                "linewidth": 2.6,
+                "zorder": 4,
+                "linestyle": ("-", "--", ":")[again % 3],
+            }
             bold += 1
         else:
             # Later lines are broken, so that of two lines that coincide (Adam, AdamW) both are seen.
