@@ -4,7 +4,7 @@ import functools
 
 import typer
 
-from l2l_fast.cli import bench, compare, demo, info, meta_train, sweep, tasks
+from l2l_fast.cli import bench, compare, demo, info, meta_train, reproduce, sweep, tasks
 from l2l_fast.cli.options import note
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ _register("demo", demo.demo)
 _register("meta-train", meta_train.meta_train)
 _register("compare", compare.compare)
 _register("sweep", sweep.sweep)
+_register("reproduce", reproduce.reproduce)
 _register("bench", bench.bench)
 _register("tasks", tasks.tasks)
 _register("info", info.info)

@@ -7,16 +7,14 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from l2l_fast import tasks as library
 from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, parse_floats, report, stages
+from l2l_fast.cli.training import train_at_rate
 from l2l_fast.evaluate import plot_curves
 from l2l_fast.evaluate.comparison import finite_or_null
 from l2l_fast.evaluate.trajectories import Lane, trajectories
-from l2l_fast.meta import MetaTrainer, recipes
-from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.optim import LSTMOptimizer
 
 FIRST_TEST_SEED = 3_000_000_000
@@ -47,19 +45,12 @@ def sweep(
     rates = parse_floats(meta_lr, "--meta-lr")
     problem = library.get(task)
     held_out = problem.with_half("meta-test") if hasattr(problem, "with_half") else problem
-    recipe = recipes.for_task(problem)
     out = out or Path("runs") / f"sweep-{task}"
     networks = {}
     with stages() as progress:
         for rate in rates:
-            torch.manual_seed(seed)  # every rate starts from the same network and sees the same trajectories
-            network = CoordinatewiseLSTM(**recipe.network)
-            # Validated often: at a large rate the weights are good for moments only.
-            settings = {"meta_lr": rate, "horizon": horizon, "schedule": "constant", "validate_every": 10}
-            trainer = MetaTrainer(
-                network, problem, seed=seed, device=device, progress=False, **recipe.training | settings
-            )
-            trainer.fit(meta_steps, on_step=lambda done, rate=rate: progress(f"meta-lr {rate:g}", done, meta_steps))
+            on_step = lambda done, rate=rate: progress(f"meta-lr {rate:g}", done, meta_steps)  # noqa: E731
+            network, *_ = train_at_rate(problem, rate, meta_steps, horizon, seed, device, on_step)
             networks[rate] = network
         lanes = [Lane(lambda params, network=network: LSTMOptimizer(params, network)) for network in networks.values()]
         held_out_seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + seeds)

@@ -1,5 +1,5 @@
-from l2l_fast.evaluate.baselines import BASELINES, Baseline, Tuned, tune
-from l2l_fast.evaluate.compare import compare
+from l2l_fast.evaluate.baselines import BASELINES, Baseline, Tuned, tune, tune_horizons
+from l2l_fast.evaluate.compare import compare, compare_horizons
 from l2l_fast.evaluate.comparison import Comparison, Result
 from l2l_fast.evaluate.plots import plot_comparison, plot_curves
 
@@ -10,7 +10,9 @@ __all__ = [
     "Result",
     "Tuned",
     "compare",
+    "compare_horizons",
     "plot_comparison",
     "plot_curves",
     "tune",
+    "tune_horizons",
 ]

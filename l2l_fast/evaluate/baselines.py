@@ -120,29 +120,65 @@ def tune(
         >>> tuned.lr in tuned.rates and not tuned.on_edge
         True
     """
-    baseline, seeds = find_baseline(baseline), list(seeds)
-    if horizon < 1:
-        raise ValueError(f"horizon must be at least 1, got {horizon}")
+    options = {"seeds": seeds, "device": device, "progress": progress}
+    return tune_horizons(task, baseline, (horizon,), **options)[horizon]
+
+
+def tune_horizons(
+    task: Task,
+    baseline: str | Baseline,
+    horizons: Sequence[int],
+    *,
+    seeds: Iterable[int] = range(10),
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> dict[int, Tuned]:
+    """What :func:`tune` finds at each of several horizons, for the cost of the longest: the others are its beginnings.
+
+    The grid grows while a best rate of any horizon stands on its edge.
+
+    Example:
+        >>> import l2l_fast as l2l
+        >>> from l2l_fast.evaluate import tune_horizons
+        >>> tuned = tune_horizons(l2l.tasks.Quadratic(), "adam", (10, 20), seeds=range(3))
+        >>> tuned[10].lr >= tuned[20].lr
+        True
+    """
+    baseline, seeds, horizons = find_baseline(baseline), list(seeds), sorted(set(horizons))
+    if not horizons or horizons[0] < 1:
+        raise ValueError(f"horizon must be at least 1, got {horizons[0] if horizons else 'none'}")
     if not seeds:
         raise ValueError("seeds must name at least one instance to tune on, got none")
+    longest = horizons[-1]
 
-    def measure(exponents: Sequence[int], description: str) -> dict[int, tuple[float, float]]:
+    def measure(exponents: Sequence[int], description: str) -> dict[int, dict[int, tuple[float, float]]]:
         lanes = [Lane(partial(baseline.factory, lr=10 ** (k / 4))) for k in exponents]
-        on_step = progress and (lambda done: progress(description, done, horizon))
-        losses = trajectories(task, lanes, horizon=horizon, seeds=seeds, device=device, on_step=on_step)
-        return {k: (mean_loss(lane), final_loss(lane, horizon)) for k, lane in zip(exponents, losses, strict=True)}
+        on_step = progress and (lambda done: progress(description, done, longest))
+        losses = trajectories(task, lanes, horizon=longest, seeds=seeds, device=device, on_step=on_step)
+        return {
+            horizon: {
+                k: (mean_loss(lane[:, : horizon + 1]), final_loss(lane[:, : horizon + 1], horizon))
+                for k, lane in zip(exponents, losses, strict=True)
+            }
+            for horizon in horizons
+        }
 
     description = f"tuning {baseline.label}"
     first, last = baseline.exponents
     scores = measure(range(first, last + 1), description)
     for _ in range(MAX_EXTENSIONS):
-        best = _best(scores)
+        best = {exponent for found in scores.values() for exponent in _best(found)}
         wider = [*range(first - EXTENSION, first)] * (first in best)
         wider += [*range(last + 1, last + 1 + EXTENSION)] * (last in best and last != first)
         if not wider:
             break
-        scores |= measure(wider, f"{description}, wider")
-        first, last = min(scores), max(scores)
+        for horizon, found in measure(wider, f"{description}, wider").items():
+            scores[horizon] |= found
+        first, last = min(scores[longest]), max(scores[longest])
+    return {horizon: _tuned(baseline, scores[horizon]) for horizon in horizons}
+
+
+def _tuned(baseline: Baseline, scores: dict[int, tuple[float, float]]) -> Tuned:
     exponents, best = sorted(scores), _best(scores)
     return Tuned(
         baseline=baseline,
@@ -151,7 +187,7 @@ def tune(
         final_losses=[scores[k][1] for k in exponents],
         lr=10 ** (best[0] / 4),
         lr_final=10 ** (best[1] / 4),
-        on_edge=first in best or last in best,
+        on_edge=exponents[0] in best or exponents[-1] in best,
     )
 
 

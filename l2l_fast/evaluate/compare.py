@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import platform
 import re
 import statistics
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from l2l_fast.evaluate.baselines import BASELINES, Baseline, final_loss, find_baseline, mean_loss, tune
+from l2l_fast.evaluate.baselines import BASELINES, Baseline, final_loss, find_baseline, mean_loss
 from l2l_fast.evaluate.comparison import Comparison, Result
-from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress, trajectories
+from l2l_fast.evaluate.store import Store, stored_trajectories, stored_tuning
+from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress
 from l2l_fast.tasks.base import Instances, Task
 
 TIMED_STEPS, WARM_UP_STEPS = 40, 5
@@ -72,14 +74,50 @@ def compare(
         >>> sorted(found.optimizers)
         ['LSTM', 'adam']
     """
-    for name, value in (("horizon", horizon), ("seeds", seeds), ("tuning_seeds", tuning_seeds)):
+    options = {"seeds": seeds, "baselines": baselines, "tuning_seeds": tuning_seeds, "seed": seed}
+    return compare_horizons(task, optimizers, (horizon,), **options, device=device, progress=progress)[horizon]
+
+
+def compare_horizons(
+    task: Task | str,
+    optimizers: torch.nn.Module | str | PathLike | MakeOptimizer | Mapping[str, object],
+    horizons: Sequence[int],
+    *,
+    seeds: int = 10,
+    baselines: Sequence[str | Baseline] = tuple(BASELINES),
+    tuning_seeds: int = 10,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    store: Store | None = None,
+) -> dict[int, Comparison]:
+    """What :func:`compare` finds at each of several horizons, every baseline tuned for each of them.
+
+    It costs little more than the longest: a trajectory's beginning is the shorter trajectory.
+
+    Args:
+        horizons: numbers of updates; the other arguments are :func:`compare`'s.
+        store: keeps tunings and losses; its facts must say which task this is. None keeps nothing.
+
+    Example:
+        >>> import l2l_fast as l2l
+        >>> from l2l_fast.evaluate import compare_horizons
+        >>> network = l2l.CoordinatewiseLSTM()
+        >>> found = compare_horizons(l2l.tasks.Quadratic(), network, (5, 10), seeds=2, baselines=["adam"])
+        >>> found[5].horizon, found[10].horizon
+        (5, 10)
+    """
+    store = store or Store(None)
+    horizons = sorted(set(horizons))
+    shortest = horizons[0] if horizons else 0
+    for name, value in (("horizon", shortest), ("seeds", seeds), ("tuning_seeds", tuning_seeds)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if max(seeds, tuning_seeds) > _SEEDS_EACH:
         raise ValueError(f"seeds and tuning_seeds must be at most {_SEEDS_EACH}, got {max(seeds, tuning_seeds)}")
     if not 0 <= seed <= 9999:
         raise ValueError(f"seed must be from 0 to 9999, got {seed}")
-    learned = _learned(optimizers)
+    learned = learned_lanes(optimizers)
     baselines = [find_baseline(baseline) for baseline in ([baselines] if isinstance(baselines, str) else baselines)]
     if not baselines:
         raise ValueError(f"baselines must name at least one of {', '.join(BASELINES)}, got none")
@@ -88,45 +126,56 @@ def compare(
         raise ValueError(
             f"optimizers and baselines must have different names, got {', '.join(twice)} twice; rename one"
         )
-    task = _find_task(task)
+    task = held_out(task)
 
     first = _FIRST_TUNING_SEED + seed * _SEEDS_EACH
-    tuning = range(first, first + tuning_seeds)
-    tuned = [
-        tune(task, baseline, horizon=horizon, seeds=tuning, device=device, progress=progress) for baseline in baselines
-    ]
+    tuning = {"seeds": range(first, first + tuning_seeds), "device": device, "progress": progress, "store": store}
+    tuned = {baseline.name: stored_tuning(task, baseline, horizons, **tuning) for baseline in baselines}
 
     lanes = dict(learned)
-    for best in tuned:
-        lanes[best.baseline.name] = Lane(partial(best.baseline.factory, lr=best.lr))
-        lanes[best.baseline.name, "final"] = Lane(partial(best.baseline.factory, lr=best.lr_final))
-    first = _FIRST_TEST_SEED + seed * _SEEDS_EACH
-    test = range(first, first + seeds)
-    on_step = progress and (lambda done: progress("comparing", done, horizon))
-    losses = trajectories(task, list(lanes.values()), horizon=horizon, seeds=test, device=device, on_step=on_step)
-    losses = dict(zip(lanes, losses, strict=True))
-    makers = {name: lanes[name].make for name in names}
+    for baseline in baselines:
+        for best in tuned[baseline.name].values():
+            for rate in (best.lr, best.lr_final):
+                lanes[baseline.name, rate] = _baseline_lane(baseline, rate)
+    test, longest = held_out_seeds(seed, seeds), horizons[-1]
+    on_step = progress and (lambda done: progress("comparing", done, longest))
+    running = {"horizon": longest, "seeds": test, "device": device, "on_step": on_step, "store": store}
+    losses = dict(zip(lanes, stored_trajectories(task, lanes.values(), **running), strict=True))
+    # What a step costs does not depend on the rate.
+    makers = {name: lane.make for name, lane in learned.items()}
+    makers |= {baseline.name: partial(baseline.factory, lr=tuned[baseline.name][longest].lr) for baseline in baselines}
     seconds = _seconds_per_step(task, makers, test[0], device, progress)
 
-    results = {}
-    for name, lane in learned.items():
-        rate = _learning_rate(lane.make)
-        results[name] = _result(
-            name, losses[name], losses[name], horizon, lr=rate, lr_final=rate, seconds=seconds[name]
-        )
-    for best in tuned:
-        name = best.baseline.name
-        results[name] = _result(
-            best.baseline.label, losses[name], losses[name, "final"], horizon,
-            lr=best.lr, lr_final=best.lr_final, seconds=seconds[name], on_edge=best.on_edge,
-        )  # fmt: skip
-    return Comparison(task.name, horizon, seeds, list(learned), results, _environment(device))
+    comparisons = {}
+    for horizon in horizons:
+        begun = {name: found[:, : horizon + 1] for name, found in losses.items()}
+        results = {}
+        for name, lane in learned.items():
+            rate = _learning_rate(lane.make)
+            results[name] = _result(
+                name, begun[name], begun[name], horizon, lr=rate, lr_final=rate, seconds=seconds[name]
+            )
+        for baseline in baselines:
+            name, best = baseline.name, tuned[baseline.name][horizon]
+            results[name] = _result(
+                baseline.label, begun[name, best.lr], begun[name, best.lr_final], horizon,
+                lr=best.lr, lr_final=best.lr_final, seconds=seconds[name], on_edge=best.on_edge,
+            )  # fmt: skip
+        comparisons[horizon] = Comparison(task.name, horizon, seeds, list(learned), results, environment(device))
+    return comparisons
+
+
+def held_out_seeds(seed: int, count: int) -> range:
+    """The held-out seeds of a comparison."""
+    first = _FIRST_TEST_SEED + seed * _SEEDS_EACH
+    return range(first, first + count)
 
 
 # ---------------------------------------------------------------- arguments
 
 
-def _learned(optimizers) -> dict[str, Lane]:
+def learned_lanes(optimizers) -> dict[str, Lane]:
+    """Lanes by name, of all that :func:`compare` takes as ``optimizers``."""
     if not isinstance(optimizers, Mapping):
         optimizers = {_name(optimizers): optimizers}
     if not optimizers:
@@ -148,7 +197,10 @@ def _lane(optimizer) -> Lane:
         network = optimizer  # found here and now: a wrong name should not cost the time of the tuning
         if not isinstance(optimizer, torch.nn.Module):
             network = CoordinatewiseLSTM.from_pretrained(optimizer)
-        return Lane(lambda params: LSTMOptimizer(params, network=network))
+        with torch.no_grad():
+            weights = network.flat_weights().double().cpu().numpy()
+        digest = hashlib.sha256(repr(network.config).encode() + weights.tobytes()).hexdigest()
+        return Lane(lambda params: LSTMOptimizer(params, network=network), identity={"network": digest})
     if not callable(optimizer):
         raise ValueError(
             "optimizers must be a network, its name or folder, a callable (parameters -> optimizer) or a dictionary of "
@@ -157,7 +209,15 @@ def _lane(optimizer) -> Lane:
     return Lane(optimizer, elementwise=False)
 
 
-def _find_task(task: Task | str) -> Task:
+def _baseline_lane(baseline: Baseline, rate: float) -> Lane:
+    known = BASELINES.get(baseline.name) is baseline
+    return Lane(
+        partial(baseline.factory, lr=rate), identity={"baseline": baseline.name, "rate": rate} if known else None
+    )
+
+
+def held_out(task: Task | str) -> Task:
+    """The task, by name or not, on the half that optimizers are judged on."""
     if isinstance(task, str):
         from l2l_fast import tasks
 
@@ -218,7 +278,8 @@ def _now(device) -> float:
     return time.perf_counter()
 
 
-def _environment(device) -> dict:
+def environment(device: torch.device | str) -> dict:
+    """What a figure depends on besides the code."""
     device = torch.device(device)
     try:
         cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]

@@ -96,8 +96,35 @@ def plot_curves(
     _draw(lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band=band)
 
 
-def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updates)", ylabel="loss", log=True) -> None:
-    """Lines {label: (mean [T], half width of the band [T])} to a file."""
+def plot_start_scales(comparisons: Mapping[float, Comparison], path: str | PathLike, title: str) -> None:
+    """Picture of the mean loss over the horizon against the scale that trajectories start from.
+
+    line: mean over seeds;   band: the mean plus and minus its standard error over seeds, std / sqrt(seeds)
+
+    Args:
+        comparisons: by start scale, all of the same optimizers.
+        path: the file; its ending says the format.
+        title: above the picture.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    scales = sorted(comparisons)
+    first, lines = comparisons[scales[0]], {}
+    for name, result in first.optimizers.items():
+        results = [comparisons[scale].optimizers[name] for scale in scales]
+        error = np.array([found.mean_loss_std for found in results]) / max(1, first.seeds) ** 0.5
+        lines[result.label] = (np.array([found.mean_loss for found in results]), error)
+    labels = {"xlabel": "standard deviation of the weights at the start (logarithmic scale)"}
+    labels["ylabel"] = f"mean loss over {first.horizon} steps"
+    emphasised = [first.optimizers[name].label for name in first.learned]
+    _draw(lines, path, title, emphasised, band="mean ± standard error\nover seeds", x=np.array(scales), **labels)
+
+
+def _draw(
+    lines, path, title, emphasised, *, band, xlabel="step (parameter updates)", ylabel="loss", log=True, x=None
+) -> None:
+    """Lines {label: (mean [T], half width of the band [T])} to a file, against steps or against positive ``x`` [T]."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -109,12 +136,20 @@ def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updat
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    limits = _limits([mean for mean, _ in lines.values()], log)
+    # Points are compared with one another; a curve, with where it began.
+    limits = _limits([np.sort(mean)[::-1] if x is not None else mean for mean, _ in lines.values()], log)
     bold, plain = 0, 0
     for label, (mean, error) in lines.items():
         strong = label in emphasised
         if strong:
-            style = {"color": _EMPHASISED[bold % len(_EMPHASISED)], "linewidth": 2.6, "zorder": 4}
+            # Beyond four, the colours come again, broken.
+            again, color = divmod(bold, len(_EMPHASISED))
+            style = {
+                "color": _EMPHASISED[color],
+                "linewidth": 2.6,
+                "zorder": 4,
+                "linestyle": ("-", "--", ":")[again % 3],
+            }
             bold += 1
         else:
             # Later lines are broken, so that of two lines that coincide (Adam, AdamW) both are seen.
@@ -131,8 +166,8 @@ def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updat
         if log:  # a mean may be smaller than its error, and 0 is not on the axis
             mean = np.where(mean > 0, mean, np.nan)
             low = np.maximum(low, 0.2 * mean)
-        steps = np.arange(len(mean))
-        axes.plot(steps, mean, label=label, **style)
+        steps = np.arange(len(mean)) if x is None else x
+        axes.plot(steps, mean, label=label, marker=None if x is None else "o", markersize=4, **style)
         axes.fill_between(steps, low, mean + error, color=style["color"], alpha=0.14, linewidth=0, zorder=2)
     if log:
         axes.set_yscale("log")
@@ -142,7 +177,12 @@ def _draw(lines, path, title, emphasised, *, band, xlabel="step (parameter updat
         axes.yaxis.set_minor_formatter(NullFormatter())
     if limits:
         axes.set_ylim(*limits)
-    axes.set_xlim(0, max(1, max(len(mean) for mean, _ in lines.values()) - 1))
+    if x is None:
+        axes.set_xlim(0, max(1, max(len(mean) for mean, _ in lines.values()) - 1))
+    else:
+        axes.set_xscale("log")
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(xlabel)
     axes.set_ylabel(f"{ylabel} (logarithmic scale)" if log else ylabel)
     axes.set_title(title)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +28,13 @@ class Lane:
         elementwise: True where the rule treats each coordinate by itself, so that one optimizer on a single [B, N]
             tensor is exact for all B instances. False makes one optimizer an instance, on parameters of the task's
             own shapes.
+        identity: everything that decides what the rule does, by name, so that a
+            :class:`~l2l_fast.evaluate.store.Store` can keep its losses; None keeps them nowhere.
     """
 
     make: MakeOptimizer
     elementwise: bool = True
+    identity: Mapping[str, object] | None = None
 
 
 def trajectories(

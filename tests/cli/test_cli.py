@@ -8,7 +8,7 @@ import pytest
 
 from l2l_fast import CoordinatewiseLSTM, tasks
 
-COMMANDS = ["demo", "meta-train", "compare", "sweep", "bench", "tasks", "info"]
+COMMANDS = ["demo", "meta-train", "compare", "sweep", "reproduce", "bench", "tasks", "info"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

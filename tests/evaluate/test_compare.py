@@ -89,10 +89,13 @@ def test_it_repeats_itself_and_seed_changes_it(found):
 
 def test_tuning_seeds_and_held_out_seeds_are_disjoint(monkeypatch):
     module, seen = importlib.import_module("l2l_fast.evaluate.compare"), []
-    tune = module.tune
-    run = module.trajectories
-    monkeypatch.setattr(module, "tune", lambda *a, **k: seen.append(("tune", set(k["seeds"]))) or tune(*a, **k))
-    monkeypatch.setattr(module, "trajectories", lambda *a, **k: seen.append(("run", set(k["seeds"]))) or run(*a, **k))
+
+    def watch(name, kind):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: seen.append((kind, set(k["seeds"]))) or real(*a, **k))
+
+    watch("stored_tuning", "tune")
+    watch("stored_trajectories", "run")
     for seed in (0, 1, 9999):
         compare(TASK, momentum, horizon=2, seeds=3, tuning_seeds=3, baselines=["sgd", "adam"], seed=seed)
     tuning = set().union(*(seeds for kind, seeds in seen if kind == "tune"))

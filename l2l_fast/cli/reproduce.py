@@ -1,0 +1,147 @@
+"""``l2l-fast reproduce``: every comparison of the deck, and questions beyond it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from l2l_fast.cli.meta_lr import meta_lr
+from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, report, stages
+from l2l_fast.cli.training import train_recipe
+from l2l_fast.evaluate import reproduce as runner
+from l2l_fast.evaluate.figures import Findings
+from l2l_fast.evaluate.report import html, markdown
+from l2l_fast.evaluate.rows import FULL, QUICK, ROWS, find
+from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.tasks.classifier import DATASETS
+
+Networks = Mapping[str, CoordinatewiseLSTM]
+
+
+def reproduce(
+    row: Annotated[str, typer.Argument(help=f"{', '.join(ROWS)}, or all.")] = "all",
+    network: Annotated[
+        list[str] | None,
+        typer.Option(help="Name, folder or hub id; several for several meta-seeds.", show_default="l2l-base"),
+    ] = None,
+    quadratic_network: Annotated[
+        list[str] | None, typer.Option(help="The same for the row quadratic.", show_default="l2l-quadratic")
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="digits (minutes, nothing to download) or mnist.")] = "digits",
+    seeds: Annotated[int | None, typer.Option(help="Held-out seeds.", min=1, show_default="10")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few seeds, short trainings: to try it.")] = False,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    out: Out = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Run ROW, or all rows: learned optimizers beside tuned baselines, held against bars.
+
+    Each row writes its table, JSON and pictures into a subfolder of --out; "all" adds report.html, one page with
+    everything inside, and results.md. What was measured is kept in --out: a run that was killed goes on with the same
+    command, and another network meets baselines that are tuned already.
+
+    \b
+    Examples:
+        l2l-fast reproduce quadratic --network runs/demo/network --quick
+        l2l-fast reproduce relu --network runs/base-0/network --network runs/base-1/network
+        l2l-fast reproduce all --dataset mnist
+    """
+    names = find(row)
+    if dataset not in DATASETS:
+        raise typer.BadParameter(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
+    out = out or Path("runs") / f"reproduce-{dataset}"
+    given = {"l2l-base": network, "l2l-quadratic": quadratic_network}
+    if row == "quadratic":
+        given["l2l-quadratic"] = quadratic_network or network
+    # All of them now: what is missing should be said before hours of work, not after.
+    networks = {name: _networks(name, given.get(ROWS[name].network)) for name in names}
+    extra = _load(network) if network else {}
+    settings = QUICK if quick else FULL
+    if seeds is not None:
+        settings = dataclasses.replace(settings, seeds=seeds)
+    chosen = {"--network": network, "--quadratic-network": quadratic_network}
+    words = [*(word for option, values in chosen.items() for value in values or []
+             for word in (option, value)), "--dataset", dataset, *(["--seeds", str(seeds)] if seeds else []),
+             *(["--quick"] if quick else []), *(["--seed", str(seed)] if seed else [])]  # fmt: skip
+    run = runner.Run(
+        out, dataset, settings, seed, device, lambda name: shlex.join(["l2l-fast", "reproduce", name, *words]), _stages
+    )
+
+    found = []
+    for name in names:
+        if ROWS[name].kind == "meta-lr":
+            findings = meta_lr(run)
+        else:
+            judged = networks[name] if networks[name] is not None else _trained(name, run, extra)
+            findings = runner.reproduce(name, judged, run)
+        found.append(findings)
+        note(f"{name}: row.json, table.txt and pictures are in {out / name}")
+    if row == "all":
+        (out / "report.html").write_text(html(found, out, run.command("all")), encoding="utf-8")
+        (out / "results.md").write_text(markdown(found), encoding="utf-8")
+        note(f"report.html and results.md are in {out}")
+    report(_result(row, found), "\n\n\n".join(findings.table() for findings in found), as_json)
+
+
+def _result(row: str, found: list[Findings]) -> dict:
+    contents = {findings.row: findings.to_dict() for findings in found}
+    return contents if row == "all" else contents[row]
+
+
+@contextmanager
+def _stages(what: str):
+    note(what)
+    with stages() as progress:
+        yield progress
+
+
+def _networks(row: str, given: list[str] | None) -> Networks | None:
+    """What a row judges; None for a row that trains its networks itself."""
+    name = ROWS[row].network
+    if name is None:
+        return None
+    if given:
+        return _load(given)
+    try:
+        return {name: CoordinatewiseLSTM.from_pretrained(name)}
+    except FileNotFoundError:
+        option = "--quadratic-network" if row == "quadratic" else "--network"
+        task = "quadratic" if row == "quadratic" else "digits-mlp"
+        raise FileNotFoundError(
+            f"the row {row} judges {name}, which does not come with this version: train a network with l2l-fast "
+            f"meta-train {task} --out runs/mine, then give {option} runs/mine/network"
+        ) from None
+
+
+def _load(given: list[str]) -> Networks:
+    """Networks by short names: the folder's own, or the folder's above it where that tells more."""
+    paths = [Path(name) for name in given]
+    short = [path.parent.name or path.name if path.name == "network" else path.name for path in paths]
+    count = Counter(short)
+    names = [name if count[name] == 1 else str(path) for name, path in zip(short, paths, strict=True)]
+    if len(set(names)) < len(names):
+        raise typer.BadParameter("--network was given twice with the same folder")
+    return {name: CoordinatewiseLSTM.from_pretrained(path) for name, path in zip(names, given, strict=True)}
+
+
+def _trained(row: str, run: runner.Run, given: Networks) -> Networks:
+    """The networks of a row's recipe files, and those that a person wants beside them."""
+    networks = {}
+    with run.stages(f"{row}: meta-training") as progress:
+        for name in ROWS[row].recipes:
+            folder = train_recipe(
+                name, run.dataset, run.folder / "trained", meta_steps=run.settings.meta_steps, seed=run.seed,
+                device=run.device, on_step=partial(progress, f"recipe {name}"),
+            )  # fmt: skip
+            networks[name] = CoordinatewiseLSTM.from_pretrained(folder)
+    return networks | {f"{name}, given" if name in networks else name: net for name, net in given.items()}

@@ -1,0 +1,83 @@
+"""Networks that rows of ``l2l-fast reproduce``, and ``sweep``, train themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from l2l_fast import tasks as library
+from l2l_fast.cli.options import parse_horizon
+from l2l_fast.meta import History, MetaTrainer, recipes
+from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.tasks import Task
+
+
+def train_at_rate(
+    problem: Task, rate: float, meta_steps: int, horizon: int, seed: int, device: str, on_step: Callable[[int], None]
+) -> tuple[CoordinatewiseLSTM, History, MetaTrainer]:
+    """A network of the task's recipe, trained at a meta learning rate that stays.
+
+    At every rate the same seed starts from the same network and sees the same trajectories.
+    """
+    torch.manual_seed(seed)
+    recipe = recipes.for_task(problem)
+    network = CoordinatewiseLSTM(**recipe.network)
+    # Validated often: at a large rate the weights are good for moments only.
+    settings = {"meta_lr": rate, "horizon": horizon, "schedule": "constant", "validate_every": 10}
+    trainer = MetaTrainer(network, problem, seed=seed, device=device, progress=False, **recipe.training | settings)
+    return network, trainer.fit(meta_steps, on_step=on_step), trainer
+
+
+def read_recipe(name: str) -> dict:
+    """A recipe file of ``l2l_fast/ablations``: tasks, network, training, meta_steps.
+
+    A file with ``"like"`` says only what differs from another; ``network`` and ``training`` are merged key by key.
+    """
+    recipe = json.loads((resources.files("l2l_fast") / "ablations" / f"{name}.json").read_text())
+    if "like" not in recipe:
+        return recipe
+    base = read_recipe(recipe.pop("like"))
+    merged = {key: base[key] | recipe.get(key, {}) for key in ("network", "training")}
+    return base | recipe | merged
+
+
+def train_recipe(
+    name: str,
+    dataset: str,
+    folder: Path,
+    *,
+    meta_steps: int | None,
+    seed: int,
+    device: str,
+    on_step: Callable[[int, int], None],
+) -> Path:
+    """The network of a recipe file, trained below ``folder`` unless it is there; a killed training goes on."""
+    recipe = read_recipe(name)
+    meta_steps = meta_steps or recipe["meta_steps"]
+    decides = json.dumps([recipe, dataset, meta_steps, seed], sort_keys=True)
+    folder = folder / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
+    if (folder / "network" / "config.json").exists():
+        return folder / "network"
+    tasks = [
+        library.get(task.pop("name").format(dataset=dataset), **_tuples(task)) for task in map(dict, recipe["tasks"])
+    ]
+    training = dict(recipe["training"])
+    if "horizon" in training:
+        training["horizon"] = parse_horizon(str(training["horizon"]))
+    torch.manual_seed(seed)
+    network = CoordinatewiseLSTM(**recipe["network"])
+    trainer = MetaTrainer(
+        network, tasks, seed=seed, device=device, progress=False, checkpoint=folder / "checkpoint", **training
+    )
+    trainer.fit(meta_steps, on_step=lambda done: on_step(done, meta_steps))
+    network.save_pretrained(folder / "network")
+    return folder / "network"
+
+
+def _tuples(options: dict) -> dict:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}

@@ -1,0 +1,176 @@
+"""Runs the rows that need no meta-training: networks beside tuned baselines, and networks alone on long runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from l2l_fast import tasks
+from l2l_fast.evaluate.baselines import find_baseline
+from l2l_fast.evaluate.compare import compare_horizons, environment, held_out, held_out_seeds, learned_lanes
+from l2l_fast.evaluate.comparison import Comparison
+from l2l_fast.evaluate.figures import Entry, Findings
+from l2l_fast.evaluate.plots import plot_curves, plot_start_scales
+from l2l_fast.evaluate.rows import BASELINES, FULL, ROWS, Case, Settings
+from l2l_fast.evaluate.store import Store, stored_trajectories
+from l2l_fast.evaluate.trajectories import Progress, smoothed
+from l2l_fast.tasks import Task
+
+EARLY, LATE = (500, 1000), 500  # the steps that a long run's last ones are held against, and how many those are
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all rows of one command share.
+
+    Attributes:
+        folder: each row writes into its own subfolder; ``store`` beside them keeps what was measured.
+        dataset: "digits" or "mnist".
+        settings: how much is run.
+        seed: of everything random.
+        device: where to run.
+        command: of a row's name, what a person types to run it again.
+        stages: ``with stages(what) as progress`` shows the progress of one case.
+    """
+
+    folder: Path
+    dataset: str = "digits"
+    settings: Settings = FULL
+    seed: int = 0
+    device: str = "cpu"
+    command: Callable[[str], str] = "l2l-fast reproduce {}".format
+    stages: Callable[[str], AbstractContextManager[Progress | None]] = lambda what: contextlib.nullcontext()
+
+    def task(self, case: Case) -> Task:
+        """The case's task, on the half that optimizers learn on."""
+        return tasks.get(case.task.format(dataset=self.dataset), **case.options)
+
+    def store(self, case: Case) -> Store:
+        """Where figures of the case's task are kept."""
+        facts = {"task": case.task.format(dataset=self.dataset), "options": dict(case.options)}
+        versions = {name: environment(self.device)[name] for name in ("l2l_fast", "torch")}
+        return Store(self.folder / "store", **facts, **versions)
+
+    def findings(self, name: str, networks: list[str]) -> Findings:
+        """An empty record of a row."""
+        row = ROWS[name]
+        return Findings(
+            name, row.title, row.question, self.dataset, networks, row.network is not None, self.settings.seeds,
+            command=self.command(name), environment=environment(self.device),
+        )  # fmt: skip
+
+
+def reproduce(name: str, networks: Mapping[str, torch.nn.Module | str | PathLike], run: Run) -> Findings:
+    """Run a row of the kinds "compare" and "long", and write its JSON, tables and pictures.
+
+    Args:
+        name: of the row.
+        networks: what is judged, by the names that tables have.
+        run: where and how much.
+
+    Raises:
+        ValueError: a row of another kind.
+    """
+    row, findings = ROWS[name], run.findings(name, list(networks))
+    runners = {"compare": _compare, "long": _long}
+    if row.kind not in runners:
+        raise ValueError(f"the row {name} trains networks of its own; run it with: l2l-fast reproduce {name}")
+    folder = run.folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for case in row.cases:
+        found[case.options.get("init_scale")] = runners[row.kind](case, networks, run, findings, folder)
+    if len(found) > 1 and None not in found:
+        _against_start_scales(found, findings, folder)
+    write(findings, folder)
+    return findings
+
+
+def write(findings: Findings, folder: Path) -> None:
+    """The record of a row: ``row.json`` and ``table.txt``."""
+    findings.to_json(folder / "row.json")
+    (folder / "table.txt").write_text(findings.table() + "\n")
+
+
+def _compare(case: Case, networks, run: Run, findings: Findings, folder: Path) -> dict[int, Comparison]:
+    label, settings = case.label(run.dataset), run.settings
+    with run.stages(f"{findings.row}: {label}") as progress:
+        found = compare_horizons(
+            run.task(case), dict(networks), case.horizons, seeds=settings.seeds, tuning_seeds=settings.tuning_seeds,
+            baselines=[find_baseline(name) for name in BASELINES], seed=run.seed, device=run.device,
+            progress=progress, store=run.store(case),
+        )  # fmt: skip
+    for horizon, comparison in found.items():
+        comparison.task = label
+        entry = Entry.of(comparison, f"{label}, {horizon} steps", dict(case.bars.get(horizon, {})))
+        stem = f"{_file_name(label)}-{horizon}"
+        entry.files = [f"{stem}.json", f"{stem}.png"]
+        comparison.to_json(folder / f"{stem}.json")
+        comparison.plot(folder / f"{stem}.png")
+        findings.entries.append(entry)
+        findings.pictures[f"{stem}.png"] = entry.label
+    return found
+
+
+def _against_start_scales(found: dict[float, dict[int, Comparison]], findings: Findings, folder: Path) -> None:
+    """A picture more for a row whose cases differ in the start scale alone."""
+    for horizon in next(iter(found.values())):
+        picture, task = f"start-scales-{horizon}.png", findings.entries[0].label.split(",")[0]
+        title = f"{task}: start scales, {horizon} steps, {findings.seeds} held-out seeds, baselines tuned"
+        plot_start_scales({scale: by[horizon] for scale, by in found.items()}, folder / picture, title)
+        findings.pictures = {picture: title} | findings.pictures
+
+
+def _long(case: Case, networks, run: Run, findings: Findings, folder: Path) -> None:
+    label, horizon = case.label(run.dataset), run.settings.long_horizon
+    with run.stages(f"{findings.row}: {label}") as progress:
+        on_step = progress and (lambda done: progress(f"{horizon} steps", done, horizon))
+        losses = stored_trajectories(
+            held_out(run.task(case)), learned_lanes(dict(networks)).values(), horizon=horizon, on_step=on_step,
+            seeds=held_out_seeds(run.seed, run.settings.seeds), device=run.device, store=run.store(case),
+        )  # fmt: skip
+    curves = dict(zip(networks, losses, strict=True))
+    for steps in sorted({min(EARLY[1], horizon), horizon}):
+        figures = {name: _stability(curve[:, : steps + 1]) for name, curve in curves.items()}
+        (bars,) = case.bars.values()
+        entry = Entry(
+            f"{label}, {steps} steps", figures, {m: bars[m] for m in bars if m in figures[next(iter(figures))]}
+        )
+        findings.entries.append(entry)
+    picture = f"{_file_name(label)}-{horizon}.png"
+    entry.files = [picture]
+    findings.pictures[picture] = f"{label}: each point is the mean of the {_window(horizon)} steps up to it"
+    drawn = {name: smoothed(curve, 20 * _window(horizon)) for name, curve in curves.items()}
+    seeds = f"{run.settings.seeds} held-out seeds"
+    plot_curves(drawn, folder / picture, f"{label}: {horizon} steps, {seeds}", emphasised=list(networks))
+
+
+def _stability(losses: Tensor) -> dict[str, float | None]:
+    """Seeds that diverged among losses [B, T + 1], and how the last losses compare with earlier ones.
+
+    A seed diverged where a loss is not finite, or where the smoothed loss at the end is above the first loss.
+    """
+    losses = losses.double()
+    horizon = losses.shape[1] - 1
+    bad = ~losses.isfinite().all(1) | (smoothed(losses, horizon)[:, -1] > losses[:, 0])
+    figures = {"diverged": float(bad.sum())}
+    if horizon > EARLY[1]:
+        ratio = losses[:, -LATE:].mean() / losses[:, EARLY[0] + 1 : EARLY[1] + 1].mean()
+        figures["late"] = ratio.item() if ratio.isfinite() else None
+    return figures
+
+
+def _window(horizon: int) -> int:
+    """Steps that a picture of a long run averages over."""
+    return max(1, horizon // 200)
+
+
+def _file_name(label: str) -> str:
+    return label.replace(", ", "-").replace(" ", "-")

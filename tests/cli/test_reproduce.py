@@ -1,0 +1,115 @@
+"""``l2l-fast reproduce`` with rows cut to seconds: what it writes, how it goes on, how it fails."""
+
+import dataclasses
+import json
+
+import pytest
+
+from l2l_fast.cli import reproduce as command
+from l2l_fast.cli.training import read_recipe
+from l2l_fast.evaluate.rows import ROWS, Case, Settings
+
+SMALL = {"mnist": Case("{dataset}-mlp", (3, 6), {6: {"ratio_mean": 100.0}}), "quadratic": Case("quadratic", (5,)),
+         "ablation": Case("quadratic", (4,)), "horizon": Case("{dataset}-mlp", bars={0: {"diverged": 0.0}}),
+         "meta-lr": Case("quadratic", (10,))}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch, network, tmp_path):
+    for name in list(ROWS):
+        if name in SMALL:
+            recipes = ROWS[name].recipes[:2]
+            monkeypatch.setitem(ROWS, name, dataclasses.replace(ROWS[name], cases=(SMALL[name],), recipes=recipes))
+        else:
+            monkeypatch.delitem(ROWS, name)
+    tiny = Settings(seeds=2, tuning_seeds=1, meta_seeds=1, meta_steps=2, long_horizon=6)
+    monkeypatch.setattr(command, "QUICK", tiny)
+    network.save_pretrained(tmp_path / "mine" / "network")
+
+
+def test_a_row(run, tmp_path):
+    code, out, err = run("reproduce", "mnist", "--network", "mine/network", "--quick")
+    assert code == 0
+    assert out.startswith("mnist: The deck's network")
+    assert "digits-mlp, 6 steps, against" in out
+    assert "1 of 1 bars met" in out
+    assert "mine" in out
+    assert "tuning Adam" in err
+    folder = tmp_path / "runs" / "reproduce-digits" / "mnist"
+    assert (folder / "table.txt").read_text() == out
+    content = json.loads((folder / "row.json").read_text())
+    assert content["command"] == "l2l-fast reproduce mnist --network mine/network --dataset digits --quick"
+    comparison = json.loads((folder / "digits-mlp-6.json").read_text())
+    assert set(comparison["optimizers"]) == {"mine", "sgd", "nesterov", "rmsprop", "adam"}
+    assert (folder / "digits-mlp-6.png").stat().st_size > 5000
+
+
+def test_all_rows(run, tmp_path):
+    arguments = ("reproduce", "all", "--network", "mine/network", "--quadratic-network", "mine/network", "--quick")
+    code, out, err = run(*arguments, "--out", "found", "--json")
+    assert code == 0, err
+    content = json.loads(out)
+    assert list(content) == list(ROWS)
+    assert content["ablation"]["networks"] == ["base", "moments", "mine"]
+    assert content["meta-lr"]["networks"] == ["0.1", "0.03", "0.01", "0.003", "0.001"]
+    assert content["meta-lr"]["entries"][0]["figures"]["0.1"]["meta_loss"] > 0
+    page = (tmp_path / "found" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == sum(len(row["pictures"]) for row in content.values())
+    assert all(f"### {row['title']}" in (tmp_path / "found" / "results.md").read_text() for row in content.values())
+    # Again: nothing is trained, tuned or run twice.
+    code, again, err = run(*arguments, "--out", "found", "--json")
+    assert code == 0
+    assert "tuning" not in err
+    assert "recipe" not in err
+    figures = [json.loads(text)["ablation"]["entries"][0]["figures"]["base"]["ratio_mean"] for text in (out, again)]
+    assert figures[0] == figures[1]
+
+
+def test_a_killed_run_goes_on(run, monkeypatch):
+    arguments = ("reproduce", "mnist", "--network", "mine/network", "--quick", "--out", "found")
+    with monkeypatch.context() as patch:
+        patch.setattr("l2l_fast.evaluate.store.trajectories", _interrupt)
+        assert run(*arguments)[0] == 130
+    code, _, err = run(*arguments)
+    assert code == 0
+    assert "tuning" not in err
+    assert "comparing" in err
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_several_networks_are_told_apart(run, network):
+    network.save_pretrained("other/network")
+    code, out, _ = run("reproduce", "quadratic", "--network", "mine/network", "--network", "other/network", "--quick")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[4:]] == ["mine", "other", "median"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["mnits"], "Did you mean mnist?"),
+        (["mnist", "--dataset", "cifar"], "--dataset must be one of digits, mnist"),
+        (["mnist"], "the row mnist judges l2l-base"),
+        (["quadratic"], "then give --quadratic-network runs/mine/network"),
+        (["all", "--network", "mine/network"], "the row quadratic judges l2l-quadratic"),
+        (["mnist", "--network", "no-such"], "no network 'no-such'"),
+        (["mnist", "--network", "mine/network", "--network", "mine/network"], "twice"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_2(run, monkeypatch, arguments, words):
+    monkeypatch.setattr("l2l_fast.checkpoint.shipped", list)
+    code, out, err = run("reproduce", *arguments, "--quick")
+    assert (code, out) == (2, "")
+    assert words in err
+    assert len(err.splitlines()) == 1
+
+
+def test_recipe_files_say_what_differs():
+    base = read_recipe("base")
+    changed = read_recipe("moments")
+    assert changed["network"] == base["network"] | {"features": "moments"}
+    assert (changed["training"], changed["tasks"]) == (base["training"], base["tasks"])
+    assert read_recipe("no-scaling")["training"]["scaling"] == 0
