@@ -17,6 +17,17 @@ def network():
     return CoordinatewiseLSTM(hidden_size=4, num_layers=2)
 
 
+@pytest.fixture
+def poisoned_memory():
+    """Uninitialised memory is NaN, so that an output nobody wrote is seen."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
 def pytest_collection_modifyitems(items):
     """Tests marked cuda or mnist are skipped, with the reason, where there is no device or no data."""
     for item in items:

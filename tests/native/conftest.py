@@ -31,11 +31,5 @@ def isa(request):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Uninitialised memory is NaN, so that an output nobody wrote is seen."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
+def _poisoned(poisoned_memory):
+    """Every test here."""

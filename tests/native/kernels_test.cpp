@@ -1,26 +1,15 @@
 // The kernels without torch, for the sanitizers: every option at awkward sizes, with buffers of the exact size, and the
 // approximations held to their bounds. Built and run by csrc/sanitize.sh and by test_sanitized.py.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
+#include <string>
 #include <thread>
-#include <vector>
 
 #include "../../csrc/cpu/isa.h"
+#include "../kernel_cases.h"
 #include "approximations.h"
 
 using namespace l2l;
 
 namespace {
-
-int failures = 0;
-
-void expect(bool good, const char* what) {
-  if (good) return;
-  std::printf("FAILED: %s\n", what);
-  ++failures;
-}
 
 void run_threads(int workers, void (*body)(void*, int), void* context) {
   std::vector<std::thread> threads;
@@ -29,65 +18,17 @@ void run_threads(int workers, void (*body)(void*, int), void* context) {
   for (std::thread& thread : threads) thread.join();
 }
 
-float uniform() { return float(std::rand()) / float(RAND_MAX) * 2 - 1; }
+struct TwoThreads {
+  Parallel parallel = {2, run_threads};
 
-template <class T>
-std::vector<T> random(int64_t count, float scale) {
-  std::vector<T> values(count);
-  for (T& value : values) value = T(scale * uniform());
-  return values;
-}
-
-template <class T>
-bool finite(const std::vector<T>& values) {
-  for (T value : values)
-    if (!std::isfinite(value)) return false;
-  return true;
-}
-
-template <class T>
-void run(const Network& net, int64_t count, int64_t horizon, DType dtype) {
-  const int rows = net.state_rows();
-  const auto weights = random<T>(WeightLayout{net}.count(), 0.3f);
-  std::vector<T> state = random<T>(count * rows, 0.5f);
-  for (int64_t i = 0; net.has_moments() && i < count; ++i) state[count + i] = std::fabs(state[count + i]);
-  std::vector<T> param(count), grad = random<T>(count, 1e-2f);
-  if (count > 2) grad[2] = T(NAN);
-  const int64_t one = 1;
-  const double step = 2, lr = 0.5;
-  const Parallel parallel = {2, run_threads};
-
-  const StepTensor tensor = {
-      1,     &count, count, {param.data(), dtype, &one}, {grad.data(), dtype, &one}, {state.data(), dtype, &one},
-      count, {&step, Number::float64}};
-  const std::vector<T> before = state;
-  lstm_step_cpu({net, weights.data(), dtype, &tensor, 1, {&lr, Number::float64}, 0.1, false}, parallel);
-  expect(finite(param) && finite(state), "step is finite");
-  if (count > 2) expect(param[2] == 0 && state[2] == before[2], "a gradient that is not finite changes nothing");
-
-  std::vector<T> grads = random<T>(horizon * count, 1e-2f), updates(horizon * count), last(count * rows);
-  if (count > 2 && horizon > 1) grads[count + 2] = T(INFINITY);
-  const UnrollArguments arguments = {net,
-                                     weights.data(),
-                                     dtype,
-                                     horizon,
-                                     count,
-                                     {&step, Number::float64},
-                                     {grads.data(), dtype, count, 1},
-                                     {state.data(), dtype, 1, count}};
-  lstm_unroll_cpu(arguments, {updates.data(), dtype, count, 1}, {last.data(), dtype, 1, count}, parallel);
-  expect(finite(updates) && finite(last), "unroll is finite");
-
-  std::vector<T> d_grads(horizon * count), d_state(count * rows), d_weights(weights.size());
-  const UnrollGradients gradients = {
-      {updates.data(), dtype, count, 1},
-      {last.data(), dtype, 1, count},
-      {d_grads.data(), dtype, count, 1},
-      {d_state.data(), dtype, 1, count},
-      d_weights.data()};
-  lstm_unroll_backward_cpu(arguments, gradients, parallel);
-  expect(finite(d_grads) && finite(d_state) && finite(d_weights), "backward is finite");
-}
+  void step(const StepArguments& arguments) const { lstm_step_cpu(arguments, parallel); }
+  void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last) const {
+    lstm_unroll_cpu(arguments, updates, last, parallel);
+  }
+  void unroll_backward(const UnrollArguments& arguments, const UnrollGradients& gradients) const {
+    lstm_unroll_backward_cpu(arguments, gradients, parallel);
+  }
+};
 
 }  // namespace
 
@@ -103,8 +44,8 @@ int main() {
           for (bool projection : {false, true})
             for (int64_t count : {0, 1, 9, 63, 64, 65, 200}) {
               const Network net = {features, hidden, layers, projection, projection, 0.1, 10, 0.95, 0.95, 1e-8};
-              run<float>(net, count, 1 + count % 3, DType::float32);
-              if (count < 64) run<double>(net, count, 2, DType::float64);
+              run<float>(net, count, 1 + count % 3, DType::float32, TwoThreads());
+              if (count < 64) run<double>(net, count, 2, DType::float64, TwoThreads());
             }
   }
   for (const Approximations& approximations : all_approximations()) {
@@ -117,6 +58,5 @@ int main() {
     expect(tanh_error(approximations) <= 2e-7, "tanh within its bound");
     expect(special_values(approximations), "zeros, infinities and NaN");
   }
-  if (failures == 0) std::printf("all good\n");
-  return failures != 0;
+  return verdict();
 }

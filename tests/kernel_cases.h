@@ -1,0 +1,102 @@
+// What the tests without torch share: random buffers of the exact size, and one network's kernels run through a
+// backend's launchers.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "../csrc/lstm_step.h"
+#include "../csrc/lstm_unroll.h"
+
+namespace l2l {
+
+inline int failures = 0;
+
+inline void expect(bool good, const char* what) {
+  if (good) return;
+  std::printf("FAILED: %s\n", what);
+  ++failures;
+}
+
+// The test's exit status; says "all good" where it is.
+inline int verdict() {
+  if (failures == 0) std::printf("all good\n");
+  return failures != 0;
+}
+
+template <class T>
+std::vector<T> random(int64_t count, double scale) {
+  std::vector<T> values(count);
+  for (T& value : values) value = T(scale * (2.0 * std::rand() / RAND_MAX - 1));
+  return values;
+}
+
+template <class T>
+bool finite(const std::vector<T>& values) {
+  for (T value : values)
+    if (!std::isfinite(value)) return false;
+  return true;
+}
+
+// Memory that is NaN until it is written.
+template <class T>
+std::vector<T> unwritten(int64_t count) {
+  return std::vector<T>(count, T(NAN));
+}
+
+// A Backend has the launchers step(StepArguments), unroll(UnrollArguments, updates, last) and
+// unroll_backward(UnrollArguments, UnrollGradients).
+template <class T, class Backend>
+void run(const Network& net, int64_t count, int64_t horizon, DType dtype, const Backend& backend) {
+  const int rows = net.state_rows();
+  const auto weights = random<T>(WeightLayout{net}.count(), 0.3);
+  std::vector<T> state = random<T>(count * rows, 0.5);
+  for (int64_t i = 0; net.has_moments() && i < count; ++i) state[count + i] = std::fabs(state[count + i]);
+  std::vector<T> param(count), grad = random<T>(count, 1e-2);
+  if (count > 2) grad[2] = T(NAN);
+  const double number = 2;
+  const float lr = 0.5;
+  const int64_t one = 1, two[] = {1, 1}, sizes[] = {1, count};
+  const Scalar step = {&number, Number::float64};
+
+  const StepTensor tensor = {2,
+                             sizes,
+                             count,
+                             {param.data(), dtype, two},
+                             {grad.data(), dtype, two},
+                             {state.data(), dtype, two},
+                             count,
+                             step};
+  const std::vector<T> before = state;
+  backend.step({net, weights.data(), dtype, &tensor, 1, {&lr, Number::float32}, 0.1, false});
+  expect(finite(param) && finite(state), "step is finite");
+  if (count > 2) expect(param[2] == 0 && state[2] == before[2], "a gradient that is not finite changes nothing");
+
+  std::vector<T> grads = random<T>(horizon * count, 1e-2), updates = unwritten<T>(horizon * count);
+  std::vector<T> last = unwritten<T>(count * rows);
+  if (count > 2 && horizon > 1) grads[count + 2] = T(INFINITY);
+  const UnrollArguments arguments = {net,
+                                     weights.data(),
+                                     dtype,
+                                     horizon,
+                                     count,
+                                     step,
+                                     {grads.data(), dtype, count, one},
+                                     {state.data(), dtype, one, count}};
+  backend.unroll(arguments, {updates.data(), dtype, count, 1}, {last.data(), dtype, 1, count});
+  expect(finite(updates) && finite(last), "unroll is finite");
+
+  std::vector<T> d_grads = unwritten<T>(horizon * count), d_state = unwritten<T>(count * rows);
+  std::vector<T> d_weights = unwritten<T>(int64_t(weights.size()));
+  backend.unroll_backward(
+      arguments, {{updates.data(), dtype, count, 1},
+                  {last.data(), dtype, 1, count},
+                  {d_grads.data(), dtype, count, 1},
+                  {d_state.data(), dtype, 1, count},
+                  d_weights.data()});
+  expect(finite(d_grads) && finite(d_state) && finite(d_weights), "backward is finite");
+}
+
+}  // namespace l2l
