@@ -14,6 +14,7 @@ import typer
 
 from l2l_fast import tasks as library
 from l2l_fast.cli.options import HORIZONS, Data, Device, Json, Out, Seed, note, parse_horizon, report
+from l2l_fast.cli.training import prepare, read_recipe
 from l2l_fast.evaluate import plot_curves
 from l2l_fast.meta import MetaTrainer, recipes
 from l2l_fast.networks import CoordinatewiseLSTM
@@ -22,7 +23,12 @@ Choice = typer.Option  # short, for the long list below
 
 
 def meta_train(
-    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="One or several.", show_default=False)],
+    tasks: Annotated[
+        list[str] | None, typer.Argument(metavar="TASK...", help="One or several.", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        str | None, Choice(help="Train by this recipe: a shipped network's name, or a file.", show_default="by task")
+    ] = None,
     meta_steps: Annotated[int | None, Choice(help="Meta-updates.", min=1, show_default="by task")] = None,
     max_minutes: Annotated[float, Choice(help="Stop earlier after this time.", min=0)] = math.inf,
     network: Annotated[str | None, Choice(help="Start from this network: name, folder or hub id.")] = None,
@@ -41,6 +47,8 @@ def meta_train(
     ] = None,
     schedule: Annotated[str | None, Choice(help="constant or cosine.", show_default="by task")] = None,
     objective: Annotated[str | None, Choice(help="sum, relative or log.", show_default="by task")] = None,
+    meta_optimizer: Annotated[str | None, Choice(help="adam or soap.", show_default="by task")] = None,
+    average: Annotated[float | None, Choice(help="Decay of averaged weights.", show_default="by task")] = None,
     scaling: Annotated[float | None, Choice(help="Range r of random scaling.", show_default="by task")] = None,
     imitation: Annotated[float, Choice(help="Share of trajectories led by Adam.", min=0, max=1)] = 0.0,
     second_derivatives: Annotated[bool, Choice("--second-derivatives", help="Keep them.")] = False,
@@ -55,43 +63,59 @@ def meta_train(
     """Train an optimizer on TASK, or on several in turn.
 
     Writes the network, a checkpoint, history.json and meta_training.png into --out. Run the same command again to go on
-    after an interruption. What is not given follows the recipe for the kind of task.
+    after an interruption. What is not given follows the recipe, or what is known to suit the kind of task.
 
     \b
     Examples:
         l2l-fast meta-train quadratic
+        l2l-fast meta-train --recipe l2l-base --seed 1 --out runs/base-1
         l2l-fast meta-train mnist-mlp --meta-steps 4000 --seed 1 --out runs/mnist
         l2l-fast meta-train digits-mlp digits-mlp-2layer --horizon 50:300 --init-scale 0.003:0.3
     """
-    overrides = {} if init_scale is None else {"init_scale": _init_scale(init_scale)}
-    mixture = [library.get(name, **({} if name == "quadratic" else overrides)) for name in tasks]
-    recipe = recipes.for_task(mixture[0])
+    if bool(tasks) == bool(recipe):
+        raise typer.BadParameter("give one or several TASKs, or --recipe NAME")
+    if recipe and init_scale:
+        raise typer.BadParameter("--init-scale goes with TASKs; a recipe's tasks have their own")
     shape = _given(features=features, hidden_size=hidden_size, num_layers=num_layers, projection=projection,
                    output=output, output_scale=output_scale)  # fmt: skip
     if network is not None and shape:
         raise typer.BadParameter(f"--network already has its own {', '.join(shape)}; leave them out")
-    torch.manual_seed(seed)
-    learned = CoordinatewiseLSTM.from_pretrained(network) if network else CoordinatewiseLSTM(**recipe.network | shape)
-    training = recipe.training | _given(
-        unroll=unroll, instances=instances, parallel=parallel,
-        meta_lr=meta_lr, schedule=schedule, objective=objective, scaling=scaling,
+    if recipe:
+        chosen = read_recipe(recipe)
+        chosen["network"] |= shape
+        learned, mixture, training = prepare(chosen, "mnist", seed)
+        tasks, known_steps = [task["name"] for task in chosen["tasks"]], chosen["meta_steps"]
+        title = Path(recipe).stem
+    else:
+        overrides = {} if init_scale is None else {"init_scale": _init_scale(init_scale)}
+        mixture = [library.get(name, **({} if name == "quadratic" else overrides)) for name in tasks]
+        known = recipes.for_task(mixture[0])
+        torch.manual_seed(seed)
+        learned, training = CoordinatewiseLSTM(**known.network | shape), known.training
+        known_steps, title = known.meta_steps, "-".join(tasks)
+    if network:
+        learned = CoordinatewiseLSTM.from_pretrained(network)
+    training = training | _given(
+        unroll=unroll, instances=instances, parallel=parallel, meta_lr=meta_lr, schedule=schedule,
+        objective=objective, meta_optimizer=meta_optimizer, average=average, scaling=scaling,
         horizon=None if horizon is None else parse_horizon(horizon),
     )  # fmt: skip
-    out = out or Path("runs") / f"meta-train-{'-'.join(tasks)}"
+    out = out or Path("runs") / f"meta-train-{title}"
     trainer = MetaTrainer(
-        learned, mixture, imitation=imitation, second_derivatives=second_derivatives, device=device,
-        seed=seed, checkpoint=out / "checkpoint", log_dir=out / "tensorboard" if tensorboard else None, **training,
+        learned, mixture, second_derivatives=second_derivatives, device=device, seed=seed,
+        checkpoint=out / "checkpoint", log_dir=out / "tensorboard" if tensorboard else None,
+        **{"imitation": imitation} | training,
     )  # fmt: skip
     begun = time.monotonic()
     try:
-        history = trainer.fit(meta_steps or recipe.meta_steps, max_seconds=60 * max_minutes)
+        history = trainer.fit(meta_steps or known_steps, max_seconds=60 * max_minutes)
     finally:
         learned.save_pretrained(out / "network")  # the best weights so far, after Ctrl-C too
     seconds = time.monotonic() - begun
     (out / "history.json").write_text(json.dumps(dataclasses.asdict(history)) + "\n")
     plot_curves(
         {"meta-loss": torch.tensor(history.meta_losses)}, out / "meta_training.png",
-        f"meta-training on {', '.join(tasks)}",
+        f"meta-training: {title}",
         xlabel="meta-step (meta-updates)", ylabel=f"meta-loss of a window ({trainer.objective})",
         log=min(history.meta_losses) > 0,
     )  # fmt: skip

@@ -34,16 +34,55 @@ def train_at_rate(
 
 
 def read_recipe(name: str) -> dict:
-    """A recipe file of ``l2l_fast/ablations``: tasks, network, training, meta_steps.
+    """A recipe file: tasks, network, training, meta_steps.
 
     A file with ``"like"`` says only what differs from another; ``network`` and ``training`` are merged key by key.
+
+    Args:
+        name: a path that ends in .json, the name of a network that is shipped, or one of a row's own (``ablations``).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not JSON.
     """
-    recipe = json.loads((resources.files("l2l_fast") / "ablations" / f"{name}.json").read_text())
+    package = resources.files("l2l_fast")
+    places = [Path(name)] if name.endswith(".json") else [
+        package / "weights" / name / "recipe.json", package / "ablations" / f"{name}.json"
+    ]  # fmt: skip
+    place = next((place for place in places if place.is_file()), None)
+    if place is None:
+        raise FileNotFoundError(
+            f"no recipe {name!r}: give a path that ends in .json, or one of {', '.join(recipe_names())}"
+        )
+    try:
+        recipe = json.loads(place.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from None
     if "like" not in recipe:
         return recipe
     base = read_recipe(recipe.pop("like"))
     merged = {key: base[key] | recipe.get(key, {}) for key in ("network", "training")}
     return base | recipe | merged
+
+
+def recipe_names() -> list[str]:
+    """Recipes that come with the package: those of shipped networks first."""
+    package = resources.files("l2l_fast")
+    shipped = [folder.name for folder in (package / "weights").iterdir() if (folder / "recipe.json").is_file()]
+    rows = [file.name.removesuffix(".json") for file in (package / "ablations").iterdir() if file.suffix == ".json"]
+    return sorted(shipped) + sorted(rows)
+
+
+def prepare(recipe: dict, dataset: str, seed: int) -> tuple[CoordinatewiseLSTM, list[Task], dict]:
+    """A recipe's network at its start, its tasks, and the arguments of its :class:`MetaTrainer`."""
+    tasks = [
+        library.get(task.pop("name").format(dataset=dataset), **_tuples(task)) for task in map(dict, recipe["tasks"])
+    ]
+    training = dict(recipe["training"])
+    if "horizon" in training:
+        training["horizon"] = parse_horizon(str(training["horizon"]))
+    torch.manual_seed(seed)
+    return CoordinatewiseLSTM(**recipe["network"]), tasks, training
 
 
 def train_recipe(
@@ -63,14 +102,7 @@ def train_recipe(
     folder = folder / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
     if (folder / "network" / "config.json").exists():
         return folder / "network"
-    tasks = [
-        library.get(task.pop("name").format(dataset=dataset), **_tuples(task)) for task in map(dict, recipe["tasks"])
-    ]
-    training = dict(recipe["training"])
-    if "horizon" in training:
-        training["horizon"] = parse_horizon(str(training["horizon"]))
-    torch.manual_seed(seed)
-    network = CoordinatewiseLSTM(**recipe["network"])
+    network, tasks, training = prepare(recipe, dataset, seed)
     trainer = MetaTrainer(
         network, tasks, seed=seed, device=device, progress=False, checkpoint=folder / "checkpoint", **training
     )

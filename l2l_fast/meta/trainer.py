@@ -23,6 +23,7 @@ from l2l_fast.meta import progress as bars
 from l2l_fast.meta import ranks
 from l2l_fast.meta.curricula import Horizon
 from l2l_fast.meta.graphs import CudaCapture, Graphs
+from l2l_fast.meta.soap import Soap
 from l2l_fast.meta.unroll import (
     OBJECTIVES,
     Rule,
@@ -39,6 +40,7 @@ from l2l_fast.tasks.base import Batch, send
 
 FORMAT_VERSION = 1
 SCHEDULES = ("constant", "cosine")
+META_OPTIMIZERS = ("adam", "soap")
 # What a seed is for; the first word of every seed sequence, so that no two purposes share random numbers.
 _INSTANCE, _SCALING, _TRAJECTORY, _VALIDATION = range(4)
 
@@ -87,10 +89,14 @@ class MetaTrainer:
             leave an error of a few per cent, less than batches do, in half of the time.
         parallel: trajectories, each with its own task and horizon, that one meta-step averages over.
         meta_lr: learning rate of the meta-optimizer.
-        meta_optimizer: made from the network's parameters; ``torch.optim.Adam(lr=meta_lr)`` if None.
+        meta_optimizer: "adam"; "soap", Adam in the eigenbasis of the meta-gradients' covariance
+            (:class:`~l2l_fast.meta.soap.Soap`), which needs fewer meta-steps; or a callable that makes one from the
+            network's parameters.
         schedule: of the meta learning rate over ``fit``'s steps: "constant", or "cosine" down to a hundredth.
         objective: "sum", "relative" (f_t / f_0) or "log".
         loss_weights: w, ``unroll`` numbers; ones if None.
+        average: decay rate of a running average of the weights, which is what validation sees and ``fit`` leaves in the
+            network; 0 for none. Meta-gradients are noisy, and an average over the last 50 weights (0.98) is less so.
         clip: largest norm of the meta-gradient; None for no clipping.
         scaling: r of the random scaling theta -> c theta, c = exp(U(-r, r)) a coordinate; 0 for none.
         imitation: share of trajectories led by ``teacher``, whose updates the network then fits; a number, or
@@ -139,11 +145,12 @@ class MetaTrainer:
         coordinates: int | None = None,
         parallel: int = 1,
         meta_lr: float = 3e-3,
-        meta_optimizer: Callable[[list], torch.optim.Optimizer] | None = None,
+        meta_optimizer: str | Callable[[list], torch.optim.Optimizer] = "adam",
         schedule: str = "constant",
         objective: str = "sum",
         loss_weights: Sequence[float] | None = None,
         clip: float | None = 1.0,
+        average: float = 0.0,
         scaling: float = 0.0,
         imitation: float | tuple[float, float] = 0.0,
         teacher: Callable[[list], torch.optim.Optimizer] | None = None,
@@ -171,6 +178,9 @@ class MetaTrainer:
         _require(meta_lr > 0, "meta_lr", meta_lr, "positive")
         _require(schedule in SCHEDULES, "schedule", schedule, f"one of {SCHEDULES}")
         _require(objective in OBJECTIVES, "objective", objective, f"one of {OBJECTIVES}")
+        _require(callable(meta_optimizer) or meta_optimizer in META_OPTIMIZERS, "meta_optimizer", meta_optimizer,
+                 f"one of {META_OPTIMIZERS}, or a callable")  # fmt: skip
+        _require(0 <= average < 1, "average", average, "in [0, 1)")
         _require(clip is None or clip > 0, "clip", clip, "positive or None")
         _require(coordinates is None or coordinates >= 1, "coordinates", coordinates, "at least 1 or None")
         _require(not (second_derivatives and coordinates), "coordinates", coordinates, "None with second_derivatives")
@@ -187,6 +197,7 @@ class MetaTrainer:
         self.horizon = Horizon(horizon) if isinstance(horizon, int) else horizon
         self.unroll, self.instances, self.parallel, self.coordinates = unroll, instances, parallel, coordinates
         self.meta_lr, self.schedule, self.objective, self.clip = meta_lr, schedule, objective, clip
+        self.average = average
         self.loss_weights = None if loss_weights is None else torch.tensor(loss_weights, device=device)
         self.scaling, self.imitation, self.lr, self.weight_decay = scaling, share, lr, weight_decay
         self.teacher = teacher or (lambda params: torch.optim.Adam(params, lr=0.01))
@@ -196,8 +207,9 @@ class MetaTrainer:
         self.checkpoint_every, self.log_dir, self.seed = checkpoint_every, log_dir, seed
         self.device, self.progress = device, progress
 
-        make = meta_optimizer or (lambda params: torch.optim.Adam(params, lr=meta_lr, fused=True, capturable=graphs))
-        self._update = MetaUpdate(network, make, clip, parallel)
+        makers = {"adam": partial(torch.optim.Adam, lr=meta_lr, fused=True, capturable=graphs),
+                  "soap": partial(Soap, lr=meta_lr)}  # fmt: skip
+        self._update = MetaUpdate(network, makers.get(meta_optimizer, meta_optimizer), clip, parallel)
         self.meta_optimizer, self.parameters = self._update.optimizer, self._update.parameters
         self._rule = Rule(network.config, self._update.weights, lr, weight_decay)
         self._graphs, self._eager = Graphs(CudaCapture(device) if graphs else None), Graphs()
@@ -210,6 +222,7 @@ class MetaTrainer:
         self.meta_step, self.started, self.history = 0, 0, History()
         self.streams: list[_Stream | None] = [None] * parallel
         self._best = self._weights()
+        self._averaged = self._weights()
         self._current: Tensor | None = None  # the weights under training, while the network holds the best ones
         self._total = 1
 
@@ -288,6 +301,9 @@ class MetaTrainer:
         elif not self._update.skips:
             self._update.step()
         self.meta_step += 1
+        # At first over few weights, so that it forgets where the network started.
+        decay = min(self.average, self.meta_step / (self.meta_step + 9))
+        self._averaged.lerp_(self._weights(), 1 - decay)
         self.history.meta_losses.append(sum(losses) / len(losses))
 
     def _launch(self, progress: float) -> None:
@@ -390,15 +406,16 @@ class MetaTrainer:
 
     def _validate(self) -> None:
         """Mean of f_t / f_0 over the horizon, the instances and the tasks; keeps the best weights."""
-        self._update.begin()
+        self._update.weights.copy_(self._averaged)
         scores = [self._score(index) for index in range(len(self.tasks))]
         score = sum(scores) / len(scores)
         score = score if math.isfinite(score) else math.inf
         self.history.validations.append((self.meta_step, score))
         if score < self.history.best_score:
-            self.history.best_score, self._best = score, self._weights()
+            self.history.best_score, self._best = score, self._averaged.clone()
         if self.horizon.validated(score):
             self.network.load_flat_weights_(self._best)
+            self._averaged.copy_(self._best)
             self.history.best_score = math.inf
             for slot in range(self.parallel):
                 self._end(slot)
@@ -427,8 +444,8 @@ class MetaTrainer:
     def _settings(self) -> dict:
         """Everything that must be the same for a resumed run to be the same run."""
         names = ("unroll", "instances", "coordinates", "parallel", "meta_lr", "schedule", "objective", "clip",
-                 "scaling", "lr", "weight_decay", "second_derivatives", "validate_every", "validation_instances",
-                 "seed")  # fmt: skip
+                 "average", "scaling", "lr", "weight_decay", "second_derivatives", "validate_every",
+                 "validation_instances", "seed")  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         settings["horizon"], settings["imitation"] = repr(self.horizon), list(self.imitation)
         settings["tasks"] = [task.name for task in self.tasks]
@@ -461,6 +478,7 @@ class MetaTrainer:
             "started": self.started,
             "weights": self._weights(),
             "best": self._best,
+            "averaged": self._averaged,
             "meta_optimizer": self.meta_optimizer.state_dict(),
             "horizon": self.horizon.state_dict(),
             "streams": every_rank,
@@ -497,7 +515,7 @@ class MetaTrainer:
             )
         self.meta_step, self.started = saved["meta_step"], saved["started"]
         self.network.load_flat_weights_(saved["weights"])
-        self._best = saved["best"]
+        self._best, self._averaged = saved["best"], saved["averaged"]
         self._update.load_state_dict(saved["meta_optimizer"])
         self.horizon.load_state_dict(saved["horizon"])
         self.history = History(**saved["history"])

@@ -66,6 +66,28 @@ def test_meta_train_then_compare(run, tmp_path):
     assert json.loads(text)["best_baseline"] == "adam"
 
 
+def test_meta_train_by_a_recipe(run, tmp_path):
+    recipe = {"tasks": [{"name": "digits-mlp", "init_scale": [0.01, 0.1]}], "network": {"hidden_size": 3},
+              "training": {"horizon": "5:10", "unroll": 5, "meta_optimizer": "soap", "average": 0.5,
+                           "validation_instances": 1}, "meta_steps": 3}  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps(recipe))
+    code, text, _ = run("meta-train", "--recipe", tmp_path / "mine.json", "--json", "--out", "a")
+    assert code == 0
+    assert (json.loads(text)["meta_steps"], json.loads(text)["tasks"]) == (3, ["digits-mlp"])
+    assert CoordinatewiseLSTM.from_pretrained(tmp_path / "a" / "network").config.hidden_size == 3
+    code, _, err = run("meta-train", "--recipe", "nothing")
+    assert code == 2
+    assert "no recipe 'nothing'" in err
+    assert "l2l-base" in err
+    assert run("meta-train", "--recipe", "l2l-base", "quadratic")[0] == 2
+    assert run("meta-train")[0] == 2
+    assert run("meta-train", "--recipe", "l2l-base", "--init-scale", "0.1")[0] == 2
+    (tmp_path / "broken.json").write_text("{")
+    code, _, err = run("meta-train", "--recipe", tmp_path / "broken.json")
+    assert code == 2
+    assert "is not JSON" in err
+
+
 def test_meta_train_goes_on_where_it_stopped(run, tmp_path):
     arguments = ("meta-train", "digits-mlp", "digits-mlp-relu", "--parallel", 1, "--init-scale", "0.01:0.3",
                  "--features", "both", "--hidden-size", 3, "--tensorboard", "--json")  # fmt: skip

@@ -58,6 +58,21 @@ def test_one_meta_step_is_one_adam_step_on_the_unrolls_gradient():
     torch.testing.assert_close(trainer.network.flat_weights(), reference)
 
 
+def test_the_average_of_the_weights_is_validated_and_kept():
+    trainer = make_trainer(average=0.8, meta_lr=0.1, validate_every=7)
+    seen, scores = [], []
+    score = trainer._score
+    trainer._score = lambda index: scores.append(trainer._rule.weights.clone()) or score(index)
+    trainer.fit(7, on_step=lambda step: seen.append(trainer._weights()))
+    expected = make_network().flat_weights().detach()
+    for step, weights in enumerate(seen, 1):
+        decay = min(0.8, step / (step + 9))
+        expected = decay * expected + (1 - decay) * weights
+    torch.testing.assert_close(scores[0], expected)
+    torch.testing.assert_close(trainer.network.flat_weights(), expected)
+    assert not torch.allclose(trainer._current, expected)
+
+
 def test_parallel_trajectories_are_averaged():
     sgd = {"clip": None, "meta_optimizer": lambda params: torch.optim.SGD(params, lr=0.01)}
     trainer = make_trainer(parallel=3, horizon=30, **sgd)
@@ -103,6 +118,7 @@ OPTIONS = {
     "led": {"imitation": 0.5, "parallel": 3, "schedule": "cosine"},
     "staged": {"horizon": Staged((6, 12), patience=1), "objective": "log"},
     "second": {"second_derivatives": True, "loss_weights": [0.0, 0.0, 1.0, 1.0, 1.0]},
+    "soap": {"meta_optimizer": "soap", "average": 0.9},
     "sgd": {"meta_optimizer": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9)},
 }
 
@@ -244,6 +260,8 @@ def test_validation_uses_its_own_instances():
         ({"tasks": "quadratc"}, "quadratic"),
         ({"unroll": 0}, "unroll must be at least 1, got 0"),
         ({"instances": 0}, "instances must be at least 1"),
+        ({"average": 1.0}, "average must be in"),
+        ({"meta_optimizer": "sgd"}, "meta_optimizer must be one of"),
         ({"meta_lr": 0.0}, "meta_lr must be positive"),
         ({"schedule": "step"}, "schedule must be one of"),
         ({"objective": "mean"}, "objective must be one of"),

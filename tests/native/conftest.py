@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from l2l_fast import _native
 

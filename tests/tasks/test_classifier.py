@@ -147,6 +147,19 @@ def test_log_uniform_start():
     assert stds.mean().item() == pytest.approx((low + high) / 2, abs=0.3)
 
 
+def test_pooled_images():
+    plain, pooled = Classifier("digits"), Classifier("digits", pool=2)
+    rows = torch.tensor([3, 0])
+    images, targets = plain.examples(rows)
+    squares, same = pooled.examples(rows)
+    assert torch.equal(targets, same)
+    torch.testing.assert_close(squares.view(2, 4, 4), images.view(2, 4, 2, 4, 2).mean((2, 4)))
+    assert pooled.init(torch.Generator())["0.weight"].shape == (20, 16)
+    assert pooled.name == "digits/2-mlp-20-sigmoid"
+    assert Classifier("digits", kind="conv", pool=2).init(torch.Generator())["1.weight"].shape[1] == 80
+    assert Classifier("digits", pool=3).init(torch.Generator())["0.weight"].shape[1] == 4  # 8 / 3: an edge is dropped
+
+
 def test_own_data():
     colour = Dataset("colour", torch.rand(10, 3, 5, 7), torch.arange(10) % 2, classes=2)
     task = Classifier(colour, (4, 6), "gelu", kind="conv", batch_size=3)
@@ -176,6 +189,7 @@ def test_own_data():
         ({"init_scale": (0.3, 0.003)}, "init_scale"),
         ({"init_scale": (0, 1)}, "init_scale"),
         ({"init_scale": (1, 2, 3)}, "init_scale"),
+        ({"pool": 0}, "pool must be at least 1"),
     ],
 )
 def test_refuses(options, why):
