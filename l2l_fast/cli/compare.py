@@ -18,8 +18,8 @@ def compare(
     network: Annotated[str, typer.Option(help="A network: shipped name, folder or hub id.")] = "l2l-base",
     horizon: Annotated[int, typer.Option(help="Steps a trajectory.", min=1)] = 100,
     seeds: Annotated[int, typer.Option(help="Held-out seeds.", min=1)] = 10,
-    baselines: Annotated[str, typer.Option(help="Which baselines, separated by commas.")] = ",".join(
-        evaluate.BASELINES
+    baselines: Annotated[str, typer.Option(help="Which, separated by commas; adam-fused is one more.")] = ",".join(
+        evaluate.USUAL
     ),
     device: Device = "cpu",
     seed: Seed = 0,

@@ -35,6 +35,9 @@ def reproduce(
     quadratic_network: Annotated[
         list[str] | None, typer.Option(help="The same for the row quadratic.", show_default="l2l-quadratic")
     ] = None,
+    small_network: Annotated[
+        list[str] | None, typer.Option(help="The same for the row seconds.", show_default="l2l-small")
+    ] = None,
     dataset: Annotated[str, typer.Option(help="digits (minutes, nothing to download) or mnist.")] = "digits",
     seeds: Annotated[int | None, typer.Option(help="Held-out seeds.", min=1, show_default="10")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few seeds, short trainings: to try it.")] = False,
@@ -60,16 +63,16 @@ def reproduce(
     if dataset not in DATASETS:
         raise typer.BadParameter(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
     out = out or Path("runs") / f"reproduce-{dataset}"
-    given = {"l2l-base": network, "l2l-quadratic": quadratic_network}
-    if row == "quadratic":
-        given["l2l-quadratic"] = quadratic_network or network
+    given = {"l2l-base": network, "l2l-quadratic": quadratic_network, "l2l-small": small_network}
+    if row != "all" and ROWS[row].network:
+        given[ROWS[row].network] = given[ROWS[row].network] or network
     # All of them now: what is missing should be said before hours of work, not after.
     networks = {name: _networks(name, given.get(ROWS[name].network)) for name in names}
     extra = _load(network) if network else {}
     settings = QUICK if quick else FULL
     if seeds is not None:
         settings = dataclasses.replace(settings, seeds=seeds)
-    chosen = {"--network": network, "--quadratic-network": quadratic_network}
+    chosen = {"--network": network, "--quadratic-network": quadratic_network, "--small-network": small_network}
     words = [*(word for option, values in chosen.items() for value in values or []
              for word in (option, value)), "--dataset", dataset, *(["--seeds", str(seeds)] if seeds else []),
              *(["--quick"] if quick else []), *(["--seed", str(seed)] if seed else [])]  # fmt: skip
@@ -115,7 +118,7 @@ def _networks(row: str, given: list[str] | None) -> Networks | None:
     try:
         return {name: CoordinatewiseLSTM.from_pretrained(name)}
     except FileNotFoundError:
-        option = "--quadratic-network" if row == "quadratic" else "--network"
+        option = {"l2l-quadratic": "--quadratic-network", "l2l-small": "--small-network"}.get(name, "--network")
         task = "quadratic" if row == "quadratic" else "digits-mlp"
         raise FileNotFoundError(
             f"the row {row} judges {name}, which does not come with this version: train a network with l2l-fast "

@@ -1,10 +1,11 @@
-from l2l_fast.evaluate.baselines import BASELINES, Baseline, Tuned, tune, tune_horizons
+from l2l_fast.evaluate.baselines import BASELINES, USUAL, Baseline, Tuned, tune, tune_horizons
 from l2l_fast.evaluate.compare import compare, compare_horizons
 from l2l_fast.evaluate.comparison import Comparison, Result
 from l2l_fast.evaluate.plots import plot_comparison, plot_curves
 
 __all__ = [
     "BASELINES",
+    "USUAL",
     "Baseline",
     "Comparison",
     "Result",

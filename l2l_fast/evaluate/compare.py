@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from l2l_fast.evaluate.baselines import BASELINES, Baseline, final_loss, find_baseline, mean_loss
+from l2l_fast.evaluate.baselines import BASELINES, USUAL, Baseline, final_loss, find_baseline, mean_loss
 from l2l_fast.evaluate.comparison import Comparison, Result
 from l2l_fast.evaluate.store import Store, stored_trajectories, stored_tuning
 from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress
@@ -35,7 +35,7 @@ def compare(
     *,
     horizon: int = 100,
     seeds: int = 10,
-    baselines: Sequence[str | Baseline] = tuple(BASELINES),
+    baselines: Sequence[str | Baseline] = USUAL,
     tuning_seeds: int = 10,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -49,7 +49,7 @@ def compare(
 
     ``seconds_per_step`` is the median wall-clock time of loss, gradient and update on one instance, parameters in their
     own shapes, the optimizers taking turns step by step so that whatever else the machine does hits all alike.
-    Baselines are torch's classes as they come, with ``foreach=True``.
+    Baselines are torch's classes as they come, with ``foreach=True``, or fused where their name says so.
 
     Args:
         task: a task, or the name of one.
@@ -84,9 +84,10 @@ def compare_horizons(
     horizons: Sequence[int],
     *,
     seeds: int = 10,
-    baselines: Sequence[str | Baseline] = tuple(BASELINES),
+    baselines: Sequence[str | Baseline] = USUAL,
     tuning_seeds: int = 10,
     seed: int = 0,
+    state_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     store: Store | None = None,
@@ -97,6 +98,7 @@ def compare_horizons(
 
     Args:
         horizons: numbers of updates; the other arguments are :func:`compare`'s.
+        state_dtype: of the networks' state, float32 or bfloat16.
         store: keeps tunings and losses; its facts must say which task this is. None keeps nothing.
 
     Example:
@@ -117,7 +119,7 @@ def compare_horizons(
         raise ValueError(f"seeds and tuning_seeds must be at most {_SEEDS_EACH}, got {max(seeds, tuning_seeds)}")
     if not 0 <= seed <= 9999:
         raise ValueError(f"seed must be from 0 to 9999, got {seed}")
-    learned = learned_lanes(optimizers)
+    learned = learned_lanes(optimizers, state_dtype)
     baselines = [find_baseline(baseline) for baseline in ([baselines] if isinstance(baselines, str) else baselines)]
     if not baselines:
         raise ValueError(f"baselines must name at least one of {', '.join(BASELINES)}, got none")
@@ -174,13 +176,13 @@ def held_out_seeds(seed: int, count: int) -> range:
 # ---------------------------------------------------------------- arguments
 
 
-def learned_lanes(optimizers) -> dict[str, Lane]:
+def learned_lanes(optimizers, state_dtype: torch.dtype = torch.float32) -> dict[str, Lane]:
     """Lanes by name, of all that :func:`compare` takes as ``optimizers``."""
     if not isinstance(optimizers, Mapping):
         optimizers = {_name(optimizers): optimizers}
     if not optimizers:
         raise ValueError("optimizers must hold at least one network or callable, got none")
-    return {str(name): _lane(optimizer) for name, optimizer in optimizers.items()}
+    return {str(name): _lane(optimizer, state_dtype) for name, optimizer in optimizers.items()}
 
 
 def _name(optimizer) -> str:
@@ -189,7 +191,7 @@ def _name(optimizer) -> str:
     return "LSTM" if isinstance(optimizer, torch.nn.Module) else getattr(optimizer, "__name__", "learned")
 
 
-def _lane(optimizer) -> Lane:
+def _lane(optimizer, state_dtype: torch.dtype) -> Lane:
     if isinstance(optimizer, (str, PathLike, torch.nn.Module)):
         from l2l_fast.networks import CoordinatewiseLSTM
         from l2l_fast.optim import LSTMOptimizer
@@ -200,7 +202,8 @@ def _lane(optimizer) -> Lane:
         with torch.no_grad():
             weights = network.flat_weights().double().cpu().numpy()
         digest = hashlib.sha256(repr(network.config).encode() + weights.tobytes()).hexdigest()
-        return Lane(lambda params: LSTMOptimizer(params, network=network), identity={"network": digest})
+        identity = {"network": digest} | ({} if state_dtype == torch.float32 else {"state_dtype": str(state_dtype)})
+        return Lane(lambda params: LSTMOptimizer(params, network=network, state_dtype=state_dtype), identity=identity)
     if not callable(optimizer):
         raise ValueError(
             "optimizers must be a network, its name or folder, a callable (parameters -> optimizer) or a dictionary of "

@@ -18,11 +18,13 @@ from l2l_fast.evaluate.compare import compare_horizons, environment, held_out, h
 from l2l_fast.evaluate.comparison import Comparison
 from l2l_fast.evaluate.figures import Entry, Findings
 from l2l_fast.evaluate.plots import plot_curves, plot_start_scales
-from l2l_fast.evaluate.rows import BASELINES, FULL, ROWS, Case, Settings
+from l2l_fast.evaluate.rows import FULL, ROWS, Case, Settings
 from l2l_fast.evaluate.store import Store, stored_trajectories
 from l2l_fast.evaluate.trajectories import Progress, smoothed
+from l2l_fast.reference import state_size
 from l2l_fast.tasks import Task
 
+ADAM_BYTES = 8  # of state a coordinate: two moments in float32
 EARLY, LATE = (500, 1000), 500  # the steps that a long run's last ones are held against, and how many those are
 
 
@@ -100,16 +102,20 @@ def write(findings: Findings, folder: Path) -> None:
 
 
 def _compare(case: Case, networks, run: Run, findings: Findings, folder: Path) -> dict[int, Comparison]:
-    label, settings = case.label(run.dataset), run.settings
+    label, settings, row = case.label(run.dataset), run.settings, ROWS[findings.row]
+    dtype = getattr(torch, row.state_dtype)
     with run.stages(f"{findings.row}: {label}") as progress:
         found = compare_horizons(
             run.task(case), dict(networks), case.horizons, seeds=settings.seeds, tuning_seeds=settings.tuning_seeds,
-            baselines=[find_baseline(name) for name in BASELINES], seed=run.seed, device=run.device,
-            progress=progress, store=run.store(case),
+            baselines=[find_baseline(name) for name in row.baselines], seed=run.seed, state_dtype=dtype,
+            device=run.device, progress=progress, store=run.store(case),
         )  # fmt: skip
     for horizon, comparison in found.items():
         comparison.task = label
         entry = Entry.of(comparison, f"{label}, {horizon} steps", dict(case.bars.get(horizon, {})))
+        if "bytes" in entry.bars:
+            for name, network in networks.items():
+                entry.figures[name]["bytes"] = state_size(network.config) * dtype.itemsize / ADAM_BYTES
         stem = f"{_file_name(label)}-{horizon}"
         entry.files = [f"{stem}.json", f"{stem}.png"]
         comparison.to_json(folder / f"{stem}.json")

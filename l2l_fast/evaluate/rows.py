@@ -16,6 +16,7 @@ METRICS = {
     "ratio_seconds": "seconds",
     "diverged": "seeds diverged",
     "late": "last 500 / steps 500-1000",
+    "bytes": "state, in Adam's",
     "meta_loss": "meta-loss at the end",
     "mean_loss": "mean loss",
     "final_loss": "final loss",
@@ -77,6 +78,8 @@ class Row:
         cases: what is run.
         network: the shipped network that is judged unless others are given; None for networks the row trains.
         recipes: recipe files of the networks that the row trains, each compared with the others.
+        baselines: what is tuned and compared with, by name.
+        state_dtype: of the networks' state.
     """
 
     title: str
@@ -85,6 +88,8 @@ class Row:
     cases: tuple[Case, ...]
     network: str | None = "l2l-base"
     recipes: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = BASELINES
+    state_dtype: str = "float32"
 
 
 def _bars(mean: float, steps: float, final: float) -> dict[str, float]:
@@ -96,6 +101,7 @@ _LONG = _bars(0.88, 0.75, 0.97)
 _SEEN = {100: _bars(0.80, 0.65, 0.95), 200: _bars(0.80, 0.65, 0.95), 1000: _LONG}
 _UNSEEN = {100: _bars(0.90, 0.70, 0.97), 200: _bars(0.90, 0.70, 0.97), 1000: _LONG}
 _QUADRATIC = _bars(0.70, 0.70, 0.65)
+_SECONDS = {200: {"ratio_seconds": 0.75, "bytes": 5.0}}
 _START = {200: _bars(0.85, 0.75, 1.0)}
 _WITH_BAR = (0.003, 0.01, 0.03, 0.3)
 _NO_DIVERGENCE = {"diverged": 0.0, "late": 1.0}
@@ -155,6 +161,15 @@ ROWS: dict[str, Row] = {
             for scale in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
         ),
     ),
+    "seconds": Row(
+        "Seconds and bytes",
+        "Does a small network save time, and not steps alone, where Adam runs at its fastest?",
+        "compare",
+        tuple(Case(task, (200,), _SECONDS) for task in (_FOUR[0], _FOUR[3])),
+        network="l2l-small",
+        baselines=("adam-fused",),
+        state_dtype="bfloat16",
+    ),
     "transfer": Row(
         "Transfer",
         "What does an optimizer do on a family of tasks that it never met in meta-training?",
@@ -183,7 +198,7 @@ def find(name: str) -> list[str]:
     Example:
         >>> from l2l_fast.evaluate import rows
         >>> rows.find("relu"), len(rows.find("all"))
-        (['relu'], 10)
+        (['relu'], 11)
     """
     if name == "all":
         return list(ROWS)
