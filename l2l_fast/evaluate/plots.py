@@ -121,9 +121,37 @@ def plot_start_scales(comparisons: Mapping[float, Comparison], path: str | PathL
     _draw(lines, path, title, emphasised, band="mean ± standard error\nover seeds", x=np.array(scales), **labels)
 
 
-def _draw(
-    lines, path, title, emphasised, *, band, xlabel="step (parameter updates)", ylabel="loss", log=True, x=None
+def plot_front(
+    costs: Mapping[str, float], quality: Mapping[str, Mapping[str, float | None]], path: str | PathLike, title: str
 ) -> None:
+    """Picture of quality against cost: a point a network, a line a comparison.
+
+    Args:
+        costs: nanoseconds a coordinate and step, by network.
+        quality: ratio of the mean loss to the best baseline's, by comparison and network; None where there is none.
+        path: the file; its ending says the format.
+        title: above the picture.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    names = sorted(costs, key=costs.get)
+    lines = {}
+    for label, ratios in quality.items():
+        values = np.array([np.nan if ratios[name] is None else ratios[name] for name in names], dtype=float)
+        lines[label] = (values, np.zeros(len(names)))
+    ticks = [f"{name}\n{costs[name]:.2g}" for name in names]
+    labels = {"xlabel": "network, and nanoseconds a coordinate and step (logarithmic scale)"}
+    labels["ylabel"] = "mean loss over the best baseline's"
+    _draw(
+        lines, path, title, [], band=None, x=np.array([costs[name] for name in names]), ticks=ticks, log=False, **labels
+    )
+
+
+def _draw(
+    lines, path, title, emphasised, *, band, xlabel="step (parameter updates)", ylabel="loss", log=True, x=None,
+    ticks=None,
+) -> None:  # fmt: skip
     """Lines {label: (mean [T], half width of the band [T])} to a file, against steps or against positive ``x`` [T]."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -181,7 +209,7 @@ def _draw(
         axes.set_xlim(0, max(1, max(len(mean) for mean, _ in lines.values()) - 1))
     else:
         axes.set_xscale("log")
-        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.set_xticks(x, ticks or [f"{value:g}" for value in x])
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(xlabel)
     axes.set_ylabel(f"{ylabel} (logarithmic scale)" if log else ylabel)

@@ -16,11 +16,13 @@ from l2l_fast import tasks
 from l2l_fast.evaluate.baselines import find_baseline
 from l2l_fast.evaluate.compare import compare_horizons, environment, held_out, held_out_seeds, learned_lanes
 from l2l_fast.evaluate.comparison import Comparison
+from l2l_fast.evaluate.costs import measure_cost
 from l2l_fast.evaluate.figures import Entry, Findings
-from l2l_fast.evaluate.plots import plot_curves, plot_start_scales
+from l2l_fast.evaluate.plots import plot_curves, plot_front, plot_start_scales
 from l2l_fast.evaluate.rows import FULL, ROWS, Case, Settings
 from l2l_fast.evaluate.store import Store, stored_trajectories
 from l2l_fast.evaluate.trajectories import Progress, smoothed
+from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.reference import state_size
 from l2l_fast.tasks import Task
 
@@ -84,6 +86,10 @@ def reproduce(name: str, networks: Mapping[str, torch.nn.Module | str | PathLike
     runners = {"compare": _compare, "long": _long}
     if row.kind not in runners:
         raise ValueError(f"the row {name} trains networks of its own; run it with: l2l-fast reproduce {name}")
+    networks = {
+        label: network if isinstance(network, torch.nn.Module) else CoordinatewiseLSTM.from_pretrained(network)
+        for label, network in networks.items()
+    }
     folder = run.folder / name
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
@@ -91,6 +97,8 @@ def reproduce(name: str, networks: Mapping[str, torch.nn.Module | str | PathLike
         found[case.options.get("init_scale")] = runners[row.kind](case, networks, run, findings, folder)
     if len(found) > 1 and None not in found:
         _against_start_scales(found, findings, folder)
+    if row.costs:
+        _against_costs(networks, run, findings, folder)
     write(findings, folder)
     return findings
 
@@ -132,6 +140,22 @@ def _against_start_scales(found: dict[float, dict[int, Comparison]], findings: F
         title = f"{task}: start scales, {horizon} steps, {findings.seeds} held-out seeds, baselines tuned"
         plot_start_scales({scale: by[horizon] for scale, by in found.items()}, folder / picture, title)
         findings.pictures = {picture: title} | findings.pictures
+
+
+def _against_costs(networks, run: Run, findings: Findings, folder: Path) -> None:
+    """The costs of the networks as one case more, and a picture of quality against time."""
+    costs = {name: measure_cost(network, run.device) for name, network in networks.items()}
+    quality = {
+        entry.label: {n: figures["ratio_mean"] for n, figures in entry.figures.items()} for entry in findings.entries
+    }
+    figures = {
+        name: {"state": cost.bytes, "multiply_adds": cost.multiply_adds, "nanoseconds": cost.nanoseconds}
+        for name, cost in costs.items()
+    }
+    findings.entries.append(Entry("each coordinate and step", figures))
+    title = f"mean loss against the time of a step, {findings.seeds} held-out seeds, baselines tuned"
+    plot_front({name: cost.nanoseconds for name, cost in costs.items()}, quality, folder / "front.png", title)
+    findings.pictures = {"front.png": title} | findings.pictures
 
 
 def _long(case: Case, networks, run: Run, findings: Findings, folder: Path) -> None:

@@ -17,6 +17,9 @@ METRICS = {
     "diverged": "seeds diverged",
     "late": "last 500 / steps 500-1000",
     "bytes": "state, in Adam's",
+    "state": "bytes",
+    "multiply_adds": "multiply-adds",
+    "nanoseconds": "ns",
     "meta_loss": "meta-loss at the end",
     "mean_loss": "mean loss",
     "final_loss": "final loss",
@@ -80,6 +83,7 @@ class Row:
         recipes: recipe files of the networks that the row trains, each compared with the others.
         baselines: what is tuned and compared with, by name.
         state_dtype: of the networks' state.
+        costs: whether to measure and draw what each network costs a coordinate as well.
     """
 
     title: str
@@ -90,6 +94,7 @@ class Row:
     recipes: tuple[str, ...] = ()
     baselines: tuple[str, ...] = BASELINES
     state_dtype: str = "float32"
+    costs: bool = False
 
 
 def _bars(mean: float, steps: float, final: float) -> dict[str, float]:
@@ -170,6 +175,15 @@ ROWS: dict[str, Row] = {
         baselines=("adam-fused",),
         state_dtype="bfloat16",
     ),
+    "front": Row(
+        "Quality against cost",
+        "How much does a larger network buy? All trained for the same number of meta-steps.",
+        "compare",
+        (Case(_FOUR[0], (100, 200)), Case(_FOUR[3], (100, 200))),
+        network=None,
+        recipes=("front-4", "front-8", "front-16", "front-20", "front-2x20"),
+        costs=True,
+    ),
     "transfer": Row(
         "Transfer",
         "What does an optimizer do on a family of tasks that it never met in meta-training?",
@@ -198,7 +212,7 @@ def find(name: str) -> list[str]:
     Example:
         >>> from l2l_fast.evaluate import rows
         >>> rows.find("relu"), len(rows.find("all"))
-        (['relu'], 11)
+        (['relu'], 12)
     """
     if name == "all":
         return list(ROWS)

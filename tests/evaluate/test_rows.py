@@ -128,6 +128,36 @@ def test_start_scales_have_a_picture_together(tmp_path, monkeypatch, network):
     assert (tmp_path / "init" / "start-scales-3.png").stat().st_size > 5000
 
 
+def test_seconds_are_against_fused_adam_and_state_is_in_its_bytes(tmp_path, monkeypatch, network):
+    case = Case("{dataset}-mlp", (4,), {4: {"ratio_seconds": 100.0, "bytes": 5.0}})
+    monkeypatch.setitem(ROWS, "seconds", dataclasses.replace(ROWS["seconds"], cases=(case,)))
+    found = runner.reproduce("seconds", {"a": network}, runner.Run(tmp_path, settings=TINY))
+    (entry,) = found.entries
+    assert entry.rivals == "Adam (fused)"
+    assert entry.figures["a"]["bytes"] == 2 * 16 / 8  # two layers of four units, h and c of each in bfloat16
+    assert entry.met("bytes") is True
+    written = l2l.evaluate.Comparison.from_json(tmp_path / "seconds" / "digits-mlp-4.json")
+    rounded = compare_horizons(
+        "digits-mlp", {"a": network}, (4,), seeds=2, tuning_seeds=2, baselines=["adam-fused"],
+        state_dtype=torch.bfloat16,
+    )[4]  # fmt: skip
+    assert written.optimizers["a"].curve == rounded.optimizers["a"].curve
+
+
+def test_quality_against_cost(tmp_path, monkeypatch, network):
+    case = Case("{dataset}-mlp", (3,))
+    monkeypatch.setitem(ROWS, "front", dataclasses.replace(ROWS["front"], cases=(case,)))
+    small = l2l.CoordinatewiseLSTM("moments", 2, 1)
+    small.save_pretrained(tmp_path / "small")
+    found = runner.reproduce("front", {"a": network, "b": tmp_path / "small"}, runner.Run(tmp_path, settings=TINY))
+    assert [entry.label for entry in found.entries] == ["digits-mlp, 3 steps", "each coordinate and step"]
+    costs = found.entries[-1].figures
+    assert (costs["a"]["state"], costs["a"]["multiply_adds"]) == (64, 4 * 4 * (2 + 4) + 4 * 4 * 8 + 4)
+    assert (costs["b"]["state"], costs["b"]["multiply_adds"]) == (24, 4 * 2 * (2 + 2) + 2)
+    assert costs["b"]["nanoseconds"] > 0
+    assert (tmp_path / "front" / "front.png").stat().st_size > 5000
+
+
 def test_a_long_row(tmp_path, monkeypatch, network):
     monkeypatch.setattr(runner, "EARLY", (4, 8))
     monkeypatch.setattr(runner, "LATE", 3)
