@@ -15,7 +15,9 @@ from torch import Tensor
 from l2l_fast.data import HALVES, Dataset, digits, halves, mnist
 from l2l_fast.tasks.base import Resident, look_up
 
-ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu}
+ACTIVATIONS = {
+    "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu, "silu": F.silu, "elu": F.elu,
+}  # fmt: skip
 DATASETS = ("digits", "mnist")
 KINDS = ("mlp", "conv")
 
@@ -33,7 +35,7 @@ class Classifier:
         dataset: "digits", "mnist", or a :class:`~l2l_fast.data.Dataset` of your own, for "conv" with images
             [M, height, width] or [M, channels, height, width]. Named ones are read at first use, not before.
         hidden: units of the hidden layers, or channels of the convolutions; () is logistic regression.
-        activation: "sigmoid", "tanh", "relu" or "gelu".
+        activation: "sigmoid", "tanh", "relu", "gelu", "silu" or "elu".
         kind: "mlp" or "conv".
         batch_size: n, the examples of a minibatch.
         init_scale: how a trajectory starts. "default": as ``torch.nn.Linear`` and ``Conv2d`` do, weights and biases

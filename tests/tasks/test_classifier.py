@@ -9,7 +9,7 @@ from torch import nn
 from l2l_fast.data import Dataset, digits, halves
 from l2l_fast.tasks import Classifier, Instances, Task
 
-MODULES = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
+MODULES = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "elu": nn.ELU}
 
 
 def seeded(seed=0) -> torch.Generator:

@@ -1,0 +1,63 @@
+"""The networks that come with the package: whole, documented, trainable again, and as good as they are said to be."""
+
+import pytest
+import torch
+
+import l2l_fast as l2l
+from l2l_fast import checkpoint
+from l2l_fast.cli.training import prepare, read_recipe
+from l2l_fast.evaluate import compare
+from l2l_fast.optim import LSTMOptimizer
+
+NAMES = ["l2l-base", "l2l-paper", "l2l-quadratic", "l2l-small"]
+
+
+def test_all_are_there():
+    assert checkpoint.shipped() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_has_its_card_and_the_recipe_that_trains_it(name):
+    folder = checkpoint.WEIGHTS / name
+    card = (folder / "README.md").read_text()
+    for word in (f"l2l-fast meta-train --recipe {name}", "## Figures", "## Limits", "Apache-2.0"):
+        assert word in card, word
+    recipe = read_recipe(name)
+    fresh, tasks, training = prepare(recipe, "mnist", seed=0)
+    network = l2l.CoordinatewiseLSTM.from_pretrained(name)
+    assert network.options == fresh.options
+    assert not torch.equal(network.flat_weights(), fresh.flat_weights())
+    l2l.MetaTrainer(fresh, tasks, progress=False, **training)  # every option is one of the trainer's
+
+
+def test_no_relu_in_meta_training():
+    for name in NAMES:
+        for task in read_recipe(name)["tasks"]:
+            assert "relu" not in task["name"]
+            assert task.get("activation") != "relu"
+
+
+def test_the_default_network_trains_a_network():
+    torch.manual_seed(0)
+    inputs = torch.randn(256, 10)
+    targets = (inputs[:, 0] * inputs[:, 1] > 0).long()
+    model = torch.nn.Sequential(torch.nn.Linear(10, 30), torch.nn.ReLU(), torch.nn.Linear(30, 2))
+    optimizer, losses = LSTMOptimizer(model.parameters()), []
+    for _ in range(100):
+        loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["l2l-base", "l2l-small"])
+def test_digits_are_learned_faster_than_by_tuned_baselines(name):
+    found = compare("digits-mlp", name, horizon=100, seeds=4, tuning_seeds=4, baselines=["adam", "nesterov"])
+    assert found.ratio_mean < 0.9
+
+
+def test_quadratics_are_solved_faster_than_by_tuned_baselines():
+    found = compare("quadratic", "l2l-quadratic", horizon=100, seeds=20, baselines=["adam", "nesterov"])
+    assert found.ratio_mean < 0.75
