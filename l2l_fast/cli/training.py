@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from l2l_fast import tasks as library
+from l2l_fast.checkpoint import WEIGHTS, shipped
 from l2l_fast.cli.options import parse_horizon
 from l2l_fast.meta import History, MetaTrainer, recipes
 from l2l_fast.networks import CoordinatewiseLSTM
@@ -43,11 +44,10 @@ def read_recipe(name: str) -> dict:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not JSON.
+        ValueError: it is not JSON, or leaves something out.
     """
-    package = resources.files("l2l_fast")
     places = [Path(name)] if name.endswith(".json") else [
-        package / "weights" / name / "recipe.json", package / "ablations" / f"{name}.json"
+        WEIGHTS / name / "recipe.json", resources.files("l2l_fast") / "ablations" / f"{name}.json"
     ]  # fmt: skip
     place = next((place for place in places if place.is_file()), None)
     if place is None:
@@ -58,19 +58,19 @@ def read_recipe(name: str) -> dict:
         recipe = json.loads(place.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
-    if "like" not in recipe:
-        return recipe
-    base = read_recipe(recipe.pop("like"))
-    merged = {key: base[key] | recipe.get(key, {}) for key in ("network", "training")}
-    return base | recipe | merged
+    if "like" in recipe:
+        base = read_recipe(recipe.pop("like"))
+        merged = {key: base[key] | recipe.get(key, {}) for key in ("network", "training")}
+        return base | recipe | merged
+    if missing := [key for key in ("tasks", "network", "training", "meta_steps") if key not in recipe]:
+        raise ValueError(f"{place} must have {', '.join(missing)}: add them, or name a recipe to be like")
+    return recipe
 
 
 def recipe_names() -> list[str]:
     """Recipes that come with the package: those of shipped networks first."""
-    package = resources.files("l2l_fast")
-    shipped = [folder.name for folder in (package / "weights").iterdir() if (folder / "recipe.json").is_file()]
-    rows = [file.name.removesuffix(".json") for file in (package / "ablations").iterdir() if file.suffix == ".json"]
-    return sorted(shipped) + sorted(rows)
+    rows = [file.name for file in (resources.files("l2l_fast") / "ablations").iterdir()]
+    return shipped() + sorted(name.removesuffix(".json") for name in rows)
 
 
 def prepare(recipe: dict, dataset: str, seed: int) -> tuple[CoordinatewiseLSTM, list[Task], dict]:

@@ -86,6 +86,10 @@ def test_meta_train_by_a_recipe(run, tmp_path):
     code, _, err = run("meta-train", "--recipe", tmp_path / "broken.json")
     assert code == 2
     assert "is not JSON" in err
+    (tmp_path / "short.json").write_text('{"tasks": [], "network": {}}')
+    code, _, err = run("meta-train", "--recipe", tmp_path / "short.json")
+    assert code == 2
+    assert "must have training, meta_steps" in err
 
 
 def test_meta_train_goes_on_where_it_stopped(run, tmp_path):
