@@ -5,7 +5,7 @@ import torch
 
 import l2l_fast as l2l
 from l2l_fast import checkpoint
-from l2l_fast.cli.training import prepare, read_recipe
+from l2l_fast.cli.training import prepare, read_recipe, stages
 from l2l_fast.evaluate import compare
 from l2l_fast.optim import LSTMOptimizer
 
@@ -22,17 +22,17 @@ def test_each_has_its_card_and_the_recipe_that_trains_it(name):
     card = (folder / "README.md").read_text()
     for word in (f"l2l-fast meta-train --recipe {name}", "## Figures", "## Limits", "Apache-2.0"):
         assert word in card, word
-    recipe = read_recipe(name)
-    fresh, tasks, training = prepare(recipe, "mnist", seed=0)
     network = l2l.CoordinatewiseLSTM.from_pretrained(name)
-    assert network.options == fresh.options
-    assert not torch.equal(network.flat_weights(), fresh.flat_weights())
-    l2l.MetaTrainer(fresh, tasks, progress=False, **training)  # every option is one of the trainer's
+    for stage in stages(read_recipe(name)):
+        fresh, tasks, training = prepare(stage, "mnist", seed=0)
+        assert network.options == fresh.options
+        assert not torch.equal(network.flat_weights(), fresh.flat_weights())
+        l2l.MetaTrainer(fresh, tasks, progress=False, **training)  # every option is one of the trainer's
 
 
 def test_no_relu_in_meta_training():
     for name in NAMES:
-        for task in read_recipe(name)["tasks"]:
+        for task in (task for stage in stages(read_recipe(name)) for task in stage["tasks"]):
             assert "relu" not in task["name"]
             assert task.get("activation") != "relu"
 

@@ -14,9 +14,9 @@ import typer
 
 from l2l_fast import tasks as library
 from l2l_fast.cli.options import HORIZONS, Data, Device, Json, Out, Seed, note, parse_horizon, report
-from l2l_fast.cli.training import prepare, read_recipe
+from l2l_fast.cli.training import prepare, read_recipe, stage_folders, stages
 from l2l_fast.evaluate import plot_curves
-from l2l_fast.meta import MetaTrainer, recipes
+from l2l_fast.meta import History, MetaTrainer, recipes
 from l2l_fast.networks import CoordinatewiseLSTM
 
 Choice = typer.Option  # short, for the long list below
@@ -29,7 +29,9 @@ def meta_train(
     recipe: Annotated[
         str | None, Choice(help="Train by this recipe: a shipped network's name, or a file.", show_default="by task")
     ] = None,
-    meta_steps: Annotated[int | None, Choice(help="Meta-updates.", min=1, show_default="by task")] = None,
+    meta_steps: Annotated[
+        int | None, Choice(help="Meta-updates, of a recipe's last stage.", min=1, show_default="by task")
+    ] = None,
     max_minutes: Annotated[float, Choice(help="Stop earlier after this time.", min=0)] = math.inf,
     network: Annotated[str | None, Choice(help="Start from this network: name, folder or hub id.")] = None,
     features: Annotated[str | None, Choice(help="identity, log_sign, moments or both.", show_default="by task")] = None,
@@ -82,53 +84,62 @@ def meta_train(
         raise typer.BadParameter(f"--network already has its own {', '.join(shape)}; leave them out")
     if recipe:
         chosen = read_recipe(recipe)
-        chosen["network"] |= shape
-        learned, mixture, training = prepare(chosen, "mnist", seed)
-        tasks, known_steps = [task["name"] for task in chosen["tasks"]], chosen["meta_steps"]
-        title = Path(recipe).stem
+        chosen["network"] = chosen["network"] | shape
+        parts = stages(chosen, meta_steps)
+        learned, title = prepare(chosen, "mnist", seed)[0], Path(recipe).stem
+        planned = [(part["meta_steps"], *prepare(part, "mnist", seed)[1:]) for part in parts]
+        tasks = [task["name"] for task in parts[-1]["tasks"]]
     else:
         overrides = {} if init_scale is None else {"init_scale": _init_scale(init_scale)}
         mixture = [library.get(name, **({} if name == "quadratic" else overrides)) for name in tasks]
         known = recipes.for_task(mixture[0])
         torch.manual_seed(seed)
-        learned, training = CoordinatewiseLSTM(**known.network | shape), known.training
-        known_steps, title = known.meta_steps, "-".join(tasks)
+        learned, title = CoordinatewiseLSTM(**known.network | shape), "-".join(tasks)
+        planned = [(meta_steps or known.meta_steps, mixture, known.training)]
     if network:
         learned = CoordinatewiseLSTM.from_pretrained(network)
-    training = training | _given(
+    changed = _given(
         unroll=unroll, instances=instances, parallel=parallel, meta_lr=meta_lr, schedule=schedule,
         objective=objective, meta_optimizer=meta_optimizer, average=average, scaling=scaling,
         horizon=None if horizon is None else parse_horizon(horizon),
     )  # fmt: skip
     out = out or Path("runs") / f"meta-train-{title}"
-    trainer = MetaTrainer(
-        learned, mixture, second_derivatives=second_derivatives, device=device, seed=seed,
-        checkpoint=out / "checkpoint", log_dir=out / "tensorboard" if tensorboard else None,
-        **{"imitation": imitation} | training,
-    )  # fmt: skip
     begun = time.monotonic()
-    try:
-        history = trainer.fit(meta_steps or known_steps, max_seconds=60 * max_minutes)
-    finally:
-        learned.save_pretrained(out / "network")  # the best weights so far, after Ctrl-C too
+    for folder, (steps, mixture, training) in zip(stage_folders(out, planned), planned, strict=True):
+        trainer = MetaTrainer(
+            learned, mixture, second_derivatives=second_derivatives, device=device, seed=seed,
+            checkpoint=folder / "checkpoint", log_dir=folder / "tensorboard" if tensorboard else None,
+            **{"imitation": imitation} | training | changed,
+        )  # fmt: skip
+        try:
+            left = 60 * max_minutes - (time.monotonic() - begun)
+            history = trainer.fit(steps, max_seconds=max(1.0, left))  # a stage of no meta-steps has nothing to draw
+        finally:
+            learned.save_pretrained(folder / "network")  # the best weights so far, after Ctrl-C too
+        _record(history, trainer, folder, title)
+        note(f"network, history and picture are in {folder}")
+        if trainer.meta_step < steps:
+            break
     seconds = time.monotonic() - begun
-    (out / "history.json").write_text(json.dumps(dataclasses.asdict(history)) + "\n")
+    result = {"tasks": tasks, "meta_steps": trainer.meta_step, "seconds": seconds, "best_score": history.best_score,
+              "skipped": history.skipped, "network": str(folder / "network")}  # fmt: skip
+    text = (
+        f"{trainer.meta_step} meta-steps in {seconds:.0f} s; "
+        f"best validation {history.best_score:.4g} (mean of f_t / f_0)\n"
+        f"network: {folder / 'network'}\n"
+        f"try it:  l2l-fast compare {tasks[0]} --network {folder / 'network'}"
+    )
+    report(result, text, as_json)
+
+
+def _record(history: History, trainer: MetaTrainer, folder: Path, title: str) -> None:
+    (folder / "history.json").write_text(json.dumps(dataclasses.asdict(history)) + "\n")
     plot_curves(
-        {"meta-loss": torch.tensor(history.meta_losses)}, out / "meta_training.png",
+        {"meta-loss": torch.tensor(history.meta_losses)}, folder / "meta_training.png",
         f"meta-training: {title}",
         xlabel="meta-step (meta-updates)", ylabel=f"meta-loss of a window ({trainer.objective})",
         log=min(history.meta_losses) > 0,
     )  # fmt: skip
-    note(f"network, history and picture are in {out}")
-    result = {"tasks": tasks, "meta_steps": trainer.meta_step, "seconds": seconds, "best_score": history.best_score,
-              "skipped": history.skipped, "network": str(out / "network")}  # fmt: skip
-    text = (
-        f"{trainer.meta_step} meta-steps in {seconds:.0f} s; "
-        f"best validation {history.best_score:.4g} (mean of f_t / f_0)\n"
-        f"network: {out / 'network'}\n"
-        f"try it:  l2l-fast compare {tasks[0]} --network {out / 'network'}"
-    )
-    report(result, text, as_json)
 
 
 def _given(**options) -> dict:

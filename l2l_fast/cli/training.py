@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -35,9 +36,10 @@ def train_at_rate(
 
 
 def read_recipe(name: str) -> dict:
-    """A recipe file: tasks, network, training, meta_steps.
+    """A recipe file: tasks, network, training, meta_steps, and ``then``, a second stage as far as it differs.
 
-    A file with ``"like"`` says only what differs from another; ``network`` and ``training`` are merged key by key.
+    A file with ``"like"`` says only what differs from another; ``network``, ``training`` and ``then`` are merged key by
+    key, and ``"then": null`` leaves the other's second stage out.
 
     Args:
         name: a path that ends in .json, the name of a network that is shipped, or one of a row's own (``ablations``).
@@ -60,8 +62,7 @@ def read_recipe(name: str) -> dict:
         raise ValueError(f"{place} is not JSON: {error}") from None
     if "like" in recipe:
         base = read_recipe(recipe.pop("like"))
-        merged = {key: base[key] | recipe.get(key, {}) for key in ("network", "training")}
-        return base | recipe | merged
+        return _merged(base, recipe, "network", "training", "then")
     if missing := [key for key in ("tasks", "network", "training", "meta_steps") if key not in recipe]:
         raise ValueError(f"{place} must have {', '.join(missing)}: add them, or name a recipe to be like")
     return recipe
@@ -71,6 +72,21 @@ def recipe_names() -> list[str]:
     """Recipes that come with the package: those of shipped networks first."""
     rows = [file.name for file in (resources.files("l2l_fast") / "ablations").iterdir()]
     return shipped() + sorted(name.removesuffix(".json") for name in rows)
+
+
+def stages(recipe: dict, meta_steps: int | None = None) -> list[dict]:
+    """What a recipe trains one after another, each stage whole; a stage starts from the network of the one before.
+
+    Args:
+        recipe: what :func:`read_recipe` gives.
+        meta_steps: of the last stage, in place of the recipe's; no earlier one is longer.
+    """
+    recipe = dict(recipe)
+    then = recipe.pop("then", None)
+    if not then:
+        return [recipe | {"meta_steps": meta_steps or recipe["meta_steps"]}]
+    first = recipe | {"meta_steps": min(meta_steps or math.inf, recipe["meta_steps"])}
+    return [first, *stages(_merged(recipe, then, "training"), meta_steps)]
 
 
 def prepare(recipe: dict, dataset: str, seed: int) -> tuple[CoordinatewiseLSTM, list[Task], dict]:
@@ -97,18 +113,34 @@ def train_recipe(
 ) -> Path:
     """The network of a recipe file, trained below ``folder`` unless it is there; a killed training goes on."""
     recipe = read_recipe(name)
-    meta_steps = meta_steps or recipe["meta_steps"]
-    decides = json.dumps([recipe, dataset, meta_steps, seed], sort_keys=True)
+    parts = stages(recipe, meta_steps)
+    decides = json.dumps([recipe, dataset, meta_steps or recipe["meta_steps"], seed], sort_keys=True)
     folder = folder / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
     if (folder / "network" / "config.json").exists():
         return folder / "network"
-    network, tasks, training = prepare(recipe, dataset, seed)
-    trainer = MetaTrainer(
-        network, tasks, seed=seed, device=device, progress=False, checkpoint=folder / "checkpoint", **training
-    )
-    trainer.fit(meta_steps, on_step=lambda done: on_step(done, meta_steps))
+    network, total, before = prepare(recipe, dataset, seed)[0], sum(part["meta_steps"] for part in parts), 0
+    for part, place in zip(parts, stage_folders(folder, parts), strict=True):
+        _, tasks, training = prepare(part, dataset, seed)
+        trainer = MetaTrainer(
+            network, tasks, seed=seed, device=device, progress=False, checkpoint=place / "checkpoint", **training
+        )
+        trainer.fit(part["meta_steps"], on_step=lambda done, before=before: on_step(before + done, total))
+        before += part["meta_steps"]
     network.save_pretrained(folder / "network")
     return folder / "network"
+
+
+def stage_folders(out: Path, parts: list[dict]) -> list[Path]:
+    """Where each stage keeps its checkpoint: the last in ``out``, those before it in folders of their own below."""
+    return [*(out / f"stage-{number}" for number in range(1, len(parts))), out]
+
+
+def _merged(base: dict, changes: dict, *deep: str) -> dict:
+    """``base`` with what changes; the mappings named in ``deep`` are merged key by key, and None takes one out."""
+    merged = {
+        key: (base.get(key) or {}) | changes[key] for key in deep if isinstance(changes.get(key), dict)
+    }
+    return base | changes | merged
 
 
 def _tuples(options: dict) -> dict:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from l2l_fast import CoordinatewiseLSTM, tasks
 
@@ -90,6 +91,28 @@ def test_meta_train_by_a_recipe(run, tmp_path):
     code, _, err = run("meta-train", "--recipe", tmp_path / "short.json")
     assert code == 2
     assert "must have training, meta_steps" in err
+
+
+def test_a_recipe_of_two_stages(run, tmp_path):
+    options = {"unroll": 5, "validation_instances": 1, "horizon": 5}
+    recipe = {"tasks": [{"name": "digits-mlp"}], "network": {"hidden_size": 3}, "training": options, "meta_steps": 2}
+    second = {"tasks": [{"name": "digits-mlp-2layer"}], "training": {"horizon": 10}, "meta_steps": 3}
+    for name, contents in (("one", recipe), ("both", recipe | {"then": second}),
+                           ("second", recipe | second | {"training": options | {"horizon": 10}})):  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(contents))
+    code, text, _ = run("meta-train", "--recipe", tmp_path / "both.json", "--json", "--out", "both")
+    assert (code, json.loads(text)["meta_steps"], json.loads(text)["tasks"]) == (0, 3, ["digits-mlp-2layer"])
+    assert len(json.loads((tmp_path / "both" / "stage-1" / "history.json").read_text())["meta_losses"]) == 2
+    # The same as one recipe after the other.
+    assert run("meta-train", "--recipe", tmp_path / "one.json", "--out", "one")[0] == 0
+    assert run("meta-train", "--recipe", tmp_path / "second.json", "--network", tmp_path / "one" / "network",
+               "--out", "two")[0] == 0  # fmt: skip
+    both, two = (CoordinatewiseLSTM.from_pretrained(tmp_path / name / "network") for name in ("both", "two"))
+    assert torch.equal(both.flat_weights(), two.flat_weights())
+    # A number of meta-steps is the last stage's; the first is no longer than that.
+    code, text, _ = run("meta-train", "--recipe", tmp_path / "both.json", "--meta-steps", 1, "--json", "--out", "short")
+    assert (code, json.loads(text)["meta_steps"]) == (0, 1)
+    assert len(json.loads((tmp_path / "short" / "stage-1" / "history.json").read_text())["meta_losses"]) == 1
 
 
 def test_meta_train_goes_on_where_it_stopped(run, tmp_path):

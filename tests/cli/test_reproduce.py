@@ -6,7 +6,7 @@ import json
 import pytest
 
 from l2l_fast.cli import reproduce as command
-from l2l_fast.cli.training import read_recipe
+from l2l_fast.cli.training import read_recipe, stages
 from l2l_fast.evaluate.rows import ROWS, Case, Settings
 
 SMALL = {"mnist": Case("{dataset}-mlp", (3, 6), {6: {"ratio_mean": 100.0}}), "quadratic": Case("quadratic", (5,)),
@@ -113,3 +113,18 @@ def test_recipe_files_say_what_differs():
     assert changed["network"] == base["network"] | {"features": "moments"}
     assert (changed["training"], changed["tasks"]) == (base["training"], base["tasks"])
     assert read_recipe("no-scaling")["training"]["scaling"] == 0
+
+
+def test_a_recipe_like_another_changes_or_drops_its_second_stage(tmp_path):
+    first = {"tasks": ["a"], "network": {}, "training": {"unroll": 5}, "meta_steps": 4}
+    files = {
+        "two": first | {"then": {"tasks": ["b"], "training": {"meta_lr": 1}, "meta_steps": 6}},
+        "longer": {"like": str(tmp_path / "two.json"), "then": {"meta_steps": 9}},
+        "short": {"like": str(tmp_path / "two.json"), "then": None},
+    }
+    for name, recipe in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(recipe))
+    two, longer, short = (stages(read_recipe(str(tmp_path / f"{name}.json"))) for name in files)
+    assert two == [first, first | {"tasks": ["b"], "training": {"unroll": 5, "meta_lr": 1}, "meta_steps": 6}]
+    assert longer == [first, two[1] | {"meta_steps": 9}]
+    assert short == [first]
