@@ -137,9 +137,7 @@ def stage_folders(out: Path, parts: list[dict]) -> list[Path]:
 
 def _merged(base: dict, changes: dict, *deep: str) -> dict:
     """``base`` with what changes; the mappings named in ``deep`` are merged key by key, and None takes one out."""
-    merged = {
-        key: (base.get(key) or {}) | changes[key] for key in deep if isinstance(changes.get(key), dict)
-    }
+    merged = {key: (base.get(key) or {}) | changes[key] for key in deep if isinstance(changes.get(key), dict)}
     return base | changes | merged
 
 

@@ -448,7 +448,7 @@ class MetaTrainer:
                  "validation_instances", "seed")  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         settings["horizon"], settings["imitation"] = repr(self.horizon), list(self.imitation)
-        settings["tasks"] = [task.name for task in self.tasks]
+        settings |= {f"tasks[{number}]": _described(task) for number, task in enumerate(self.tasks)}
         settings["network"] = list(self.network.config)
         settings["loss_weights"] = None if self.loss_weights is None else self.loss_weights.tolist()
         settings["meta_optimizer"] = type(self.meta_optimizer).__name__
@@ -506,7 +506,9 @@ class MetaTrainer:
             raise ValueError(f"{path} has format {version}, this l2l_fast reads {FORMAT_VERSION}: give another folder")
         ours = self._settings()
         differing = [
-            f"{name}={theirs.get(name)!r} (now {ours[name]!r})" for name in ours if theirs.get(name) != ours[name]
+            f"{name}={theirs.get(name)!r} (now {ours.get(name)!r})"
+            for name in ours | theirs
+            if theirs.get(name) != ours.get(name)
         ]
         if differing:
             raise ValueError(
@@ -543,6 +545,18 @@ class MetaTrainer:
         writer.add_scalar("meta_loss", self.history.meta_losses[-1], self.meta_step)
         if self.history.validations and self.history.validations[-1][0] == self.meta_step:
             writer.add_scalar("validation", self.history.validations[-1][1], self.meta_step)
+
+
+def _described(task: Task) -> str:
+    """A task's name and its options as far as they are plain values: tasks of one name may differ in them."""
+    # Not where its data is: a run may go on on another machine.
+    known = {key: value for key, value in getattr(task, "__dict__", {}).items() if key not in ("name", "folder")}
+    options = [
+        f"{key}={value!r}"
+        for key, value in known.items()
+        if key[0] != "_" and isinstance(value, str | int | float | tuple)
+    ]
+    return f"{task.name}({', '.join(options)})"
 
 
 class _DeferredInterrupt:
