@@ -36,10 +36,10 @@ def train_at_rate(
 
 
 def read_recipe(name: str) -> dict:
-    """A recipe file: tasks, network, training, meta_steps, and ``then``, a second stage as far as it differs.
+    """A recipe file: tasks, network, training, meta_steps, and ``then``, the next stage as far as it differs.
 
     A file with ``"like"`` says only what differs from another; ``network``, ``training`` and ``then`` are merged key by
-    key, and ``"then": null`` leaves the other's second stage out.
+    key, and ``"then": null`` leaves the other's later stages out.
 
     Args:
         name: a path that ends in .json, the name of a network that is shipped, or one of a row's own (``ablations``).
@@ -62,7 +62,7 @@ def read_recipe(name: str) -> dict:
         raise ValueError(f"{place} is not JSON: {error}") from None
     if "like" in recipe:
         base = read_recipe(recipe.pop("like"))
-        return _merged(base, recipe, "network", "training", "then")
+        return _merged(base, recipe)
     if missing := [key for key in ("tasks", "network", "training", "meta_steps") if key not in recipe]:
         raise ValueError(f"{place} must have {', '.join(missing)}: add them, or name a recipe to be like")
     return recipe
@@ -86,7 +86,7 @@ def stages(recipe: dict, meta_steps: int | None = None) -> list[dict]:
     if not then:
         return [recipe | {"meta_steps": meta_steps or recipe["meta_steps"]}]
     first = recipe | {"meta_steps": min(meta_steps or math.inf, recipe["meta_steps"])}
-    return [first, *stages(_merged(recipe, then, "training"), meta_steps)]
+    return [first, *stages(_merged(recipe, then), meta_steps)]
 
 
 def prepare(recipe: dict, dataset: str, seed: int) -> tuple[CoordinatewiseLSTM, list[Task], dict]:
@@ -135,10 +135,10 @@ def stage_folders(out: Path, parts: list[dict]) -> list[Path]:
     return [*(out / f"stage-{number}" for number in range(1, len(parts))), out]
 
 
-def _merged(base: dict, changes: dict, *deep: str) -> dict:
-    """``base`` with what changes; the mappings named in ``deep`` are merged key by key, and None takes one out."""
-    merged = {key: (base.get(key) or {}) | changes[key] for key in deep if isinstance(changes.get(key), dict)}
-    return base | changes | merged
+def _merged(base: dict, changes: dict) -> dict:
+    """``base`` with what changes; mappings that a recipe has by name are merged key by key, and None takes one out."""
+    deep = [key for key in ("network", "training", "then") if isinstance(changes.get(key), dict)]
+    return base | changes | {key: _merged(base.get(key) or {}, changes[key]) for key in deep}
 
 
 def _tuples(options: dict) -> dict:

@@ -115,16 +115,27 @@ def test_recipe_files_say_what_differs():
     assert read_recipe("no-scaling")["training"]["scaling"] == 0
 
 
-def test_a_recipe_like_another_changes_or_drops_its_second_stage(tmp_path):
+def test_a_recipe_like_another_changes_or_drops_its_later_stages(tmp_path):
     first = {"tasks": ["a"], "network": {}, "training": {"unroll": 5}, "meta_steps": 4}
     files = {
-        "two": first | {"then": {"tasks": ["b"], "training": {"meta_lr": 1}, "meta_steps": 6}},
-        "longer": {"like": str(tmp_path / "two.json"), "then": {"meta_steps": 9}},
-        "short": {"like": str(tmp_path / "two.json"), "then": None},
+        "three": first
+        | {
+            "then": {
+                "tasks": ["b"],
+                "training": {"meta_lr": 1},
+                "meta_steps": 6,
+                "then": {"training": {"unroll": 9}, "meta_steps": 7},
+            }
+        },
+        "longer": {"like": str(tmp_path / "three.json"), "then": {"meta_steps": 8, "then": {"meta_steps": 9}}},
+        "short": {"like": str(tmp_path / "three.json"), "then": None},
     }
     for name, recipe in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(recipe))
-    two, longer, short = (stages(read_recipe(str(tmp_path / f"{name}.json"))) for name in files)
-    assert two == [first, first | {"tasks": ["b"], "training": {"unroll": 5, "meta_lr": 1}, "meta_steps": 6}]
-    assert longer == [first, two[1] | {"meta_steps": 9}]
+    three, longer, short = (stages(read_recipe(str(tmp_path / f"{name}.json"))) for name in files)
+    second = first | {"tasks": ["b"], "training": {"unroll": 5, "meta_lr": 1}, "meta_steps": 6}
+    third = second | {"training": {"unroll": 9, "meta_lr": 1}, "meta_steps": 7}
+    assert three == [first, second, third]
+    assert longer == [first, second | {"meta_steps": 8}, third | {"meta_steps": 9}]
     assert short == [first]
+    assert [part["meta_steps"] for part in stages(three[0] | {"then": second}, 3)] == [3, 3]
