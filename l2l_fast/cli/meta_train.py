@@ -64,9 +64,9 @@ def meta_train(
 ) -> None:
     """Train an optimizer on TASK, or on several in turn.
 
-    Writes the network, a checkpoint, history.json and meta_training.png into --out; the stages of a recipe before its last
-    into stage-1 and so on below it. Run the same command again to go on after an interruption. What is not given follows
-    the recipe, or what is known to suit the kind of task.
+    Writes the network, a checkpoint, history.json and meta_training.png into --out; the stages of a recipe before its
+    last into stage-1 and so on below it. Run the same command again to go on after an interruption. What is not given
+    follows the recipe, or what is known to suit the kind of task.
 
     \b
     Examples:
