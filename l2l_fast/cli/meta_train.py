@@ -85,10 +85,11 @@ def meta_train(
         raise typer.BadParameter(f"--network already has its own {', '.join(shape)}; leave them out")
     if recipe:
         chosen = read_recipe(recipe)
-        chosen["network"] = chosen["network"] | shape
+        chosen["network"] |= shape
         parts = stages(chosen, meta_steps)
-        learned, title = prepare(chosen, "mnist", seed)[0], Path(recipe).stem
-        planned = [(part["meta_steps"], *prepare(part, "mnist", seed)[1:]) for part in parts]
+        prepared = [prepare(part, "mnist", seed) for part in parts]
+        learned, title = prepared[0][0], Path(recipe).stem
+        planned = [(part["meta_steps"], *rest) for part, (_, *rest) in zip(parts, prepared, strict=True)]
         tasks = [task["name"] for task in parts[-1]["tasks"]]
     else:
         overrides = {} if init_scale is None else {"init_scale": _init_scale(init_scale)}

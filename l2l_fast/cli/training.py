@@ -118,9 +118,9 @@ def train_recipe(
     folder = folder / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
     if (folder / "network" / "config.json").exists():
         return folder / "network"
-    network, total, before = prepare(recipe, dataset, seed)[0], sum(part["meta_steps"] for part in parts), 0
-    for part, place in zip(parts, stage_folders(folder, parts), strict=True):
-        _, tasks, training = prepare(part, dataset, seed)
+    prepared = [prepare(part, dataset, seed) for part in parts]
+    network, total, before = prepared[0][0], sum(part["meta_steps"] for part in parts), 0
+    for part, (_, tasks, training), place in zip(parts, prepared, stage_folders(folder, parts), strict=True):
         trainer = MetaTrainer(
             network, tasks, seed=seed, device=device, progress=False, checkpoint=place / "checkpoint", **training
         )

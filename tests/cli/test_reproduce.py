@@ -117,16 +117,10 @@ def test_recipe_files_say_what_differs():
 
 def test_a_recipe_like_another_changes_or_drops_its_later_stages(tmp_path):
     first = {"tasks": ["a"], "network": {}, "training": {"unroll": 5}, "meta_steps": 4}
+    then = {"tasks": ["b"], "training": {"meta_lr": 1}, "meta_steps": 6}
+    then["then"] = {"training": {"unroll": 9}, "meta_steps": 7}
     files = {
-        "three": first
-        | {
-            "then": {
-                "tasks": ["b"],
-                "training": {"meta_lr": 1},
-                "meta_steps": 6,
-                "then": {"training": {"unroll": 9}, "meta_steps": 7},
-            }
-        },
+        "three": first | {"then": then},
         "longer": {"like": str(tmp_path / "three.json"), "then": {"meta_steps": 8, "then": {"meta_steps": 9}}},
         "short": {"like": str(tmp_path / "three.json"), "then": None},
     }
