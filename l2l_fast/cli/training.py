@@ -18,6 +18,8 @@ from l2l_fast.meta import History, MetaTrainer, recipes
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.tasks import Task
 
+MAY_DIFFER = ("tasks", "training", "meta_steps", "then")  # between a recipe's stages
+
 
 def train_at_rate(
     problem: Task, rate: float, meta_steps: int, horizon: int, seed: int, device: str, on_step: Callable[[int], None]
@@ -80,11 +82,19 @@ def stages(recipe: dict, meta_steps: int | None = None) -> list[dict]:
     Args:
         recipe: what :func:`read_recipe` gives.
         meta_steps: of the last stage, in place of the recipe's; no earlier one is longer.
+
+    Raises:
+        ValueError: a ``then`` holds something else than what may differ; the network may not.
     """
     recipe = dict(recipe)
     then = recipe.pop("then", None)
     if not then:
         return [recipe | {"meta_steps": meta_steps or recipe["meta_steps"]}]
+    if not isinstance(then, dict) or set(then) - set(MAY_DIFFER):
+        raise ValueError(
+            f'"then" of a recipe must hold what differs from the stage before, of {", ".join(MAY_DIFFER)}; '
+            f"got {then if not isinstance(then, dict) else ', '.join(then)}"
+        )
     first = recipe | {"meta_steps": min(meta_steps or math.inf, recipe["meta_steps"])}
     return [first, *stages(_merged(recipe, then), meta_steps)]
 

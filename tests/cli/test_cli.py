@@ -109,6 +109,12 @@ def test_a_recipe_of_two_stages(run, tmp_path):
                "--out", "two")[0] == 0  # fmt: skip
     both, two = (CoordinatewiseLSTM.from_pretrained(tmp_path / name / "network") for name in ("both", "two"))
     assert torch.equal(both.flat_weights(), two.flat_weights())
+    for then in ("more", {"network": {"hidden_size": 4}}):
+        (tmp_path / "wrong.json").write_text(json.dumps(recipe | {"then": then}))
+        code, _, err = run("meta-train", "--recipe", tmp_path / "wrong.json", "--out", "wrong")
+        assert code == 2
+        assert "must hold what differs from the stage before, of tasks, training, meta_steps, then; got" in err
+        assert len(err.splitlines()) == 1
     # A number of meta-steps is the last stage's; the first is no longer than that.
     code, text, _ = run("meta-train", "--recipe", tmp_path / "both.json", "--meta-steps", 1, "--json", "--out", "short")
     assert (code, json.loads(text)["meta_steps"]) == (0, 1)

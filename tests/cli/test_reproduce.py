@@ -132,4 +132,4 @@ def test_a_recipe_like_another_changes_or_drops_its_later_stages(tmp_path):
     assert three == [first, second, third]
     assert longer == [first, second | {"meta_steps": 8}, third | {"meta_steps": 9}]
     assert short == [first]
-    assert [part["meta_steps"] for part in stages(three[0] | {"then": second}, 3)] == [3, 3]
+    assert [part["meta_steps"] for part in stages(first | {"then": then}, 3)] == [3, 3, 3]
