@@ -52,8 +52,13 @@ def meta_train(
     meta_optimizer: Annotated[str | None, Choice(help="adam or soap.", show_default="by task")] = None,
     average: Annotated[float | None, Choice(help="Decay of averaged weights.", show_default="by task")] = None,
     scaling: Annotated[float | None, Choice(help="Range r of random scaling.", show_default="by task")] = None,
-    imitation: Annotated[float, Choice(help="Share of trajectories led by Adam.", min=0, max=1)] = 0.0,
-    second_derivatives: Annotated[bool, Choice("--second-derivatives", help="Keep them.")] = False,
+    imitation: Annotated[
+        float | None, Choice(help="Share of trajectories led by Adam.", min=0, max=1, show_default="by task")
+    ] = None,
+    second_derivatives: Annotated[
+        bool | None,
+        Choice("--second-derivatives/--first-order", help="Whether to keep them.", show_default="by task"),
+    ] = None,
     init_scale: Annotated[str | None, Choice(help="Start std of classifiers: 0.01, or LOW:HIGH.")] = None,
     tensorboard: Annotated[bool, Choice("--tensorboard", help="Write logs for TensorBoard.")] = False,
     device: Device = "cpu",
@@ -102,16 +107,17 @@ def meta_train(
         learned = CoordinatewiseLSTM.from_pretrained(network)
     changed = _given(
         unroll=unroll, instances=instances, parallel=parallel, meta_lr=meta_lr, schedule=schedule,
-        objective=objective, meta_optimizer=meta_optimizer, average=average, scaling=scaling,
-        horizon=None if horizon is None else parse_horizon(horizon),
+        objective=objective, meta_optimizer=meta_optimizer, average=average, scaling=scaling, imitation=imitation,
+        second_derivatives=second_derivatives, horizon=None if horizon is None else parse_horizon(horizon),
     )  # fmt: skip
+    if second_derivatives:
+        changed["coordinates"] = None  # a sample of them cannot carry second derivatives
     out = out or Path("runs") / f"meta-train-{title}"
     begun = time.monotonic()
     for folder, (steps, mixture, training) in zip(stage_folders(out, planned), planned, strict=True):
         trainer = MetaTrainer(
-            learned, mixture, second_derivatives=second_derivatives, device=device, seed=seed,
-            checkpoint=folder / "checkpoint", log_dir=folder / "tensorboard" if tensorboard else None,
-            **{"imitation": imitation} | training | changed,
+            learned, mixture, device=device, seed=seed, checkpoint=folder / "checkpoint",
+            log_dir=folder / "tensorboard" if tensorboard else None, **training | changed,
         )  # fmt: skip
         try:
             left = 60 * max_minutes - (time.monotonic() - begun)

@@ -93,6 +93,21 @@ def test_meta_train_by_a_recipe(run, tmp_path):
     assert "must have training, meta_steps" in err
 
 
+def test_second_derivatives_by_a_recipe_and_by_the_command(run, tmp_path):
+    """A recipe's own are kept; the command's win over it, and take back what does not go with them."""
+    options = {"unroll": 5, "validation_instances": 1, "horizon": 5}
+    recipe = {"tasks": [{"name": "digits-mlp"}], "network": {"hidden_size": 3}, "meta_steps": 2}
+    ways = {"first": ({"coordinates": 64}, ()), "recipe": ({"second_derivatives": True}, ()),
+            "command": ({"coordinates": 64}, ("--second-derivatives",))}  # fmt: skip
+    weights = {}
+    for name, (training, flags) in ways.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(recipe | {"training": options | training}))
+        assert run("meta-train", "--recipe", tmp_path / f"{name}.json", "--out", name, *flags)[0] == 0
+        weights[name] = CoordinatewiseLSTM.from_pretrained(tmp_path / name / "network").flat_weights()
+    assert torch.equal(weights["recipe"], weights["command"])
+    assert not torch.equal(weights["recipe"], weights["first"])
+
+
 def test_a_recipe_of_two_stages(run, tmp_path):
     options = {"unroll": 5, "validation_instances": 1, "horizon": 5}
     recipe = {"tasks": [{"name": "digits-mlp"}], "network": {"hidden_size": 3}, "training": options, "meta_steps": 2}
