@@ -93,6 +93,8 @@ class MetaTrainer:
             (:class:`~l2l_fast.meta.soap.Soap`), which needs fewer meta-steps; or a callable that makes one from the
             network's parameters.
         schedule: of the meta learning rate over ``fit``'s steps: "constant", or "cosine" down to a hundredth.
+        warmup: meta-steps over which the rate comes up linearly. A trained network that goes on with a new
+            meta-optimizer needs them: the first updates follow a gradient or two, at full length.
         objective: "sum", "relative" (f_t / f_0) or "log".
         loss_weights: w, ``unroll`` numbers; ones if None.
         average: decay rate of a running average of the weights, which is what validation sees and ``fit`` leaves in the
@@ -147,6 +149,7 @@ class MetaTrainer:
         meta_lr: float = 3e-3,
         meta_optimizer: str | Callable[[list], torch.optim.Optimizer] = "adam",
         schedule: str = "constant",
+        warmup: int = 0,
         objective: str = "sum",
         loss_weights: Sequence[float] | None = None,
         clip: float | None = 1.0,
@@ -177,6 +180,7 @@ class MetaTrainer:
             _require(value >= 1, name, value, "at least 1")
         _require(meta_lr > 0, "meta_lr", meta_lr, "positive")
         _require(schedule in SCHEDULES, "schedule", schedule, f"one of {SCHEDULES}")
+        _require(warmup >= 0, "warmup", warmup, "at least 0")
         _require(objective in OBJECTIVES, "objective", objective, f"one of {OBJECTIVES}")
         _require(callable(meta_optimizer) or meta_optimizer in META_OPTIMIZERS, "meta_optimizer", meta_optimizer,
                  f"one of {META_OPTIMIZERS}, or a callable")  # fmt: skip
@@ -197,7 +201,7 @@ class MetaTrainer:
         self.horizon = Horizon(horizon) if isinstance(horizon, int) else horizon
         self.unroll, self.instances, self.parallel, self.coordinates = unroll, instances, parallel, coordinates
         self.meta_lr, self.schedule, self.objective, self.clip = meta_lr, schedule, objective, clip
-        self.average = average
+        self.average, self.warmup = average, warmup
         self.loss_weights = None if loss_weights is None else torch.tensor(loss_weights, device=device)
         self.scaling, self.imitation, self.lr, self.weight_decay = scaling, share, lr, weight_decay
         self.teacher = teacher or (lambda params: torch.optim.Adam(params, lr=0.01))
@@ -316,13 +320,20 @@ class MetaTrainer:
             self._window(stream)
             update.results[slot].copy_(self._meta_loss)
         ranks.average_(update.gradient, update.results[:-1])
-        if self.schedule == "cosine":
-            update.set_lr(self.meta_lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))))
+        if self.schedule != "constant" or self.warmup:  # a meta-optimizer of one's own may have a rate of its own
+            update.set_lr(self._rate(progress))
         if update.skips:
             run = self._graphs if update.capturable else self._eager
             run("update", update.measure_and_step)
         else:
             update.measure()
+
+    def _rate(self, progress: float) -> float:
+        """The meta learning rate of this meta-step."""
+        rate = self.meta_lr * min(1.0, (self.meta_step + 1) / (self.warmup + 1))
+        if self.schedule == "cosine":
+            rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return rate
 
     def _window(self, stream: _Stream) -> None:
         """Adds one window's share to the gradient, and leaves its meta-loss in its place."""
@@ -443,8 +454,8 @@ class MetaTrainer:
 
     def _settings(self) -> dict:
         """Everything that must be the same for a resumed run to be the same run."""
-        names = ("unroll", "instances", "coordinates", "parallel", "meta_lr", "schedule", "objective", "clip",
-                 "average", "scaling", "lr", "weight_decay", "second_derivatives", "validate_every",
+        names = ("unroll", "instances", "coordinates", "parallel", "meta_lr", "schedule", "warmup", "objective",
+                 "clip", "average", "scaling", "lr", "weight_decay", "second_derivatives", "validate_every",
                  "validation_instances", "seed")  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         settings["horizon"], settings["imitation"] = repr(self.horizon), list(self.imitation)

@@ -106,6 +106,27 @@ def test_tasks_take_turns():
     assert len(trainer.fit(8).validations) == 1  # at meta-step 8: one score over both tasks
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1.0] * 6),
+        ({"warmup": 3}, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
+        ({"schedule": "cosine"}, [1.0, 0.933, 0.7525, 0.505, 0.2575, 0.077]),
+        ({"schedule": "cosine", "warmup": 1}, [0.5, 0.933, 0.7525, 0.505, 0.2575, 0.077]),
+    ],
+)
+def test_the_rate_comes_up_and_goes_down(options, expected):
+    trainer, rates = make_trainer(meta_lr=0.01, **options), []
+    trainer.fit(6, on_step=lambda _: rates.append(trainer.meta_optimizer.param_groups[0]["lr"] / 0.01))
+    assert rates == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_meta_optimizer_of_ones_own_keeps_its_rate():
+    trainer = make_trainer(meta_optimizer=lambda params: torch.optim.SGD(params, lr=0.7))
+    trainer.fit(2)
+    assert trainer.meta_optimizer.param_groups[0]["lr"] == 0.7
+
+
 def test_instances_do_not_depend_on_their_company():
     alone = make_trainer(instances=1)._start(0.0).trajectory
     together = make_trainer(instances=4)._start(0.0).trajectory
@@ -117,6 +138,7 @@ OPTIONS = {
     "moving": {"scaling": 1.0, "objective": "relative", "parallel": 2, "horizon": LogUniform(3, 20)},
     "led": {"imitation": 0.5, "parallel": 3, "schedule": "cosine"},
     "staged": {"horizon": Staged((6, 12), patience=1), "objective": "log"},
+    "warmup": {"warmup": 10, "schedule": "cosine"},
     "second": {"second_derivatives": True, "loss_weights": [0.0, 0.0, 1.0, 1.0, 1.0]},
     "soap": {"meta_optimizer": "soap", "average": 0.9},
     "sgd": {"meta_optimizer": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9)},
@@ -269,6 +291,7 @@ def test_validation_uses_its_own_instances():
         ({"meta_optimizer": "sgd"}, "meta_optimizer must be one of"),
         ({"meta_lr": 0.0}, "meta_lr must be positive"),
         ({"schedule": "step"}, "schedule must be one of"),
+        ({"warmup": -1}, "warmup must be at least 0"),
         ({"objective": "mean"}, "objective must be one of"),
         ({"clip": 0.0}, "clip must be positive or None"),
         ({"scaling": -1.0}, "scaling must be at least 0"),
