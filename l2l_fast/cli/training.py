@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -18,7 +17,7 @@ from l2l_fast.meta import History, MetaTrainer, recipes
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.tasks import Task
 
-MAY_DIFFER = ("tasks", "training", "meta_steps", "then")  # between a recipe's stages
+MAY_DIFFER = ("tasks", "training", "meta_steps")  # between a recipe's stages
 
 
 def train_at_rate(
@@ -38,10 +37,10 @@ def train_at_rate(
 
 
 def read_recipe(name: str) -> dict:
-    """A recipe file: tasks, network, training, meta_steps, and ``then``, the next stage as far as it differs.
+    """A recipe file: tasks, network, training, meta_steps, and ``then``, a list of what later stages change.
 
-    A file with ``"like"`` says only what differs from another; ``network``, ``training`` and ``then`` are merged key by
-    key, and ``"then": null`` leaves the other's later stages out.
+    A file with ``"like"`` says only what differs from another; ``network`` and ``training`` are merged key by key, and
+    a ``then`` of its own takes the place of the other's.
 
     Args:
         name: a path that ends in .json, the name of a network that is shipped, or one of a row's own (``ablations``).
@@ -84,19 +83,25 @@ def stages(recipe: dict, meta_steps: int | None = None) -> list[dict]:
         meta_steps: of the last stage, in place of the recipe's; no earlier one is longer.
 
     Raises:
-        ValueError: a ``then`` holds something else than what may differ; the network may not.
+        ValueError: a stage holds something else than what may differ; the network may not.
     """
-    recipe = dict(recipe)
-    then = recipe.pop("then", None)
-    if not then:
-        return [recipe | {"meta_steps": meta_steps or recipe["meta_steps"]}]
-    if not isinstance(then, dict) or set(then) - set(MAY_DIFFER):
-        raise ValueError(
-            f'"then" of a recipe must hold what differs from the stage before, of {", ".join(MAY_DIFFER)}; '
-            f"got {then if not isinstance(then, dict) else ', '.join(then)}"
-        )
-    first = recipe | {"meta_steps": min(meta_steps or math.inf, recipe["meta_steps"])}
-    return [first, *stages(_merged(recipe, then), meta_steps)]
+    then = recipe.get("then", [])
+    parts = [{key: value for key, value in recipe.items() if key != "then"}]
+    if not isinstance(then, list):
+        raise ValueError(f'"then" of a recipe must be a list of stages, got {then!r}')
+    for changes in then:
+        if not isinstance(changes, dict) or set(changes) - set(MAY_DIFFER):
+            raise ValueError(
+                f'a stage in "then" of a recipe must hold what differs from the stage before, of '
+                f"{', '.join(MAY_DIFFER)}; got {', '.join(changes) if isinstance(changes, dict) else repr(changes)}"
+            )
+        parts.append(_merged(parts[-1], changes))
+    if meta_steps is None:
+        return parts
+    *earlier, last = parts
+    return [part | {"meta_steps": min(meta_steps, part["meta_steps"])} for part in earlier] + [
+        last | {"meta_steps": meta_steps}
+    ]
 
 
 def prepare(recipe: dict, dataset: str, seed: int) -> tuple[CoordinatewiseLSTM, list[Task], dict]:
@@ -146,9 +151,9 @@ def stage_folders(out: Path, parts: list[dict]) -> list[Path]:
 
 
 def _merged(base: dict, changes: dict) -> dict:
-    """``base`` with what changes; mappings that a recipe has by name are merged key by key, and None takes one out."""
-    deep = [key for key in ("network", "training", "then") if isinstance(changes.get(key), dict)]
-    return base | changes | {key: _merged(base.get(key) or {}, changes[key]) for key in deep}
+    """``base`` with what changes; of the network's and the trainer's options, those alone that are given."""
+    deep = [key for key in ("network", "training") if key in changes]
+    return base | changes | {key: base[key] | changes[key] for key in deep}
 
 
 def _tuples(options: dict) -> dict:

@@ -112,7 +112,7 @@ def test_a_recipe_of_two_stages(run, tmp_path):
     options = {"unroll": 5, "validation_instances": 1, "horizon": 5}
     recipe = {"tasks": [{"name": "digits-mlp"}], "network": {"hidden_size": 3}, "training": options, "meta_steps": 2}
     second = {"tasks": [{"name": "digits-mlp-2layer"}], "training": {"horizon": 10}, "meta_steps": 3}
-    for name, contents in (("one", recipe), ("both", recipe | {"then": second}),
+    for name, contents in (("one", recipe), ("both", recipe | {"then": [second]}),
                            ("second", recipe | second | {"training": options | {"horizon": 10}})):  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps(contents))
     code, text, _ = run("meta-train", "--recipe", tmp_path / "both.json", "--json", "--out", "both")
@@ -124,11 +124,11 @@ def test_a_recipe_of_two_stages(run, tmp_path):
                "--out", "two")[0] == 0  # fmt: skip
     both, two = (CoordinatewiseLSTM.from_pretrained(tmp_path / name / "network") for name in ("both", "two"))
     assert torch.equal(both.flat_weights(), two.flat_weights())
-    for then in ("more", {"network": {"hidden_size": 4}}):
+    for then in (["more"], [{"network": {"hidden_size": 4}}]):
         (tmp_path / "wrong.json").write_text(json.dumps(recipe | {"then": then}))
         code, _, err = run("meta-train", "--recipe", tmp_path / "wrong.json", "--out", "wrong")
         assert code == 2
-        assert "must hold what differs from the stage before, of tasks, training, meta_steps, then; got" in err
+        assert "must hold what differs from the stage before, of tasks, training, meta_steps; got" in err
         assert len(err.splitlines()) == 1
     # A number of meta-steps is the last stage's; the first is no longer than that.
     code, text, _ = run("meta-train", "--recipe", tmp_path / "both.json", "--meta-steps", 1, "--json", "--out", "short")

@@ -115,21 +115,22 @@ def test_recipe_files_say_what_differs():
     assert read_recipe("no-scaling")["training"]["scaling"] == 0
 
 
-def test_a_recipe_like_another_changes_or_drops_its_later_stages(tmp_path):
+def test_a_recipe_like_another_has_its_later_stages_or_its_own(tmp_path):
     first = {"tasks": ["a"], "network": {}, "training": {"unroll": 5}, "meta_steps": 4}
-    then = {"tasks": ["b"], "training": {"meta_lr": 1}, "meta_steps": 6}
-    then["then"] = {"training": {"unroll": 9}, "meta_steps": 7}
+    then = [{"tasks": ["b"], "training": {"meta_lr": 1}, "meta_steps": 6}, {"training": {"unroll": 9}, "meta_steps": 7}]
     files = {
         "three": first | {"then": then},
-        "longer": {"like": str(tmp_path / "three.json"), "then": {"meta_steps": 8, "then": {"meta_steps": 9}}},
-        "short": {"like": str(tmp_path / "three.json"), "then": None},
+        "longer": {"like": str(tmp_path / "three.json"), "meta_steps": 5},
+        "other": {"like": str(tmp_path / "three.json"), "then": [{"meta_steps": 8}]},
+        "short": {"like": str(tmp_path / "three.json"), "then": []},
     }
     for name, recipe in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(recipe))
-    three, longer, short = (stages(read_recipe(str(tmp_path / f"{name}.json"))) for name in files)
+    three, longer, other, short = (stages(read_recipe(str(tmp_path / f"{name}.json"))) for name in files)
     second = first | {"tasks": ["b"], "training": {"unroll": 5, "meta_lr": 1}, "meta_steps": 6}
     third = second | {"training": {"unroll": 9, "meta_lr": 1}, "meta_steps": 7}
     assert three == [first, second, third]
-    assert longer == [first, second | {"meta_steps": 8}, third | {"meta_steps": 9}]
+    assert longer == [first | {"meta_steps": 5}, second, third]
+    assert other == [first, first | {"meta_steps": 8}]
     assert short == [first]
-    assert [part["meta_steps"] for part in stages(first | {"then": then}, 3)] == [3, 3, 3]
+    assert [part["meta_steps"] for part in stages(first | {"then": then}, 5)] == [4, 5, 5]
