@@ -105,7 +105,7 @@ class MetaTrainer:
             (first, last) for a share that changes linearly over ``fit``.
         teacher: makes the teacher from a list of parameters; ``torch.optim.Adam(lr=0.01)`` if None.
         lr, weight_decay: of the learned update, as :class:`LSTMOptimizer` has them.
-        second_derivatives: keep the gradients' dependence on theta; needs twice differentiable tasks and all coordinates.
+        second_derivatives: keep the gradients' dependence on theta; needs twice differentiable tasks, every coordinate.
             Slower to learn at first, and what moves a network on that first-order training has brought to rest.
         validate_every: meta-steps between validations; the weights with the best score are kept.
         validation_instances: instances of each task in a validation, on seeds of their own.
