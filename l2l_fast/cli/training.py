@@ -153,6 +153,9 @@ def stage_folders(out: Path, parts: list[dict]) -> list[Path]:
 def _merged(base: dict, changes: dict) -> dict:
     """``base`` with what changes; of the network's and the trainer's options, those alone that are given."""
     deep = [key for key in ("network", "training") if key in changes]
+    for key in deep:
+        if not isinstance(changes[key], dict):
+            raise ValueError(f'"{key}" of a recipe must hold options by name, got {changes[key]!r}')
     return base | changes | {key: base[key] | changes[key] for key in deep}
 
 

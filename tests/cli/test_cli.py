@@ -130,6 +130,10 @@ def test_a_recipe_of_two_stages(run, tmp_path):
         assert code == 2
         assert "must hold what differs from the stage before, of tasks, training, meta_steps; got" in err
         assert len(err.splitlines()) == 1
+    (tmp_path / "wrong.json").write_text(json.dumps(recipe | {"then": [{"training": 5}]}))
+    code, _, err = run("meta-train", "--recipe", tmp_path / "wrong.json", "--out", "wrong")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert '"training" of a recipe must hold options by name, got 5' in err
     # A number of meta-steps is the last stage's; the first is no longer than that.
     code, text, _ = run("meta-train", "--recipe", tmp_path / "both.json", "--meta-steps", 1, "--json", "--out", "short")
     assert (code, json.loads(text)["meta_steps"]) == (0, 1)
