@@ -1,9 +1,11 @@
 """All commands in one place."""
 
 import functools
+from typing import Annotated
 
 import typer
 
+from l2l_fast import __version__
 from l2l_fast.cli import bench, compare, demo, info, meta_train, reproduce, sweep, tasks
 from l2l_fast.cli.options import note
 
@@ -16,6 +18,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"l2l_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def _register(name: str, command) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from importlib import metadata
 
 import torch
 
-from l2l_fast import build_info
+from l2l_fast import __version__, build_info
 from l2l_fast.checkpoint import shipped
 from l2l_fast.cli.options import Json, report
 
@@ -21,7 +20,7 @@ def info(as_json: Json = False) -> None:
         l2l-fast info --json
     """
     facts = {
-        "l2l_fast": metadata.version("l2l_fast"),
+        "l2l_fast": __version__,
         **build_info(),
         "threads": torch.get_num_threads(),
         "cuda_device": _cuda_device(),

@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib import metadata
 from os import PathLike
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from l2l_fast import __version__
 from l2l_fast.evaluate.baselines import BASELINES, USUAL, Baseline, final_loss, find_baseline, mean_loss
 from l2l_fast.evaluate.comparison import Comparison, Result
 from l2l_fast.evaluate.store import Store, stored_trajectories, stored_tuning
@@ -288,12 +288,8 @@ def environment(device: torch.device | str) -> dict:
         cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):  # not Linux, or an architecture whose cpuinfo has no such line
         cpu = platform.processor() or platform.machine()
-    try:
-        version = metadata.version("l2l_fast")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        version = "unknown"
     return {
-        "l2l_fast": version,
+        "l2l_fast": __version__,
         "torch": torch.__version__,
         "cpu": cpu,
         "threads": torch.get_num_threads(),

@@ -150,7 +150,9 @@ def number(value: float | None, metric: str) -> str:
     """A figure as tables write it."""
     if value is None:
         return "not reached" if metric in ("ratio_steps", "ratio_seconds") else "diverged"
-    return f"{value:.2f}" if metric.startswith("ratio_") else f"{value:.3g}"
+    if metric.startswith("ratio_"):
+        return f"{value:.2f}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"  # 1,296 rather than 1.3e+03
 
 
 def bar(entry: Entry, metric: str) -> str:

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
 
+import l2l_fast
 from l2l_fast import CoordinatewiseLSTM, tasks
 
 COMMANDS = ["demo", "meta-train", "compare", "sweep", "reproduce", "bench", "tasks", "info"]
@@ -24,6 +26,12 @@ def test_help_has_examples(run, command):
 def test_no_command_shows_the_commands(run):
     _, out, err = run()
     assert all(command in out + err for command in COMMANDS)
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+    assert (code, out) == (0, f"l2l_fast {metadata.version('l2l_fast')}\n")
+    assert json.loads(run("info", "--json")[1])["l2l_fast"] == l2l_fast.__version__ == metadata.version("l2l_fast")
 
 
 def test_tasks_lists_every_name(run):

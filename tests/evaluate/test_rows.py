@@ -11,7 +11,7 @@ import l2l_fast as l2l
 from l2l_fast import tasks
 from l2l_fast.evaluate import compare, compare_horizons, rows, tune, tune_horizons
 from l2l_fast.evaluate import reproduce as runner
-from l2l_fast.evaluate.figures import Entry, Findings
+from l2l_fast.evaluate.figures import Entry, Findings, number
 from l2l_fast.evaluate.report import html, markdown
 from l2l_fast.evaluate.rows import METRICS, ROWS, Case, Settings
 from l2l_fast.evaluate.store import Store
@@ -236,6 +236,12 @@ def test_the_table():
     ]
     alone = findings(alike=False).table()
     assert "median" not in alone
+
+
+def test_figures_are_written_for_people():
+    assert [number(value, "nanoseconds") for value in (0.0123, 34.21, 999, 1296)] == ["0.0123", "34.2", "999", "1,296"]
+    assert number(1.005, "ratio_mean") == "1.00"
+    assert (number(None, "ratio_steps"), number(None, "ratio_mean")) == ("not reached", "diverged")
 
 
 def test_markdown():
