@@ -100,6 +100,9 @@ class MetaTrainer:
         average: decay rate of a running average of the weights, which is what validation sees and ``fit`` leaves in the
             network; 0 for none. Meta-gradients are noisy, and an average over the last 50 weights (0.98) is less so.
         clip: largest norm of the meta-gradient; None for no clipping.
+        clip_windows: largest norm of each window's meta-gradient (each rank's share of it), before the mean over
+            ``parallel`` of them; None for no clipping. With second derivatives a trajectory's first window often has a
+            hundred times the norm of a later one, which ``clip`` alone would then silence.
         scaling: r of the random scaling theta -> c theta, c = exp(U(-r, r)) a coordinate; 0 for none.
         imitation: share of trajectories led by ``teacher``, whose updates the network then fits; a number, or
             (first, last) for a share that changes linearly over ``fit``.
@@ -154,6 +157,7 @@ class MetaTrainer:
         objective: str = "sum",
         loss_weights: Sequence[float] | None = None,
         clip: float | None = 1.0,
+        clip_windows: float | None = None,
         average: float = 0.0,
         scaling: float = 0.0,
         imitation: float | tuple[float, float] = 0.0,
@@ -186,7 +190,8 @@ class MetaTrainer:
         _require(callable(meta_optimizer) or meta_optimizer in META_OPTIMIZERS, "meta_optimizer", meta_optimizer,
                  f"one of {META_OPTIMIZERS}, or a callable")  # fmt: skip
         _require(0 <= average < 1, "average", average, "in [0, 1)")
-        _require(clip is None or clip > 0, "clip", clip, "positive or None")
+        for name, value in {"clip": clip, "clip_windows": clip_windows}.items():
+            _require(value is None or value > 0, name, value, "positive or None")
         _require(coordinates is None or coordinates >= 1, "coordinates", coordinates, "at least 1 or None")
         _require(not (second_derivatives and coordinates), "coordinates", coordinates, "None with second_derivatives")
         _require(scaling >= 0, "scaling", scaling, "at least 0")
@@ -202,7 +207,7 @@ class MetaTrainer:
         self.horizon = Horizon(horizon) if isinstance(horizon, int) else horizon
         self.unroll, self.instances, self.parallel, self.coordinates = unroll, instances, parallel, coordinates
         self.meta_lr, self.schedule, self.objective, self.clip = meta_lr, schedule, objective, clip
-        self.average, self.warmup = average, warmup
+        self.average, self.warmup, self.clip_windows = average, warmup, clip_windows
         self.loss_weights = None if loss_weights is None else torch.tensor(loss_weights, device=device)
         self.scaling, self.imitation, self.lr, self.weight_decay = scaling, share, lr, weight_decay
         self.teacher = teacher or (lambda params: torch.optim.Adam(params, lr=0.01))
@@ -356,6 +361,8 @@ class MetaTrainer:
 
     def _collect(self, window: tuple[Tensor, Tensor, Tensor]) -> None:
         _, meta_loss, d_weights = window
+        if self.clip_windows is not None:
+            d_weights = d_weights * (self.clip_windows / d_weights.norm()).clamp(max=1.0)
         self._update.gradient += d_weights / self.parallel
         self._meta_loss.copy_(meta_loss)
 
@@ -456,8 +463,8 @@ class MetaTrainer:
     def _settings(self) -> dict:
         """Everything that must be the same for a resumed run to be the same run."""
         names = ("unroll", "instances", "coordinates", "parallel", "meta_lr", "schedule", "warmup", "objective",
-                 "clip", "average", "scaling", "lr", "weight_decay", "second_derivatives", "validate_every",
-                 "validation_instances", "seed")  # fmt: skip
+                 "clip", "clip_windows", "average", "scaling", "lr", "weight_decay", "second_derivatives",
+                 "validate_every", "validation_instances", "seed")  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         settings["horizon"], settings["imitation"] = repr(self.horizon), list(self.imitation)
         settings |= {f"tasks[{number}]": _described(task) for number, task in enumerate(self.tasks)}

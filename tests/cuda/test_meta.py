@@ -45,6 +45,7 @@ OPTIONS = {
     "log": {"objective": "log", "lr": 0.5, "weight_decay": 0.1},
     "relative": {"objective": "relative", "clip": None},
     "sgd": {"meta_optimizer": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9)},
+    "windows": {"clip_windows": 0.1, "parallel": 2},
     "led": {"imitation": 0.5, "parallel": 2},
 }
 

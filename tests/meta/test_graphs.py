@@ -148,6 +148,7 @@ OPTIONS = {
     "second": {"second_derivatives": True},
     "sgd": {"meta_optimizer": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9), "schedule": "cosine"},
     "unclipped": {"clip": None},
+    "windows": {"clip_windows": 0.1, "parallel": 2},
     "mixture": {"parallel": 2},
     "sampled": {"coordinates": 7, "parallel": 2},
 }

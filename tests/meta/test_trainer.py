@@ -1,5 +1,6 @@
 """The meta-trainer: it learns, it resumes to the last bit, it refuses what makes no sense."""
 
+import math
 import os
 import signal
 import subprocess
@@ -73,14 +74,18 @@ def test_the_average_of_the_weights_is_validated_and_kept():
     assert not torch.allclose(trainer._current, expected)
 
 
-def test_parallel_trajectories_are_averaged():
+@pytest.mark.parametrize("clip_windows", [None, 230.0])  # two of the three have a larger norm
+def test_parallel_trajectories_are_averaged(clip_windows):
     sgd = {"clip": None, "meta_optimizer": lambda params: torch.optim.SGD(params, lr=0.01)}
-    trainer = make_trainer(parallel=3, horizon=30, **sgd)
+    trainer = make_trainer(parallel=3, horizon=30, clip_windows=clip_windows, **sgd)
     before = trainer.network.flat_weights().detach()
-    expected = torch.zeros_like(before)
+    expected, norms = torch.zeros_like(before), []
     for number in range(3):
         stream = make_trainer()._make_stream(number, 0, 12, led=False)
-        expected += unroll(stream.trajectory, Rule(trainer.network.config, before), 5)[2] / 3
+        gradient = unroll(stream.trajectory, Rule(trainer.network.config, before), 5)[2]
+        norms.append(gradient.norm().item())
+        expected += gradient * min(1.0, (clip_windows or math.inf) / norms[-1]) / 3
+    assert min(norms) < 230.0 < max(norms)
     trainer._step()
     torch.testing.assert_close(before - trainer.network.flat_weights().detach(), 0.01 * expected)
 
@@ -294,6 +299,7 @@ def test_validation_uses_its_own_instances():
         ({"warmup": -1}, "warmup must be at least 0"),
         ({"objective": "mean"}, "objective must be one of"),
         ({"clip": 0.0}, "clip must be positive or None"),
+        ({"clip_windows": -1.0}, "clip_windows must be positive or None"),
         ({"scaling": -1.0}, "scaling must be at least 0"),
         ({"loss_weights": [1.0]}, "loss_weights must be of length unroll = 5"),
         ({"imitation": 1.5}, r"imitation must be in \[0, 1\]"),
