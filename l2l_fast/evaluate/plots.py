@@ -121,14 +121,14 @@ def plot_start_scales(comparisons: Mapping[float, Comparison], path: str | PathL
     _draw(lines, path, title, emphasised, band="mean ± standard error\nover seeds", x=np.array(scales), **labels)
 
 
-def plot_front(
-    costs: Mapping[str, float], quality: Mapping[str, Mapping[str, float | None]], path: str | PathLike, title: str
-) -> None:
+def plot_front(costs: Mapping[str, float], comparisons: Sequence[Comparison], path: str | PathLike, title: str) -> None:
     """Picture of quality against cost: a point a network, a line a comparison.
+
+    line: mean loss over that of the best baseline;   band: plus and minus its standard error over seeds
 
     Args:
         costs: nanoseconds a coordinate and step, by network.
-        quality: ratio of the mean loss to the best baseline's, by comparison and network; None where there is none.
+        comparisons: all of these networks.
         path: the file; its ending says the format.
         title: above the picture.
 
@@ -137,16 +137,17 @@ def plot_front(
     """
     names = sorted(costs, key=costs.get)
     lines = {}
-    for label, ratios in quality.items():
-        values = np.array([np.nan if ratios[name] is None else ratios[name] for name in names], dtype=float)
-        lines[label] = (values, np.zeros(len(names)))
+    for found in comparisons:
+        best, results = found.optimizers[found.best_baseline].mean_loss, [found.optimizers[name] for name in names]
+        error = np.array([result.mean_loss_std for result in results]) / max(1, found.seeds) ** 0.5
+        values = np.array([result.mean_loss for result in results])
+        lines[f"{found.task}, {found.horizon} steps"] = (values / best, error / best)
     # On two levels by turns: networks that cost alike stand close together.
     ticks = ["\n\n" * (i % 2) + f"{name}\n{costs[name]:.3g}" for i, name in enumerate(names)]
     labels = {"xlabel": "network, and nanoseconds a coordinate and step (logarithmic scale)"}
     labels["ylabel"] = "mean loss over the best baseline's"
-    _draw(
-        lines, path, title, [], band=None, x=np.array([costs[name] for name in names]), ticks=ticks, log=False, **labels
-    )
+    labels["band"] = "mean ± standard error\nover seeds"
+    _draw(lines, path, title, [], x=np.array([costs[name] for name in names]), ticks=ticks, log=False, **labels)
 
 
 def _draw(

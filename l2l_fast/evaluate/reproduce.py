@@ -92,13 +92,12 @@ def reproduce(name: str, networks: Mapping[str, torch.nn.Module | str | PathLike
     }
     folder = run.folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for case in row.cases:
-        found[case.options.get("init_scale")] = runners[row.kind](case, networks, run, findings, folder)
-    if len(found) > 1 and None not in found:
-        _against_start_scales(found, findings, folder)
+    found = [runners[row.kind](case, networks, run, findings, folder) for case in row.cases]
+    by_scale = dict(zip((case.options.get("init_scale") for case in row.cases), found, strict=True))
+    if len(by_scale) > 1 and None not in by_scale:
+        _against_start_scales(by_scale, findings, folder)
     if row.costs:
-        _against_costs(networks, run, findings, folder)
+        _against_costs(found, networks, run, findings, folder)
     write(findings, folder)
     return findings
 
@@ -142,19 +141,17 @@ def _against_start_scales(found: dict[float, dict[int, Comparison]], findings: F
         findings.pictures = {picture: title} | findings.pictures
 
 
-def _against_costs(networks, run: Run, findings: Findings, folder: Path) -> None:
+def _against_costs(found: list[dict[int, Comparison]], networks, run: Run, findings: Findings, folder: Path) -> None:
     """The costs of the networks as one case more, and a picture of quality against time."""
     costs = {name: measure_cost(network, run.device) for name, network in networks.items()}
-    quality = {
-        entry.label: {n: figures["ratio_mean"] for n, figures in entry.figures.items()} for entry in findings.entries
-    }
+    comparisons = [comparison for by_horizon in found for comparison in by_horizon.values()]
     figures = {
         name: {"state": cost.bytes, "multiply_adds": cost.multiply_adds, "nanoseconds": cost.nanoseconds}
         for name, cost in costs.items()
     }
     findings.entries.append(Entry("each coordinate and step", figures))
     title = f"mean loss against the time of a step, {findings.seeds} held-out seeds, baselines tuned"
-    plot_front({name: cost.nanoseconds for name, cost in costs.items()}, quality, folder / "front.png", title)
+    plot_front({name: cost.nanoseconds for name, cost in costs.items()}, comparisons, folder / "front.png", title)
     findings.pictures = {"front.png": title} | findings.pictures
 
 
