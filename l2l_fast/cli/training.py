@@ -40,7 +40,8 @@ def read_recipe(name: str) -> dict:
     """A recipe file: tasks, network, training, meta_steps, and ``then``, a list of what later stages change.
 
     A file with ``"like"`` says only what differs from another; ``network`` and ``training`` are merged key by key, and
-    a ``then`` of its own takes the place of the other's.
+    a ``then`` of its own takes the place of the other's. A recipe's name in place of ``tasks`` stands for those of its
+    last stage.
 
     Args:
         name: a path that ends in .json, the name of a network that is shipped, or one of a row's own (``ablations``).
@@ -96,6 +97,9 @@ def stages(recipe: dict, meta_steps: int | None = None) -> list[dict]:
                 f"{', '.join(MAY_DIFFER)}; got {', '.join(changes) if isinstance(changes, dict) else repr(changes)}"
             )
         parts.append(_merged(parts[-1], changes))
+    for part in parts:
+        if isinstance(part["tasks"], str):
+            part["tasks"] = stages(read_recipe(part["tasks"]))[-1]["tasks"]
     if meta_steps is None:
         return parts
     *earlier, last = parts
@@ -127,9 +131,8 @@ def train_recipe(
     on_step: Callable[[int, int], None],
 ) -> Path:
     """The network of a recipe file, trained below ``folder`` unless it is there; a killed training goes on."""
-    recipe = read_recipe(name)
-    parts = stages(recipe, meta_steps)
-    decides = json.dumps([recipe, dataset, meta_steps or recipe["meta_steps"], seed], sort_keys=True)
+    parts = stages(read_recipe(name), meta_steps)
+    decides = json.dumps([parts, dataset, seed], sort_keys=True)
     folder = folder / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
     if (folder / "network" / "config.json").exists():
         return folder / "network"

@@ -123,14 +123,16 @@ def test_a_recipe_like_another_has_its_later_stages_or_its_own(tmp_path):
         "longer": {"like": str(tmp_path / "three.json"), "meta_steps": 5},
         "other": {"like": str(tmp_path / "three.json"), "then": [{"meta_steps": 8}]},
         "short": {"like": str(tmp_path / "three.json"), "then": []},
+        "tasks": first | {"then": [{"tasks": str(tmp_path / "three.json")}]},
     }
     for name, recipe in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(recipe))
-    three, longer, other, short = (stages(read_recipe(str(tmp_path / f"{name}.json"))) for name in files)
+    three, longer, other, short, tasks = (stages(read_recipe(str(tmp_path / f"{name}.json"))) for name in files)
     second = first | {"tasks": ["b"], "training": {"unroll": 5, "meta_lr": 1}, "meta_steps": 6}
     third = second | {"training": {"unroll": 9, "meta_lr": 1}, "meta_steps": 7}
     assert three == [first, second, third]
     assert longer == [first | {"meta_steps": 5}, second, third]
     assert other == [first, first | {"meta_steps": 8}]
     assert short == [first]
+    assert tasks == [first, first | {"tasks": ["b"]}]
     assert [part["meta_steps"] for part in stages(first | {"then": then}, 5)] == [4, 5, 5]
