@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from l2l_fast.evaluate.comparison import Comparison
+    from l2l_fast.evaluate.comparison import Comparison, Result
 
 # Okabe and Ito's colours, told apart with any colour vision; black and vermilion are kept for what is emphasised.
 _EMPHASISED = ["#D55E00", "#000000", "#8B0000", "#444444"]
 _PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F", "#B8A200"]
 _DASHES = ["-", "-", "-", "-", (0, (4, 3)), (0, (1, 2)), (0, (6, 2, 1, 2))]
+_BAND = "mean ± standard error\nover seeds"  # what every band shows
 
 
 def plot_comparison(comparison: Comparison, path: str | PathLike) -> None:
@@ -50,7 +51,7 @@ def plot_comparison(comparison: Comparison, path: str | PathLike) -> None:
     emphasised = [comparison.optimizers[name].label for name in comparison.learned]
     seeds = f"{comparison.seeds} held-out seed{'s' if comparison.seeds > 1 else ''}"
     title = f"{comparison.task}: {comparison.horizon} steps, {seeds}, baselines tuned"
-    _draw(lines, path, title, emphasised, band="mean ± standard error\nover seeds")
+    _draw(lines, path, title, emphasised, band=_BAND)
 
 
 def plot_curves(
@@ -92,7 +93,7 @@ def plot_curves(
             error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(values.shape[1])
             lines[label] = (values.mean(0), error)
     several = any(torch.as_tensor(values).ndim > 1 and len(values) > 1 for values in curves.values())
-    band = "mean ± standard error\nover seeds" if several else None
+    band = _BAND if several else None
     _draw(lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band=band)
 
 
@@ -112,13 +113,11 @@ def plot_start_scales(comparisons: Mapping[float, Comparison], path: str | PathL
     scales = sorted(comparisons)
     first, lines = comparisons[scales[0]], {}
     for name, result in first.optimizers.items():
-        results = [comparisons[scale].optimizers[name] for scale in scales]
-        error = np.array([found.mean_loss_std for found in results]) / max(1, first.seeds) ** 0.5
-        lines[result.label] = (np.array([found.mean_loss for found in results]), error)
+        lines[result.label] = _mean_losses([comparisons[scale].optimizers[name] for scale in scales], first.seeds)
     labels = {"xlabel": "standard deviation of the weights at the start (logarithmic scale)"}
     labels["ylabel"] = f"mean loss over {first.horizon} steps"
     emphasised = [first.optimizers[name].label for name in first.learned]
-    _draw(lines, path, title, emphasised, band="mean ± standard error\nover seeds", x=np.array(scales), **labels)
+    _draw(lines, path, title, emphasised, band=_BAND, x=np.array(scales), **labels)
 
 
 def plot_front(costs: Mapping[str, float], comparisons: Sequence[Comparison], path: str | PathLike, title: str) -> None:
@@ -138,16 +137,21 @@ def plot_front(costs: Mapping[str, float], comparisons: Sequence[Comparison], pa
     names = sorted(costs, key=costs.get)
     lines = {}
     for found in comparisons:
-        best, results = found.optimizers[found.best_baseline].mean_loss, [found.optimizers[name] for name in names]
-        error = np.array([result.mean_loss_std for result in results]) / max(1, found.seeds) ** 0.5
-        values = np.array([result.mean_loss for result in results])
+        best = found.optimizers[found.best_baseline].mean_loss
+        values, error = _mean_losses([found.optimizers[name] for name in names], found.seeds)
         lines[f"{found.task}, {found.horizon} steps"] = (values / best, error / best)
     # On two levels by turns: networks that cost alike stand close together.
     ticks = ["\n\n" * (i % 2) + f"{name}\n{costs[name]:.3g}" for i, name in enumerate(names)]
     labels = {"xlabel": "network, and nanoseconds a coordinate and step (logarithmic scale)"}
     labels["ylabel"] = "mean loss over the best baseline's"
-    labels["band"] = "mean ± standard error\nover seeds"
+    labels["band"] = _BAND
     _draw(lines, path, title, [], x=np.array([costs[name] for name in names]), ticks=ticks, log=False, **labels)
+
+
+def _mean_losses(results: Sequence[Result], seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean losses over the horizon, and their standard errors over seeds."""
+    error = np.array([result.mean_loss_std for result in results]) / max(1, seeds) ** 0.5
+    return np.array([result.mean_loss for result in results]), error
 
 
 def _draw(

@@ -219,7 +219,8 @@ class MetaTrainer:
 
         makers = {"adam": partial(torch.optim.Adam, lr=meta_lr, fused=True, capturable=graphs),
                   "soap": partial(Soap, lr=meta_lr)}  # fmt: skip
-        self._update = MetaUpdate(network, makers.get(meta_optimizer, meta_optimizer), clip, parallel)
+        make_optimizer = makers.get(meta_optimizer, meta_optimizer)
+        self._update = MetaUpdate(network, make_optimizer, clip, parallel, clip_windows)
         self.meta_optimizer, self.parameters = self._update.optimizer, self._update.parameters
         self._rule = Rule(network.config, self._update.weights, lr, weight_decay)
         self._graphs, self._eager = Graphs(CudaCapture(device) if graphs else None), Graphs()
@@ -361,9 +362,7 @@ class MetaTrainer:
 
     def _collect(self, window: tuple[Tensor, Tensor, Tensor]) -> None:
         _, meta_loss, d_weights = window
-        if self.clip_windows is not None:
-            d_weights = d_weights * (self.clip_windows / d_weights.norm()).clamp(max=1.0)
-        self._update.gradient += d_weights / self.parallel
+        self._update.add(d_weights)
         self._meta_loss.copy_(meta_loss)
 
     def _start(self, progress: float) -> _Stream:

@@ -19,6 +19,7 @@ class MetaUpdate:
         make_optimizer: makes the meta-optimizer from the network's parameters.
         clip: largest norm of the gradient, or None.
         windows: how many a meta-step averages over.
+        clip_windows: largest norm of one window's gradient, or None.
 
     Attributes:
         weights: the network's, flat, as of the last :meth:`begin`, [W].
@@ -35,8 +36,9 @@ class MetaUpdate:
         make_optimizer: Callable[[list], torch.optim.Optimizer],
         clip: float | None,
         windows: int,
+        clip_windows: float | None = None,
     ) -> None:
-        self.network, self.clip = network, clip
+        self.network, self.clip, self.windows, self.clip_windows = network, clip, windows, clip_windows
         self.parameters = [network.get_parameter(name) for name in reference.weight_shapes(network.config)]
         self.weights = network.flat_weights().detach()
         self.gradient = torch.zeros_like(self.weights)
@@ -57,6 +59,13 @@ class MetaUpdate:
         self.weights.copy_(self.network.flat_weights())
         self.gradient.zero_()
 
+    @torch.no_grad()
+    def add(self, d_weights: Tensor) -> None:
+        """One window's gradient to the mean over them."""
+        if self.clip_windows is not None:
+            d_weights = d_weights * _share(d_weights.norm(), self.clip_windows)
+        self.gradient += d_weights / self.windows
+
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -70,7 +79,7 @@ class MetaUpdate:
         norm = self.gradient.norm()
         self.results[-1].copy_(norm)
         if self.clip is not None:
-            self.gradient.mul_((self.clip / norm).clamp(max=1.0))
+            self.gradient.mul_(_share(norm, self.clip))
         self.found_inf.copy_(self.results.isfinite().all().logical_not())
 
     def step(self) -> None:
@@ -94,3 +103,8 @@ class MetaUpdate:
             group["lr"] = lr.fill_(saved) if isinstance(lr, Tensor) else saved
             if capturable is not None:
                 group["capturable"] = capturable
+
+
+def _share(norm: Tensor, largest: float) -> Tensor:
+    """What clipping to the ``largest`` norm leaves of a gradient of this norm; at most 1."""
+    return (largest / norm).clamp(max=1.0)
