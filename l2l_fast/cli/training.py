@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def read_recipe(name: str) -> dict:
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
     if "like" in recipe:
-        base = read_recipe(recipe.pop("like"))
+        with _another(recipe["like"]):
+            base = read_recipe(recipe.pop("like"))
         return _merged(base, recipe)
     if missing := [key for key in ("tasks", "network", "training", "meta_steps") if key not in recipe]:
         raise ValueError(f"{place} must have {', '.join(missing)}: add them, or name a recipe to be like")
@@ -99,7 +101,8 @@ def stages(recipe: dict, meta_steps: int | None = None) -> list[dict]:
         parts.append(_merged(parts[-1], changes))
     for part in parts:
         if isinstance(part["tasks"], str):
-            part["tasks"] = stages(read_recipe(part["tasks"]))[-1]["tasks"]
+            with _another(part["tasks"]):
+                part["tasks"] = stages(read_recipe(part["tasks"]))[-1]["tasks"]
     if meta_steps is None:
         return parts
     *earlier, last = parts
@@ -110,6 +113,11 @@ def stages(recipe: dict, meta_steps: int | None = None) -> list[dict]:
 
 def prepare(recipe: dict, dataset: str, seed: int) -> tuple[CoordinatewiseLSTM, list[Task], dict]:
     """A recipe's network at its start, its tasks, and the arguments of its :class:`MetaTrainer`."""
+    if not isinstance(recipe["tasks"], list) or not all(isinstance(t, dict) and "name" in t for t in recipe["tasks"]):
+        raise ValueError(
+            '"tasks" of a recipe must be another recipe\'s name, or a list such as [{"name": "digits-mlp"}] '
+            f"with the options of each; got {recipe['tasks']!r}"
+        )
     tasks = [
         library.get(task.pop("name").format(dataset=dataset), **_tuples(task)) for task in map(dict, recipe["tasks"])
     ]
@@ -151,6 +159,15 @@ def train_recipe(
 def stage_folders(out: Path, parts: list[dict]) -> list[Path]:
     """Where each stage keeps its checkpoint: the last in ``out``, those before it in folders of their own below."""
     return [*(out / f"stage-{number}" for number in range(1, len(parts))), out]
+
+
+@contextmanager
+def _another(name: str) -> Iterator[None]:
+    """Around what follows a recipe's reference to another one."""
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"the recipe {name} leads back to itself: refer to another one") from None
 
 
 def _merged(base: dict, changes: dict) -> dict:

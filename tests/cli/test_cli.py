@@ -101,6 +101,25 @@ def test_meta_train_by_a_recipe(run, tmp_path):
     assert "must have training, meta_steps" in err
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": 5}, "another recipe's name, or a list such as"),
+        ({"tasks": ["digits-mlp"]}, "another recipe's name, or a list such as"),
+        ({"tasks": [{"activation": "gelu"}]}, "another recipe's name, or a list such as"),
+        ({"tasks": "nothing"}, "no recipe 'nothing'"),
+        ({"tasks": "wrong.json"}, "wrong.json leads back to itself"),
+        ({"like": "wrong.json"}, "wrong.json leads back to itself"),
+    ],
+)
+def test_a_recipe_with_a_wrong_reference(run, tmp_path, changes, message):
+    recipe = {"tasks": [{"name": "digits-mlp"}], "network": {}, "training": {}, "meta_steps": 2}
+    (tmp_path / "wrong.json").write_text(json.dumps(recipe | changes))
+    code, _, err = run("meta-train", "--recipe", "wrong.json")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert message in err
+
+
 def test_second_derivatives_by_a_recipe_and_by_the_command(run, tmp_path):
     """A recipe's own are kept; the command's win over it, and take back what does not go with them."""
     options = {"unroll": 5, "validation_instances": 1, "horizon": 5}
