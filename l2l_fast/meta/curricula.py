@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
+
+from l2l_fast.meta.checks import is_whole, require
 
 
 class Horizon:
@@ -12,11 +15,13 @@ class Horizon:
 
     Args:
         steps: the length.
+
+    Raises:
+        ValueError: if it is not an int of at least 1.
     """
 
     def __init__(self, steps: int) -> None:
-        if steps < 1:
-            raise ValueError(f"horizon must be at least 1, got {steps}")
+        require(is_whole(steps, 1), "horizon", steps, "an int of at least 1")
         self.steps = steps
 
     @property
@@ -43,15 +48,37 @@ class Horizon:
 
 
 class LogUniform(Horizon):
-    """Lengths log-uniform between ``low`` and a cap that grows from ``first`` to ``high`` over the first half.
+    r"""Lengths log-uniform between ``low`` and a cap that grows from ``first`` to ``high`` over the first half.
+
+    steps ~ exp(U(log low, log cap)),   cap = first (high / first)^min(1, 2 progress)
 
     Heavy-tailed horizons keep early speed in sight while late behaviour is learned (Wichrowska et al. 2017).
+
+    Args:
+        low: the shortest length.
+        high: the longest, and the length of a validation run.
+        first: the cap at the start; ``high`` if None, which lets nothing grow.
+
+    Raises:
+        ValueError: unless they are ints with 1 <= low <= first <= high.
+
+    Example:
+        >>> import numpy as np
+        >>> from l2l_fast.meta import LogUniform
+        >>> horizon, rng = LogUniform(50, 800, first=100), np.random.default_rng(0)
+        >>> max(horizon.draw(rng, progress=0.0) for _ in range(100)) <= 100
+        True
+
+    References:
+        Wichrowska et al. 2017, https://arxiv.org/abs/1703.04813
     """
 
     def __init__(self, low: int, high: int, first: int | None = None) -> None:
         first = high if first is None else first
-        if not 1 <= low <= first <= high:
-            raise ValueError(f"horizon must have 1 <= low <= first <= high, got low={low}, first={first}, high={high}")
+        if not all(is_whole(steps, 1) for steps in (low, first, high)) or not low <= first <= high:
+            raise ValueError(
+                f"horizon must have ints 1 <= low <= first <= high, got low={low!r}, first={first!r}, high={high!r}"
+            )
         super().__init__(high)
         self.low, self.first = low, first
 
@@ -71,14 +98,16 @@ class Staged(Horizon):
     Args:
         stages: growing lengths, such as ``(100, 200, 500, 1000)``.
         patience: validations without improvement before the next stage.
+
+    Raises:
+        ValueError: if the lengths do not grow, or are not ints of at least 1; if ``patience`` is not one.
     """
 
     def __init__(self, stages, patience: int = 3) -> None:
-        self.stages, self.patience = tuple(stages), patience
-        if not self.stages or list(self.stages) != sorted(set(self.stages)) or self.stages[0] < 1:
-            raise ValueError(f"stages must be growing lengths of at least 1, got {stages}")
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1, got {patience}")
+        self.stages, self.patience = tuple(stages) if isinstance(stages, Iterable) else (), patience
+        whole = bool(self.stages) and all(is_whole(steps, 1) for steps in self.stages)
+        require(whole and list(self.stages) == sorted(set(self.stages)), "stages", stages, "growing ints of at least 1")
+        require(is_whole(patience, 1), "patience", patience, "an int of at least 1")
         self.stage, self.best, self.waited = 0, math.inf, 0
 
     @property

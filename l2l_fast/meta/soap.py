@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
+from l2l_fast.meta.checks import is_number, is_whole, require
+
 MAX_WEIGHTS = 8192  # an eigendecomposition of that size takes minutes, and the matrices a quarter of a gigabyte each
 
 
@@ -51,11 +53,12 @@ class Soap(torch.optim.Optimizer):
         every: int = 25,
         eps: float = 1e-10,
     ) -> None:
+        require(is_number(lr) and lr >= 0, "lr", lr, "a number of at least 0")
+        require(len(betas) == 2, "betas", betas, "two numbers in [0, 1)")
         for name, value in {"betas[0]": betas[0], "betas[1]": betas[1], "covariance_beta": covariance_beta}.items():
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+            require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
+        require(is_whole(every, 1), "every", every, "an int of at least 1")
+        require(is_number(eps) and eps > 0, "eps", eps, "a positive number")
         defaults = {"lr": lr, "betas": betas, "covariance_beta": covariance_beta, "every": every, "eps": eps}
         super().__init__(params, defaults)
         if len(self.param_groups) > 1:

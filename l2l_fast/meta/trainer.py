@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
@@ -21,6 +22,7 @@ from torch import Tensor
 from l2l_fast import tasks as task_names
 from l2l_fast.meta import progress as bars
 from l2l_fast.meta import ranks
+from l2l_fast.meta.checks import is_number, is_whole, require
 from l2l_fast.meta.curricula import Horizon
 from l2l_fast.meta.graphs import CudaCapture, Graphs
 from l2l_fast.meta.soap import Soap
@@ -41,6 +43,7 @@ from l2l_fast.tasks.base import Batch, send
 FORMAT_VERSION = 1
 SCHEDULES = ("constant", "cosine")
 META_OPTIMIZERS = ("adam", "soap")
+MAX_SCALING = 10.0  # factors from 5e-5 to 2e4; far beyond it, losses and gradients leave float32
 # What a seed is for; the first word of every seed sequence, so that no two purposes share random numbers.
 _INSTANCE, _SCALING, _TRAJECTORY, _VALIDATION = range(4)
 
@@ -79,7 +82,7 @@ class MetaTrainer:
     runs its own ``instances`` of each trajectory and the gradients are averaged: W ranks of B equal one of W * B.
 
     Args:
-        network: the :class:`CoordinatewiseLSTM`; trained in place.
+        network: the :class:`CoordinatewiseLSTM`, float32; trained in place.
         tasks: a task or its name, or a sequence of them to mix.
         unroll: steps a window, T.
         horizon: steps a trajectory; an int, or a curriculum of :mod:`l2l_fast.meta.curricula`.
@@ -103,7 +106,8 @@ class MetaTrainer:
         clip_windows: largest norm of each window's meta-gradient (each rank's share of it), before the mean over
             ``parallel`` of them; None for no clipping. With second derivatives a trajectory's first window often has a
             hundred times the norm of a later one, which ``clip`` alone would then silence.
-        scaling: r of the random scaling theta -> c theta, c = exp(U(-r, r)) a coordinate; 0 for none.
+        scaling: r of the random scaling theta -> c theta, c = exp(U(-r, r)) a coordinate; 0 for none, at
+            most 10.
         imitation: share of trajectories led by ``teacher``, whose updates the network then fits; a number, or
             (first, last) for a share that changes linearly over ``fit``.
         teacher: makes the teacher from a list of parameters; ``torch.optim.Adam(lr=0.01)`` if None.
@@ -175,40 +179,58 @@ class MetaTrainer:
         graphs: bool | None = None,
         progress: bool = True,
     ) -> None:
-        tasks = [tasks] if isinstance(tasks, str | Task) else list(tasks)
+        require(isinstance(network, CoordinatewiseLSTM), "network", type(network), "a CoordinatewiseLSTM")
+        dtype = network.head.weight.dtype
+        require(dtype == torch.float32, "network", dtype, "of dtype float32, as network.float() makes it")
+        tasks = [tasks] if isinstance(tasks, str | Task) or not isinstance(tasks, Iterable) else list(tasks)
         if not tasks:
             raise ValueError("tasks must name at least one task")
         self.tasks = [task_names.get(task) if isinstance(task, str) else task for task in tasks]
+        for task in self.tasks:
+            require(isinstance(task, Task), "tasks", task, "a task, its name, or a sequence of them")
         counts = {"unroll": unroll, "instances": instances, "parallel": parallel, "validate_every": validate_every,
                   "validation_instances": validation_instances, "checkpoint_every": checkpoint_every}  # fmt: skip
         for name, value in counts.items():
-            _require(value >= 1, name, value, "at least 1")
-        _require(meta_lr > 0, "meta_lr", meta_lr, "positive")
-        _require(schedule in SCHEDULES, "schedule", schedule, f"one of {SCHEDULES}")
-        _require(warmup >= 0, "warmup", warmup, "at least 0")
-        _require(objective in OBJECTIVES, "objective", objective, f"one of {OBJECTIVES}")
-        _require(callable(meta_optimizer) or meta_optimizer in META_OPTIMIZERS, "meta_optimizer", meta_optimizer,
-                 f"one of {META_OPTIMIZERS}, or a callable")  # fmt: skip
-        _require(0 <= average < 1, "average", average, "in [0, 1)")
+            require(is_whole(value, 1), name, value, "an int of at least 1")
+        for name, value in {"warmup": warmup, "seed": seed}.items():
+            require(is_whole(value, 0), name, value, "an int of at least 0")
+        for name, value in {"meta_lr": meta_lr, "lr": lr}.items():
+            require(is_number(value) and value > 0, name, value, "a positive number")
         for name, value in {"clip": clip, "clip_windows": clip_windows}.items():
-            _require(value is None or value > 0, name, value, "positive or None")
-        _require(coordinates is None or coordinates >= 1, "coordinates", coordinates, "at least 1 or None")
-        _require(not (second_derivatives and coordinates), "coordinates", coordinates, "None with second_derivatives")
-        _require(scaling >= 0, "scaling", scaling, "at least 0")
+            require(value is None or (is_number(value) and value > 0), name, value, "a positive number or None")
+        require(is_number(weight_decay) and weight_decay >= 0, "weight_decay", weight_decay, "a number of at least 0")
+        require(schedule in SCHEDULES, "schedule", schedule, f"one of {SCHEDULES}")
+        require(objective in OBJECTIVES, "objective", objective, f"one of {OBJECTIVES}")
+        require(callable(meta_optimizer) or meta_optimizer in META_OPTIMIZERS, "meta_optimizer", meta_optimizer,
+                f"one of {META_OPTIMIZERS}, or a callable")  # fmt: skip
+        require(is_number(average) and 0 <= average < 1, "average", average, "a number in [0, 1)")
+        require(is_number(scaling) and 0 <= scaling <= MAX_SCALING, "scaling", scaling, f"in [0, {MAX_SCALING:g}]")
+        require(coordinates is None or is_whole(coordinates, 1), "coordinates", coordinates,
+                "an int of at least 1, or None")  # fmt: skip
+        require(not (second_derivatives and coordinates), "coordinates", coordinates, "None with second_derivatives")
         if loss_weights is not None:
-            _require(len(loss_weights) == unroll, "loss_weights", loss_weights, f"of length unroll = {unroll}")
-        share = (imitation, imitation) if isinstance(imitation, int | float) else tuple(imitation)
-        _require(len(share) == 2 and all(0 <= p <= 1 for p in share), "imitation", imitation, "in [0, 1]")
-        _require(not (second_derivatives and any(share)), "imitation", imitation, "0 with second_derivatives=True")
+            loss_weights = list(loss_weights) if isinstance(loss_weights, Iterable) else [loss_weights]
+            require(len(loss_weights) == unroll, "loss_weights", loss_weights, f"of length unroll = {unroll}")
+            require(all(map(is_number, loss_weights)), "loss_weights", loss_weights, "finite numbers")
+        share = tuple(imitation) if isinstance(imitation, Iterable) else (imitation, imitation)
+        require(len(share) == 2 and all(is_number(p) and 0 <= p <= 1 for p in share), "imitation", imitation,
+                "in [0, 1], or two numbers that are")  # fmt: skip
+        require(not (second_derivatives and any(share)), "imitation", imitation, "0 with second_derivatives=True")
+        require(isinstance(horizon, Horizon) or is_whole(horizon, 1), "horizon", horizon,
+                "an int of at least 1, or a curriculum of l2l_fast.meta.curricula")  # fmt: skip
         device = torch.device(device)
         graphs = device.type == "cuda" if graphs is None else graphs
-        _require(not graphs or device.type == "cuda", "graphs", graphs, f"False or None on {device}")
+        require(not graphs or device.type == "cuda", "graphs", graphs, f"False or None on {device}")
+        # NumPy's numbers could be saved in a checkpoint, but not loaded from it.
+        meta_lr, average, scaling, lr, weight_decay = map(float, (meta_lr, average, scaling, lr, weight_decay))
+        clip, clip_windows = (None if value is None else float(value) for value in (clip, clip_windows))
+        share = tuple(map(float, share))
         self.network = network.to(device)
-        self.horizon = Horizon(horizon) if isinstance(horizon, int) else horizon
+        self.horizon = horizon if isinstance(horizon, Horizon) else Horizon(horizon)
         self.unroll, self.instances, self.parallel, self.coordinates = unroll, instances, parallel, coordinates
         self.meta_lr, self.schedule, self.objective, self.clip = meta_lr, schedule, objective, clip
         self.average, self.warmup, self.clip_windows = average, warmup, clip_windows
-        self.loss_weights = None if loss_weights is None else torch.tensor(loss_weights, device=device)
+        self.loss_weights = None if loss_weights is None else torch.tensor(loss_weights, dtype=dtype, device=device)
         self.scaling, self.imitation, self.lr, self.weight_decay = scaling, share, lr, weight_decay
         self.teacher = teacher or (lambda params: torch.optim.Adam(params, lr=0.01))
         self.second_derivatives = second_derivatives
@@ -257,9 +279,15 @@ class MetaTrainer:
             on_step: called with the number of meta-steps done, after each.
 
         Raises:
+            ValueError: an argument out of its range, or a ``checkpoint`` of a run with other options or tasks; the
+                message names it, and nothing is changed.
             KeyboardInterrupt: after Ctrl-C, once everything is saved.
+
+        Warns:
+            UserWarning: the network is as it was, since every meta-step was skipped or no validation was finite.
         """
-        _require(meta_steps >= 1, "meta_steps", meta_steps, "at least 1")
+        require(is_whole(meta_steps, 1), "meta_steps", meta_steps, "an int of at least 1")
+        require(max_seconds == math.inf or is_number(max_seconds), "max_seconds", max_seconds, "a number")
         if self._current is not None:
             self.network.load_flat_weights_(self._current)
         self._total = meta_steps
@@ -295,7 +323,21 @@ class MetaTrainer:
                 "the network holds the best weights so far; give checkpoint=FOLDER to be able to go on"
             )  # fmt: skip
             raise KeyboardInterrupt(f"stopped at meta-step {self.meta_step} of {meta_steps}: {where}")
+        self._warn()
         return self.history
+
+    def _warn(self) -> None:
+        """If training has left the network as it was, which the losses alone do not show."""
+        scores, steps = [score for _, score in self.history.validations], self.meta_step
+        if steps and self.history.skipped == steps:
+            what = f"all {steps} meta-steps were skipped, a loss or the meta-gradient of each being not finite"
+        elif scores and not any(map(math.isfinite, scores)):
+            what = f"none of {len(scores)} validations was finite"
+        else:
+            return
+        if ranks.rank() == 0:
+            cure = "lower lr, meta_lr, scaling or horizon, or mend the loss of the task"
+            warnings.warn(f"the network is as it was before training: {what}; {cure}", stacklevel=3)
 
     def _step(self) -> None:
         """One window on every parallel trajectory, then one update of the network."""
@@ -594,11 +636,6 @@ class _DeferredInterrupt:
     def __exit__(self, *error) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
-
-
-def _require(good: bool, option: str, value, allowed: str) -> None:
-    if not good:
-        raise ValueError(f"{option} must be {allowed}, got {value!r}")
 
 
 def _seed(*words: int) -> int:

@@ -46,6 +46,13 @@ def test_stages_resume():
     "make",
     [
         lambda: Horizon(0),
+        lambda: Horizon(1.5),
+        lambda: Horizon("3"),
+        lambda: LogUniform(1.5, 9),
+        lambda: LogUniform("1", 9),
+        lambda: Staged((1.5, 2)),
+        lambda: Staged(5),
+        lambda: Staged((10, 20), patience=1.5),
         lambda: LogUniform(100, 50),
         lambda: LogUniform(10, 50, first=60),
         lambda: Staged(()),

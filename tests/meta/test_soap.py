@@ -67,9 +67,14 @@ def test_the_basis_is_orthogonal_and_the_mean_square_keeps_its_sum():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"betas": (1.0, 0.9)}, r"betas\[0\] must be in \[0, 1\)"),
+        ({"betas": (1.0, 0.9)}, r"betas\[0\] must be a number in \[0, 1\)"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
         ({"covariance_beta": -0.1}, "covariance_beta must be"),
-        ({"every": 0}, "every must be at least 1"),
+        ({"every": 0}, "every must be an int of at least 1"),
+        ({"every": 2.5}, "every must be an int of at least 1, got 2.5"),
+        ({"lr": -1}, "lr must be a number of at least 0, got -1"),
+        ({"lr": float("nan")}, "lr must be a number of at least 0, got nan"),
+        ({"eps": -1}, "eps must be a positive number, got -1"),
     ],
 )
 def test_refuses(options, message):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -248,10 +249,25 @@ def test_diverging_meta_steps_are_skipped_and_the_network_survives():
 
     trainer = make_trainer(tasks=Cliff(3))
     before = trainer.network.flat_weights().detach()
-    history = trainer.fit(4)
+    with pytest.warns(UserWarning, match="network is as it was before training: all 4 meta-steps were skipped") as told:
+        history = trainer.fit(4)
+    assert [warning.filename for warning in told] == [__file__]
     assert history.skipped == 4
     assert history.best_score == float("inf")
     assert torch.equal(trainer.network.flat_weights().detach(), before)
+
+
+def test_validations_that_are_never_finite_are_told(monkeypatch):
+    trainer = make_trainer()
+    before = trainer.network.flat_weights().detach()
+    monkeypatch.setattr(trainer, "_score", lambda index: math.nan)
+    with pytest.warns(UserWarning, match="the network is as it was before training: none of 2 validations was finite"):
+        trainer.fit(8)
+    assert torch.equal(trainer.network.flat_weights().detach(), before)
+
+
+def test_no_time_is_no_reason_to_warn():
+    assert make_trainer().fit(4, max_seconds=0).meta_losses == []
 
 
 def test_max_seconds_stops_early():
@@ -290,26 +306,75 @@ def test_validation_uses_its_own_instances():
     [
         ({"tasks": []}, "tasks must name at least one"),
         ({"tasks": "quadratc"}, "quadratic"),
-        ({"unroll": 0}, "unroll must be at least 1, got 0"),
-        ({"instances": 0}, "instances must be at least 1"),
-        ({"average": 1.0}, "average must be in"),
+        ({"tasks": [5]}, "tasks must be a task, its name, or a sequence of them, got 5"),
+        ({"tasks": 5}, "tasks must be a task"),
+        ({"network": torch.nn.Linear(1, 1)}, "network must be a CoordinatewiseLSTM, got <class"),
+        ({"network": make_network().double()}, r"network must be of dtype float32, .* got torch\.float64"),
+        ({"unroll": 0}, "unroll must be an int of at least 1, got 0"),
+        ({"unroll": 2.5}, "unroll must be an int of at least 1, got 2.5"),
+        ({"instances": 0}, "instances must be an int of at least 1"),
+        ({"coordinates": 1.5}, "coordinates must be an int of at least 1, or None"),
+        ({"average": 1.0}, "average must be a number in"),
+        ({"average": None}, "average must be a number in"),
+        ({"lr": math.nan}, "lr must be a positive number, got nan"),
+        ({"lr": 0.0}, "lr must be a positive number"),
+        ({"weight_decay": math.nan}, "weight_decay must be a number of at least 0"),
+        ({"weight_decay": -5}, "weight_decay must be a number of at least 0, got -5"),
+        ({"seed": -1}, "seed must be an int of at least 0, got -1"),
+        ({"seed": 1.5}, "seed must be an int"),
         ({"meta_optimizer": "sgd"}, "meta_optimizer must be one of"),
-        ({"meta_lr": 0.0}, "meta_lr must be positive"),
+        ({"meta_lr": 0.0}, "meta_lr must be a positive number"),
+        ({"meta_lr": math.inf}, "meta_lr must be a positive number, got inf"),
+        ({"meta_lr": "0.1"}, "meta_lr must be a positive number, got '0.1'"),
         ({"schedule": "step"}, "schedule must be one of"),
-        ({"warmup": -1}, "warmup must be at least 0"),
+        ({"warmup": -1}, "warmup must be an int of at least 0"),
         ({"objective": "mean"}, "objective must be one of"),
-        ({"clip": 0.0}, "clip must be positive or None"),
-        ({"clip_windows": -1.0}, "clip_windows must be positive or None"),
-        ({"scaling": -1.0}, "scaling must be at least 0"),
+        ({"clip": 0.0}, "clip must be a positive number or None"),
+        ({"clip_windows": -1.0}, "clip_windows must be a positive number or None"),
+        ({"clip": math.nan}, "clip must be a positive number or None"),
+        ({"scaling": -1.0}, r"scaling must be in \[0, 10\]"),
+        ({"scaling": 1000}, r"scaling must be in \[0, 10\], got 1000"),
         ({"loss_weights": [1.0]}, "loss_weights must be of length unroll = 5"),
+        ({"loss_weights": 1.0}, "loss_weights must be of length unroll = 5"),
+        ({"loss_weights": [1.0] * 4 + [math.nan]}, "loss_weights must be finite numbers"),
         ({"imitation": 1.5}, r"imitation must be in \[0, 1\]"),
+        ({"imitation": (0.5,)}, r"imitation must be in \[0, 1\]"),
+        ({"imitation": None}, r"imitation must be in \[0, 1\]"),
         ({"imitation": 0.5, "second_derivatives": True}, "imitation must be 0 with second_derivatives"),
-        ({"horizon": 0}, "horizon must be at least 1"),
+        ({"horizon": 0}, "horizon must be an int of at least 1"),
+        ({"horizon": 2.5}, "horizon must be an int of at least 1, or a curriculum .* got 2.5"),
+        ({"horizon": "100"}, "horizon must be an int of at least 1, or a curriculum .* got '100'"),
+        ({"horizon": None}, "horizon must be an int of at least 1"),
     ],
 )
 def test_nonsense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"meta_steps": 0}, "meta_steps must be an int of at least 1, got 0"),
+        ({"meta_steps": 2.5}, "meta_steps must be an int of at least 1, got 2.5"),
+        ({"meta_steps": 2, "max_seconds": math.nan}, "max_seconds must be a number, got nan"),
+    ],
+)
+def test_fit_refuses_nonsense(arguments, message):
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(**arguments)
+    assert trainer.meta_step == 0
+
+
+def test_numbers_of_numpy_are_numbers_in_a_checkpoint_too(tmp_path):
+    options = {"meta_lr": np.float64(0.01), "scaling": np.float32(0.5), "imitation": np.float64(0.5)}
+    make_trainer(checkpoint=tmp_path, **options).fit(2)
+    assert len(make_trainer(checkpoint=tmp_path, **options).fit(3).meta_losses) == 3
+
+
+def test_the_largest_scaling_skips_no_meta_step():
+    assert make_trainer(scaling=10, instances=1).fit(20).skipped == 0
 
 
 _RANK = """
