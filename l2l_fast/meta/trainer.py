@@ -292,6 +292,7 @@ class MetaTrainer:
             self.network.load_flat_weights_(self._current)
         self._total = meta_steps
         if self.checkpoint is not None and self.meta_step == 0:
+            self._make_folder()
             self._resume()
         deadline, writer = time.monotonic() + max_seconds, self._writer()
         shown = self.progress and ranks.rank() == 0
@@ -550,6 +551,16 @@ class MetaTrainer:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, self.checkpoint / "trainer.pt")  # a kill leaves the old checkpoint or the new one, whole
+
+    def _make_folder(self) -> None:
+        """Before any work: what cannot be saved need not be begun."""
+        try:
+            self.checkpoint.mkdir(parents=True, exist_ok=True)
+            reason = None if os.access(self.checkpoint, os.W_OK | os.X_OK) else "it cannot be written to"
+        except OSError as error:
+            reason = error.strerror
+        if reason:
+            raise ValueError(f"checkpoint must be a folder, got {str(self.checkpoint)!r} ({reason}): name another one")
 
     def _resume(self) -> None:
         path = self.checkpoint / "trainer.pt"

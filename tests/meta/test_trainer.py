@@ -242,6 +242,24 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
         make_trainer(checkpoint=tmp_path).fit(2)
 
 
+@pytest.mark.parametrize("place", [".", "below"])
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path, place):
+    file = tmp_path / "file"
+    file.write_text("of mine")
+    trainer = make_trainer(checkpoint=file / place)
+    with pytest.raises(ValueError, match=r"checkpoint must be a folder, .*file.*\((File exists|Not a directory)\)"):
+        trainer.fit(2)
+    assert (trainer.meta_step, file.read_text()) == (0, "of mine")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write to every folder
+    trainer = make_trainer(checkpoint=tmp_path / "new" / "folder")
+    with pytest.raises(ValueError, match=r"checkpoint must be a folder, .*\(it cannot be written to\): name another"):
+        trainer.fit(2)
+    assert trainer.meta_step == 0
+
+
 def test_diverging_meta_steps_are_skipped_and_the_network_survives():
     class Cliff(Quadratic):
         def loss(self, params, batch):
