@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from l2l_fast.meta import ranks
 from l2l_fast.meta.checks import is_number, is_whole, require
 from l2l_fast.meta.curricula import Horizon
 from l2l_fast.meta.graphs import CudaCapture, Graphs
+from l2l_fast.meta.identity import describe, differences
 from l2l_fast.meta.soap import Soap
 from l2l_fast.meta.unroll import (
     OBJECTIVES,
@@ -40,9 +41,10 @@ from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.tasks import Instances, Task
 from l2l_fast.tasks.base import Batch, send
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew tasks by their plain options alone
 SCHEDULES = ("constant", "cosine")
 META_OPTIMIZERS = ("adam", "soap")
+NAMED = 5  # differences that the refusal of a checkpoint names
 MAX_SCALING = 10.0  # factors from 5e-5 to 2e4; far beyond it, losses and gradients leave float32
 # What a seed is for; the first word of every seed sequence, so that no two purposes share random numbers.
 _INSTANCE, _SCALING, _TRAJECTORY, _VALIDATION = range(4)
@@ -509,12 +511,17 @@ class MetaTrainer:
                  "validate_every", "validation_instances", "seed")  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         settings["horizon"], settings["imitation"] = repr(self.horizon), list(self.imitation)
-        settings |= {f"tasks[{number}]": _described(task) for number, task in enumerate(self.tasks)}
+        settings |= {f"tasks[{number}]": facts for number, facts in enumerate(self._facts)}
         settings["network"] = list(self.network.config)
         settings["loss_weights"] = None if self.loss_weights is None else self.loss_weights.tolist()
         settings["meta_optimizer"] = type(self.meta_optimizer).__name__
         settings["ranks"] = ranks.world()
         return settings
+
+    @cached_property
+    def _facts(self) -> list[dict]:
+        """Of the tasks, as they are before a run: the hash of their data is taken once."""
+        return [describe(task, self.device) for task in self.tasks]
 
     def _save(self) -> None:
         streams = [
@@ -563,7 +570,7 @@ class MetaTrainer:
             raise ValueError(f"checkpoint must be a folder, got {str(self.checkpoint)!r} ({reason}): name another one")
 
     def _resume(self) -> None:
-        path = self.checkpoint / "trainer.pt"
+        path, ours = self.checkpoint / "trainer.pt", self._settings()
         if not path.exists():
             return
         try:
@@ -575,16 +582,11 @@ class MetaTrainer:
             ) from None
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format {version}, this l2l_fast reads {FORMAT_VERSION}: give another folder")
-        ours = self._settings()
-        differing = [
-            f"{name}={theirs.get(name)!r} (now {ours.get(name)!r})"
-            for name in ours | theirs
-            if theirs.get(name) != ours.get(name)
-        ]
-        if differing:
+        if differing := differences(theirs, ours):
+            more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
             raise ValueError(
-                f"{path} belongs to a run with {', '.join(differing)}: use the same options to go on with it, "
-                "or another checkpoint folder to start anew"
+                f"{path} belongs to a run with {', '.join(differing[:NAMED])}{more}: use the same options and tasks to "
+                "go on with it, or another checkpoint folder to start anew"
             )
         self.meta_step, self.started = saved["meta_step"], saved["started"]
         self.network.load_flat_weights_(saved["weights"])
@@ -616,18 +618,6 @@ class MetaTrainer:
         writer.add_scalar("meta_loss", self.history.meta_losses[-1], self.meta_step)
         if self.history.validations and self.history.validations[-1][0] == self.meta_step:
             writer.add_scalar("validation", self.history.validations[-1][1], self.meta_step)
-
-
-def _described(task: Task) -> str:
-    """A task's name and its options as far as they are plain values: tasks of one name may differ in them."""
-    # Not where its data is: a run may go on on another machine.
-    known = {key: value for key, value in getattr(task, "__dict__", {}).items() if key not in ("name", "folder")}
-    options = [
-        f"{key}={value!r}"
-        for key, value in known.items()
-        if key[0] != "_" and isinstance(value, str | int | float | tuple)
-    ]
-    return f"{task.name}({', '.join(options)})"
 
 
 class _DeferredInterrupt:
