@@ -31,8 +31,8 @@ class ModuleTask:
         resample: True draws new rows at every step; False draws them once a trajectory.
 
     Raises:
-        ValueError: if the module has no trainable parameters, is random or changes its buffers in its forward pass, the
-            data do not share M, or the loss is not a scalar.
+        ValueError: if the module has no trainable parameters or some that its loss does not depend on (freeze them), is
+            random or changes its buffers in its forward pass, the data do not share M, or the loss is not a scalar.
 
     Example:
         >>> import torch, l2l_fast as l2l
@@ -90,19 +90,25 @@ class ModuleTask:
         return module
 
     def _try(self) -> None:
-        """Evaluate two instances on two rows: what cannot work is refused here, not in the middle of training."""
+        """Differentiate two instances on two rows: what cannot work is refused here, not in the middle of training."""
         buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
-        params = {name: param.detach().expand(2, *param.shape) for name, param in _trainable(self._module).items()}
+        params = {
+            name: param.detach().expand(2, *param.shape).requires_grad_()
+            for name, param in _trainable(self._module).items()
+        }
         batch = torch.arange(min(2, len(self.data[0]))).expand(2, -1)
         try:
-            losses = torch.vmap(self.loss)(params, batch)
+            with torch.enable_grad():
+                losses = torch.vmap(self.loss)(params, batch)
+                grads = _gradients(losses, params)
         except RuntimeError as error:
             raise ValueError(
-                "the module and its loss cannot be evaluated under torch.vmap (they may not be random, nor change "
+                "the module and its loss cannot be differentiated under torch.vmap (they may not be random, nor change "
                 f"anything in place, nor branch on values): {error}"
             ) from error
         if losses.shape != (2,):
             raise ValueError(f"loss_fn must return a scalar, got shape {list(losses.shape[1:])}")
+        _check_gradients(grads)
         for name, buffer in self._module.named_buffers():
             if not torch.equal(buffer, buffers[name]):
                 raise ValueError(f"the module changes its buffer {name} in its forward pass: put it into eval() mode")
@@ -116,6 +122,34 @@ def _constants(module: nn.Module) -> dict[str, Tensor]:
     trainable = _trainable(module)
     frozen = {name: param.detach() for name, param in module.named_parameters() if name not in trainable}
     return frozen | dict(module.named_buffers())
+
+
+def _gradients(losses: Tensor, params: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """Of the sum of the losses; None where they do not depend on the parameter."""
+    if not losses.requires_grad:
+        return dict.fromkeys(params)
+    grads = torch.autograd.grad(losses.sum(), list(params.values()), allow_unused=True)
+    return dict(zip(params, grads, strict=True))
+
+
+def _check_gradients(grads: dict[str, Tensor | None]) -> None:
+    # Zeros in their place would hide a layer that was forgotten, and cost an optimizer's state for each coordinate.
+    unused = [name for name, grad in grads.items() if grad is None]
+    if len(unused) == len(grads):
+        raise ValueError(
+            "the loss does not depend on the module's parameters in a way that can be differentiated: use loss_fn's "
+            "first argument, without detach(), argmax or a comparison"
+        )
+    if unused:
+        raise ValueError(
+            f"the loss does not depend on {_listed(unused)}: use each in the module's forward pass, or freeze it in "
+            "make_module by requires_grad_(False)"
+        )
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def _check_data(data: tuple[Tensor, ...]) -> None:

@@ -103,6 +103,12 @@ class HiddenDropout(nn.Linear):
         return F.dropout(super().forward(x), training=self.training)
 
 
+class Spare(nn.Linear):
+    def __init__(self, spares=1):
+        super().__init__(1, 1)
+        self.spare = nn.ModuleList(nn.Linear(1, 1) for _ in range(spares))
+
+
 @pytest.mark.parametrize(
     ("make_module", "why"),
     [
@@ -115,12 +121,20 @@ class HiddenDropout(nn.Linear):
         (lambda: nn.Sequential(nn.Linear(1, 1), nn.Dropout()), r"Dropout \(1\) is random"),
         (lambda: HiddenDropout(1, 1), r"torch\.vmap"),
         (Counting, "changes its buffer calls"),
+        (Spare, r"does not depend on spare\.0\.weight, spare\.0\.bias: use each .* or freeze it in make_module"),
+        (lambda: Spare(4), r"spare\.0\.weight, .*, spare\.2\.weight and 3 more"),
         (lambda: "not a module", "must return a torch.nn.Module, got str"),
     ],
 )
 def test_refuses_modules(make_module, why):
     with pytest.raises(ValueError, match=why):
         ModuleTask(make_module, (X, Y), F.mse_loss)
+
+
+def frozen_spare():
+    module = Spare()
+    module.spare.requires_grad_(False)
+    return module
 
 
 @pytest.mark.parametrize(
@@ -130,6 +144,7 @@ def test_refuses_modules(make_module, why):
         lambda: nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).eval(),
         lambda: nn.Sequential(nn.Linear(1, 4), nn.GroupNorm(2, 4), nn.Linear(4, 1)),
         lambda: nn.Sequential(nn.Linear(1, 1), nn.Dropout()).eval(),
+        frozen_spare,
     ],
 )
 def test_cures_work(make_module):
@@ -149,8 +164,21 @@ def test_cures_work(make_module):
         (torch.tensor(1.0), {}, "data must be"),
         ((X, Y), {"batch_size": 0}, "batch_size"),
         ((X, Y), {"loss_fn": lambda out, y: out - y}, r"scalar, got shape \[2, 1\]"),
+        ((X, Y), {"loss_fn": lambda out, y: y.square().mean()}, "does not depend on the module's parameters"),
+        ((X, Y), {"loss_fn": lambda out, y: (out > y).float().mean()}, "does not depend on the module's parameters"),
+        ((X, Y), {"loss_fn": lambda out, y: F.mse_loss(out.detach(), y)}, "first argument, without detach"),
     ],
 )
 def test_refuses_data_and_losses(data, options, why):
     with pytest.raises(ValueError, match=why):
         ModuleTask(make, data, **({"loss_fn": F.mse_loss} | options))
+
+
+def test_refuses_sparse_gradients():
+    with pytest.raises(ValueError, match=r"cannot be differentiated under .* sparse tensors"):
+        ModuleTask(lambda: nn.Embedding(5, 2, sparse=True), torch.arange(4), lambda out: out.square().mean())
+
+
+def test_can_be_made_where_gradients_are_off():
+    with torch.no_grad():
+        ModuleTask(make, (X, Y), F.mse_loss)
