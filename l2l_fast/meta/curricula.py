@@ -38,10 +38,11 @@ class Horizon:
         return False
 
     def state_dict(self) -> dict:
+        """Numbers that a resumed run needs; here, and with a cap that follows from the progress, none."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        pass
+        """Go on from a :meth:`state_dict`."""
 
     def __repr__(self) -> str:
         return f"Horizon({self.steps})"

@@ -32,7 +32,7 @@ class Task(Protocol):
     resample: bool
 
     def init(self, generator: torch.Generator) -> Params:
-        """Start of one trajectory."""
+        """Start of one trajectory: float32 tensors by name, all drawn from ``generator``, of the CPU."""
         ...
 
     def sample(self, generator: torch.Generator) -> Batch:
@@ -55,6 +55,7 @@ class Resident:
         self._tensors, self._copies = tensors, {}
 
     def on(self, device: torch.device) -> Batch:
+        """The tensors on ``device``, in the structure they were given in."""
         if device not in self._copies:
             self._copies[device] = tree_map(lambda tensor: tensor.to(device), self._tensors)
         return self._copies[device]
@@ -101,7 +102,7 @@ class Instances:
         self._fixed = None if task.resample else self._draw(1)
 
     def start(self) -> Tensor:
-        """Flat starting parameters [B, N]."""
+        """Flat starting parameters [B, N], float32, N being the coordinates of one instance."""
         return send(self._start, self.device)
 
     def draw(self) -> Batch:
@@ -109,7 +110,14 @@ class Instances:
         return tree_map(lambda leaf: leaf[0], self.draws(1))
 
     def draws(self, steps: int) -> Batch:
-        """The next steps' batches at once, leaves [steps, B, ...]: one copy to the device for all of them."""
+        """The next steps' batches at once: one copy to the device for all of them.
+
+        Args:
+            steps: how many.
+
+        Returns:
+            what ``task.sample`` gives, with leaves [steps, B, ...].
+        """
         if self._fixed is None:
             return self._draw(steps)
         return tree_map(lambda leaf: leaf.expand(steps, *leaf.shape[1:]), self._fixed)
@@ -123,7 +131,20 @@ class Instances:
         }
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
-        """Loss of every instance, [B], for stacked parameters."""
+        """Loss of every instance, for stacked parameters.
+
+        losses[i] = f(params[i]; batch[i])
+
+        Args:
+            params: by name, [B, *shape], on this device.
+            batch: one step's, leaves [B, ...], as :meth:`draw` gives it.
+
+        Returns:
+            [B]; differentiable in ``params``.
+
+        Raises:
+            RuntimeError: if B > 1 and the task's loss is not made for ``torch.vmap``.
+        """
         if len(self.generators) > 1:
             return torch.vmap(self.task.loss)(params, batch)
         # One instance by itself: the batching rules would take as long as a small network.
@@ -135,7 +156,21 @@ class Instances:
         return {name: param.detach().requires_grad_() for name, param in self.unflatten(theta).items()}
 
     def gradients(self, leaves: Params, batch: Batch, out: Tensor) -> Tensor:
-        """Losses [B] at ``leaves``; their gradients go to ``out`` [B, N]."""
+        """Losses at ``leaves``, and their gradients in a place of the caller's.
+
+        out[i] = df(leaves[i]; batch[i]) / dleaves[i], flat
+
+        Args:
+            leaves: where to differentiate, from :meth:`leaves`.
+            batch: one step's, leaves [B, ...].
+            out: takes the gradients, [B, N], of the parameters' dtype.
+
+        Returns:
+            losses [B], without a graph.
+
+        Raises:
+            RuntimeError: if a loss does not depend on one of the parameters.
+        """
         with torch.enable_grad():
             losses = self.losses(leaves, batch)
             grads = torch.autograd.grad(losses, list(leaves.values()), torch.ones_like(losses))
@@ -143,7 +178,21 @@ class Instances:
         return losses.detach()
 
     def evaluate(self, theta: Tensor, batch: Batch, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-        """Losses [B] and their gradients [B, N] with respect to ``theta`` [B, N]."""
+        """Losses and their gradients at a point.
+
+        (f(theta[i]; batch[i]), df(theta[i]; batch[i]) / dtheta[i])
+
+        Args:
+            theta: flat parameters [B, N], floating-point.
+            batch: one step's, leaves [B, ...].
+            create_graph: keep both differentiable in ``theta``, for second derivatives.
+
+        Returns:
+            losses [B] and gradients [B, N], of the dtype of ``theta``.
+
+        Raises:
+            RuntimeError: if a loss does not depend on one of the parameters.
+        """
         if not create_graph:
             grads = torch.empty_like(theta)
             return self.gradients(self.leaves(theta), batch, grads), grads
@@ -154,9 +203,11 @@ class Instances:
         return losses, torch.cat([grad.flatten(1) for grad in grads], dim=1)
 
     def state_dict(self) -> dict:
+        """Where the B generators are: what is drawn next follows from it."""
         return {"generators": [generator.get_state() for generator in self.generators]}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from a :meth:`state_dict` of as many instances."""
         for generator, saved in zip(self.generators, state["generators"], strict=True):
             generator.set_state(saved.cpu())  # a checkpoint may have been loaded to another device
 

@@ -105,6 +105,21 @@ class Classifier:
         return other
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """A freshly drawn network, as ``init_scale`` says; reads the data at first, whose shapes decide its own.
+
+        Args:
+            generator: of the CPU; all randomness comes from it.
+
+        Returns:
+            float32 ``{layer}.weight`` and ``{layer}.bias``, layers counted from 0: [units, inputs] or [channels out,
+            channels in, 3, 3], and [units].
+
+        Raises:
+            ValueError: if ``kind`` or ``pool`` needs images and the data set has none, or its files are not the
+                published ones.
+            FileNotFoundError, RuntimeError, ImportError: as :func:`l2l_fast.data.digits` and
+                :func:`l2l_fast.data.mnist`.
+        """
         params = {}
         std = self._draw_std(generator)
         for layer, shape in self._shapes.items():
@@ -119,15 +134,26 @@ class Classifier:
         return params
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """Rows [n] of the task's half; :meth:`examples` has what stands there."""
+        """Rows [n] of the task's half, int64, on the CPU; :meth:`examples` has what stands there."""
         return torch.randint(len(self._half), (self.batch_size,), generator=generator)
 
     def examples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs [n, ...] and targets [n], on the device of ``rows``."""
+        """Inputs [n, ...], float32 as the network takes them, and targets [n], int64, on the device of ``rows``."""
         inputs, targets = self._data.on(rows.device)
         return look_up(inputs, rows), targets[rows]
 
     def loss(self, params: dict[str, Tensor], batch: Tensor) -> Tensor:
+        """Mean cross-entropy of one minibatch, in nats.
+
+        -1/n sum_i log softmax(net(x_i))[y_i]
+
+        Args:
+            params: those of :meth:`init`, of any floating-point dtype.
+            batch: rows [n] of :meth:`sample`, on the device of ``params``.
+
+        Returns:
+            0-dim, of the dtype of ``params``.
+        """
         x, targets = self.examples(batch)
         x = x.to(params["0.weight"].dtype)
         activation = ACTIVATIONS[self.activation]

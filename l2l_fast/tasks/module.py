@@ -68,14 +68,36 @@ class ModuleTask:
         self._try()
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Trainable parameters of a freshly made module.
+
+        Args:
+            generator: of the CPU; seeds torch's global one for the call.
+
+        Returns:
+            by the module's names, in its shapes and dtypes.
+
+        Raises:
+            ValueError: if ``make_module`` gives something else than a module.
+        """
         module = self._make(int(torch.randint(2**62, (), generator=generator)))
         return {name: param.detach().clone() for name, param in _trainable(module).items()}
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """Rows [n] of the data."""
+        """Rows [n] of the data, int64, on the CPU."""
         return torch.randint(len(self.data[0]), (self.batch_size,), generator=generator)
 
     def loss(self, params: dict[str, Tensor], batch: Tensor) -> Tensor:
+        """``loss_fn`` of the module's output on one minibatch.
+
+        loss_fn(module_params(x[batch]), y[batch], ...)
+
+        Args:
+            params: those of :meth:`init`.
+            batch: rows [n] of the data, int64, on the device of ``params``.
+
+        Returns:
+            0-dim.
+        """
         inputs, *targets = (look_up(tensor, batch) for tensor in self._data.on(batch.device))
         constants = self._constants.on(batch.device)
         return self.loss_fn(functional_call(self._module, (params, constants), (inputs,)), *targets)

@@ -39,12 +39,30 @@ class Quadratic:
         self.dimension, self.start_scale, self.name = dimension, start_scale, name
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Start of one trajectory, x_0 ~ N(0, start_scale^2).
+
+        Args:
+            generator: of the CPU; all randomness comes from it.
+
+        Returns:
+            ``x`` [d], float32.
+        """
         return {"x": self.start_scale * torch.randn(self.dimension, generator=generator)}
 
     def sample(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """W [d, d] and y [d], the function; float32, from a generator of the CPU."""
         matrix = torch.randn(self.dimension, self.dimension, generator=generator)
         return matrix, torch.randn(self.dimension, generator=generator)
 
     def loss(self, params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        """||W x - y||^2.
+
+        Args:
+            params: ``x`` [d].
+            batch: W [d, d] and y [d], of the dtype and on the device of ``x``.
+
+        Returns:
+            0-dim, of that dtype.
+        """
         matrix, target = batch
         return (matrix @ params["x"] - target).square().sum()
