@@ -24,8 +24,10 @@ def test_help_has_examples(run, command):
 
 
 def test_no_command_shows_the_commands(run):
-    _, out, err = run()
-    assert all(command in out + err for command in COMMANDS)
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert err == run("--help")[1]  # as it stands, line by line
+    assert all(f"\n  {command} " in err for command in COMMANDS)
 
 
 def test_version(run):
