@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import l2l_fast
-from l2l_fast.cli.options import Device, Json, Out, note
+from l2l_fast.cli.options import Device, Json, Out, note, out_folder
 
 
 def bench(
@@ -39,8 +39,7 @@ def bench(
         raise RuntimeError("the bench folder is not there: run this from a source checkout installed with pip -e")
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise ImportError("the benches need pytest-benchmark: pip install 'l2l_fast[test]'")
-    out = (out or Path("runs") / "bench").resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    out = out_folder(out, "bench").resolve()
     raw = out / "benchmark.json"
     command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", "-rs", "--benchmark-quiet"]
     command += [f"--benchmark-json={raw}", f"--device={device}", *(["--quick"] if quick else [])]

@@ -13,7 +13,7 @@ import torch
 import typer
 
 from l2l_fast import tasks as library
-from l2l_fast.cli.options import HORIZONS, Data, Device, Json, Out, Seed, note, parse_horizon, report
+from l2l_fast.cli.options import HORIZONS, Data, Device, Json, Out, Seed, note, out_folder, parse_horizon, report
 from l2l_fast.cli.training import prepare, read_recipe, stage_folders, stages
 from l2l_fast.evaluate import plot_curves
 from l2l_fast.meta import History, MetaTrainer, recipes
@@ -112,7 +112,7 @@ def meta_train(
     )  # fmt: skip
     if second_derivatives:
         changed["coordinates"] = None  # a sample of them cannot carry second derivatives
-    out = out or Path("runs") / f"meta-train-{title}"
+    out = out_folder(out, f"meta-train-{title}")
     begun = time.monotonic()
     for folder, (steps, mixture, training) in zip(stage_folders(out, planned), planned, strict=True):
         trainer = MetaTrainer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,20 @@ Data = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 HORIZONS = "Steps a trajectory: 100, or LOW:HIGH for log-uniform, or A,B,C for stages."
+
+
+def out_folder(out: Path | None, name: str) -> Path:
+    """The folder that a command writes into, ``runs/NAME`` unless it was given.
+
+    Made, and written to, before the work begins: what cannot be kept should not be computed.
+    """
+    out = out or Path("runs") / name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise typer.BadParameter(f"--out {str(out)!r} cannot be written ({error.strerror}): give another") from None
+    return out
 
 
 def parse_horizon(text: str) -> meta.Horizon:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from l2l_fast import tasks as library
-from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, parse_floats, report, stages
+from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder, parse_floats, report, stages
 from l2l_fast.cli.training import train_at_rate
 from l2l_fast.evaluate import plot_curves
 from l2l_fast.evaluate.comparison import finite_or_null
@@ -45,7 +44,7 @@ def sweep(
     rates = parse_floats(meta_lr, "--meta-lr")
     problem = library.get(task)
     held_out = problem.with_half("meta-test") if hasattr(problem, "with_half") else problem
-    out = out or Path("runs") / f"sweep-{task}"
+    out = out_folder(out, f"sweep-{task}")
     networks = {}
     with stages() as progress:
         for rate in rates:
@@ -61,7 +60,6 @@ def sweep(
     if not finite:
         raise RuntimeError("every meta learning rate diverged; try smaller ones")
     best = min(finite, key=finite.get)
-    out.mkdir(parents=True, exist_ok=True)
     labels = {rate: f"{rate:g}" + (" (best)" if rate == best else "") for rate in rates}
     plot_curves(
         {labels[rate]: curve for rate, curve in curves.items()}, out / "sweep.png",

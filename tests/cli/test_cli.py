@@ -233,6 +233,17 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(run, network, tmp_path, ar
     assert err.startswith("l2l-fast: ")
 
 
+@pytest.mark.parametrize(
+    "arguments", ["demo", "meta-train quadratic", "compare quadratic", "sweep quadratic", "reproduce mnist", "bench"]
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(run, tmp_path, arguments):
+    (tmp_path / "file").touch()
+    code, out, err = run(*arguments.split(), "--out", "file/below")
+    assert (code, out) == (2, "")
+    assert "--out 'file/below' cannot be written (Not a directory): give another" in err
+    assert len(err.splitlines()) == 1  # no bar of any stage
+
+
 def test_a_network_and_its_shape_are_not_given_together(run, network, tmp_path):
     network.save_pretrained(tmp_path / "network")
     code, _, err = run("meta-train", "quadratic", "--network", "network", "--hidden-size", 4)
