@@ -36,11 +36,11 @@ def compare(
         l2l-fast compare quadratic --network runs/meta-train-quadratic/network
         l2l-fast compare mnist-mlp --network runs/mnist/network --horizon 200 --baselines adam,nesterov
     """
-    problem = library.get(task)
+    problem, names = library.get(task), [name.strip() for name in baselines.split(",")]
     out = out_folder(out, f"compare-{task}")
     with stages() as progress:
         comparison = evaluate.compare(
-            problem, network, horizon=horizon, seeds=seeds, baselines=baselines.split(","), seed=seed,
+            problem, network, horizon=horizon, seeds=seeds, baselines=names, seed=seed,
             device=device, progress=progress,
         )  # fmt: skip
     comparison.to_json(out / "comparison.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -70,12 +71,15 @@ def parse_horizon(text: str) -> meta.Horizon:
         raise typer.BadParameter(f"--horizon {text!r}: give 100, 50:300 or 100,200,500 ({error})") from None
 
 
-def parse_floats(text: str, option: str) -> list[float]:
-    """Numbers separated by commas."""
+def parse_rates(text: str, option: str) -> list[float]:
+    """Learning rates separated by commas, no two of them written alike."""
     try:
-        return [float(part) for part in text.split(",")]
+        rates = [float(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{option} {text!r}: give numbers separated by commas, such as 0.1,0.01") from None
+        rates = []
+    if not rates or not all(0 < rate < math.inf for rate in rates) or len({f"{rate:g}" for rate in rates}) < len(rates):
+        raise typer.BadParameter(f"{option} {text!r}: give different positive numbers with commas, such as 0.1,0.01")
+    return rates
 
 
 def report(result: dict, text: str, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from l2l_fast import tasks as library
-from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder, parse_floats, report, stages
+from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder, parse_rates, report, stages
 from l2l_fast.cli.training import train_at_rate
 from l2l_fast.evaluate import plot_curves
 from l2l_fast.evaluate.comparison import finite_or_null
@@ -41,7 +41,7 @@ def sweep(
         l2l-fast sweep quadratic --meta-lr 0.1,0.03,0.01,0.003,0.001
         l2l-fast sweep digits-mlp --meta-lr 0.01,0.003 --meta-steps 1000
     """
-    rates = parse_floats(meta_lr, "--meta-lr")
+    rates = parse_rates(meta_lr, "--meta-lr")
     problem = library.get(task)
     held_out = problem.with_half("meta-test") if hasattr(problem, "with_half") else problem
     out = out_folder(out, f"sweep-{task}")

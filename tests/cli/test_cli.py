@@ -64,7 +64,7 @@ def test_meta_train_then_compare(run, tmp_path):
     assert CoordinatewiseLSTM.from_pretrained(out / "network").config.features == "identity"
 
     arguments = ("compare", "quadratic", "--network", out / "network", "--horizon", 20, "--seeds", 3, "--out", "found")
-    code, text, _ = run(*arguments, "--baselines", "adam,nesterov")
+    code, text, _ = run(*arguments, "--baselines", "adam, nesterov")
     assert code == 0
     assert "3 held-out seeds" in text
     assert (tmp_path / "found" / "comparison.png").stat().st_size > 5000
@@ -217,6 +217,8 @@ def test_demo_tells_the_whole_story(run, tmp_path):
         (["meta-train", "quadratic", "--features", "loud"], "features must be one of"),
         (["meta-train", "digits-mlp", "--init-scale", "big"], "--init-scale 'big'"),
         (["sweep", "quadratic", "--meta-lr", "a,b"], "--meta-lr 'a,b'"),
+        (["sweep", "quadratic", "--meta-lr", "0.01,0.010"], "give different positive numbers"),
+        (["sweep", "quadratic", "--meta-lr", "0.01,-1"], "give different positive numbers"),
         (["dance"], "dance"),
         (["tasks", "--loud"], "--loud"),
     ],
