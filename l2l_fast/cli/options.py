@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -15,6 +14,7 @@ import torch
 import typer
 
 from l2l_fast import meta
+from l2l_fast.evaluate.comparison import json_text
 
 
 def _device(name: str) -> str:
@@ -84,7 +84,7 @@ def parse_rates(text: str, option: str) -> list[float]:
 
 def report(result: dict, text: str, as_json: bool) -> None:
     """The result on stdout, for a program or for a person."""
-    print(json.dumps(result, indent=1) if as_json else text)
+    print(json_text(result) if as_json else text)
 
 
 def note(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from l2l_fast import tasks as library
 from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder, parse_rates, report, stages
 from l2l_fast.cli.training import train_at_rate
 from l2l_fast.evaluate import plot_curves
-from l2l_fast.evaluate.comparison import finite_or_null
+from l2l_fast.evaluate.comparison import json_text
 from l2l_fast.evaluate.trajectories import Lane, trajectories
 from l2l_fast.optim import LSTMOptimizer
 
@@ -70,8 +69,7 @@ def sweep(
         "meta_lrs": {f"{rate:g}": {"mean_loss": means[rate],
                                    "curve": curve.mean(0).tolist()} for rate, curve in curves.items()},
     }  # fmt: skip
-    result = finite_or_null(result)
-    (out / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "sweep.json").write_text(json_text(result) + "\n")
     note(f"sweep.json and sweep.png are in {out}")
     lines = [f"{task}: mean loss over {horizon} steps by meta learning rate, {seeds} held-out seeds", ""]
     lines += [f"{rate:>10g}  {means[rate]:>10.4g}{'  best' if rate == best else ''}" for rate in rates]

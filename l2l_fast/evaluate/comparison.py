@@ -156,7 +156,7 @@ class Comparison:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(finite_or_null(content), indent=1, allow_nan=False) + "\n")
+        path.write_text(json_text(content) + "\n")
 
     @classmethod
     def from_json(cls, path: str | PathLike) -> Comparison:
@@ -228,12 +228,17 @@ def _divide(a: float | None, b: float | None) -> float | None:
     return a / b
 
 
-def finite_or_null(value):
+def json_text(value) -> str:
+    """JSON of a nested value, for files and for stdout: null for a number that is not finite, as JSON knows none."""
+    return json.dumps(_finite_or_null(value), indent=1, allow_nan=False)
+
+
+def _finite_or_null(value):
     """The same nested value with None, JSON's null, for every number that is not finite."""
     if isinstance(value, dict):
-        return {key: finite_or_null(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite_or_null(item) for item in value]
+        return {key: _finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -182,6 +182,21 @@ def test_meta_train_goes_on_where_it_stopped(run, tmp_path):
     assert "seed=0 (now 1)" in err
 
 
+def test_what_diverged_is_null_in_json(run, tmp_path):
+    code, text, _ = run("meta-train", "quadratic", "--meta-lr", "1e30", "--meta-steps", 3, "--json", "--out", "a")
+    assert code == 0
+    history = (tmp_path / "a" / "history.json").read_text()
+    assert _strict(text)["best_score"] is _strict(history)["best_score"] is None
+    assert _strict(history)["validations"] == [[3, None]]
+
+
+def _strict(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def test_sweep_names_the_best_rate(run, tmp_path):
     code, text, _ = run("sweep", "quadratic", "--meta-lr", "0.01,0.0001", "--meta-steps", 20, "--horizon", 30)
     assert code == 0
