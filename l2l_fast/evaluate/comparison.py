@@ -14,8 +14,6 @@ import torch
 
 from l2l_fast.evaluate.trajectories import smoothed
 
-RATIOS = ("ratio_mean", "ratio_final", "ratio_steps", "ratio_seconds")
-
 
 @dataclass
 class Result:
