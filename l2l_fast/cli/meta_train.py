@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -95,7 +96,7 @@ def meta_train(
         prepared = [prepare(part, "mnist", seed) for part in parts]
         learned, title = prepared[0][0], Path(recipe).stem
         planned = [(part["meta_steps"], *rest) for part, (_, *rest) in zip(parts, prepared, strict=True)]
-        tasks = [task["name"] for task in parts[-1]["tasks"]]
+        tasks = [task.name for task in prepared[-1][1]]
     else:
         overrides = {} if init_scale is None else {"init_scale": _init_scale(init_scale)}
         mixture = [library.get(name, **({} if name == "quadratic" else overrides)) for name in tasks]
@@ -131,11 +132,12 @@ def meta_train(
     seconds = time.monotonic() - begun
     result = {"tasks": tasks, "meta_steps": trainer.meta_step, "seconds": seconds, "best_score": history.best_score,
               "skipped": history.skipped, "network": str(folder / "network")}  # fmt: skip
+    try_it = ["l2l-fast", "compare", tasks[0], "--network", str(folder / "network")]
     text = (
         f"{trainer.meta_step} meta-steps in {seconds:.0f} s; "
         f"best validation {history.best_score:.4g} (mean of f_t / f_0)\n"
         f"network: {folder / 'network'}\n"
-        f"try it:  l2l-fast compare {tasks[0]} --network {folder / 'network'}"
+        f"try it:  {shlex.join(try_it)}"
     )
     report(result, text, as_json)
 

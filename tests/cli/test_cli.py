@@ -182,6 +182,20 @@ def test_meta_train_goes_on_where_it_stopped(run, tmp_path):
     assert "seed=0 (now 1)" in err
 
 
+def test_a_command_to_paste_is_quoted(run):
+    _, text, _ = run("meta-train", "quadratic", "--horizon", 5, "--meta-steps", 1, "--out", "two words")
+    assert text.splitlines()[-1] == "try it:  l2l-fast compare quadratic --network 'two words/network'"
+
+
+@pytest.mark.mnist
+def test_a_command_to_paste_names_the_task_that_was_trained_on(run, tmp_path):
+    recipe = {"tasks": [{"name": "{dataset}-mlp"}], "network": {"hidden_size": 3}, "meta_steps": 1,
+              "training": {"unroll": 5, "horizon": 5, "validation_instances": 1}}  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps(recipe))
+    _, text, _ = run("meta-train", "--recipe", "mine.json", "--out", "mine")
+    assert text.splitlines()[-1] == "try it:  l2l-fast compare mnist-mlp --network mine/network"
+
+
 def test_what_diverged_is_null_in_json(run, tmp_path):
     code, text, _ = run("meta-train", "quadratic", "--meta-lr", "1e30", "--meta-steps", 3, "--json", "--out", "a")
     assert code == 0
