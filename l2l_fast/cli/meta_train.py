@@ -99,6 +99,8 @@ def meta_train(
         tasks = [task.name for task in prepared[-1][1]]
     else:
         overrides = {} if init_scale is None else {"init_scale": _init_scale(init_scale)}
+        if overrides and set(tasks) == {"quadratic"}:
+            raise typer.BadParameter("--init-scale is for classifiers; quadratic starts in its own way: leave it out")
         mixture = [library.get(name, **({} if name == "quadratic" else overrides)) for name in tasks]
         known = recipes.for_task(mixture[0])
         torch.manual_seed(seed)
