@@ -112,11 +112,19 @@ def test_meta_train_by_a_recipe(run, tmp_path):
         ({"tasks": "nothing"}, "no recipe 'nothing'"),
         ({"tasks": "wrong.json"}, "wrong.json leads back to itself"),
         ({"like": "wrong.json"}, "wrong.json leads back to itself"),
+        ({"like": 3}, '"like" of a recipe must be another recipe\'s name, or a path that ends in .json, got 3'),
+        ({"network": 3}, '"network" of a recipe must hold options by name, got 3'),
+        ({"training": []}, '"training" of a recipe must hold options by name, got []'),
+        ({"meta_steps": "many"}, "\"meta_steps\" of a recipe must be a whole number of at least 1, got 'many'"),
+        ({"then": [{"meta_steps": 0}]}, '"meta_steps" of a recipe must be a whole number of at least 1, got 0'),
+        ({"tasks": [{"name": 3}]}, "another recipe's name, or a list such as"),
+        ({"tasks": [{"name": "{data}-mlp"}]}, "there is no task '{data}-mlp'"),
+        ([], "wrong.json must hold tasks, network, training and meta_steps by name, got []"),
     ],
 )
-def test_a_recipe_with_a_wrong_reference(run, tmp_path, changes, message):
+def test_a_recipe_with_a_wrong_value(run, tmp_path, changes, message):
     recipe = {"tasks": [{"name": "digits-mlp"}], "network": {}, "training": {}, "meta_steps": 2}
-    (tmp_path / "wrong.json").write_text(json.dumps(recipe | changes))
+    (tmp_path / "wrong.json").write_text(json.dumps(recipe | changes if isinstance(changes, dict) else changes))
     code, _, err = run("meta-train", "--recipe", "wrong.json")
     assert (code, len(err.splitlines())) == (2, 1)
     assert message in err
