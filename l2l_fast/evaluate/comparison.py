@@ -21,7 +21,8 @@ class Result:
 
     Attributes:
         label: how tables and legends write it.
-        lr: learning rate of the run that ``mean_loss`` and ``curve`` are of (tuned for the mean, if it was tuned).
+        lr: learning rate of the run that ``mean_loss`` and ``curve`` are of (tuned for the mean, if it was tuned);
+            nan for an optimizer whose param groups have several, or none.
         mean_loss: mean over seeds and over steps 1 .. horizon.
         mean_loss_std: standard deviation over seeds of the seed's own mean loss.
         lr_final: learning rate of the run that ``final_loss`` and ``curve_final`` are of (tuned for the final loss).
@@ -183,7 +184,7 @@ class Comparison:
             mark = "*" if result.on_edge else ""
             mean, final = _loss(result.mean_loss), _loss(result.final_loss)
             spread = f"{result.mean_loss_std:.2g}" if math.isfinite(result.mean_loss) else ""
-            lrs = f"{result.lr:.3g}{mark}", f"{result.lr_final:.3g}{mark}"
+            lrs = [f"{lr:.3g}{mark}" if math.isfinite(lr) else "-" for lr in (result.lr, result.lr_final)]
             label = result.label if len(result.label) <= 17 else result.label[:16] + "…"
             seconds = f"{1000 * result.seconds_per_step:.3g}"
             rows.append((label, lrs[0], mean, spread, lrs[1], final, seconds))

@@ -132,6 +132,22 @@ def test_a_network_alone_and_by_name(tmp_path):
     assert alone.optimizers["LSTM"].curve == pytest.approx(by_callable.optimizers["net"].curve, rel=1e-5)
 
 
+def test_a_callable_gets_the_tasks_own_shapes_and_no_others(tmp_path):
+    """Once an instance, and once more to be timed; a rate for each parameter is no one rate."""
+    shapes = []
+
+    def layerwise(params):
+        shapes.append([tuple(param.shape) for param in params])
+        return torch.optim.Adam([{"params": [param], "lr": 0.01 * k} for k, param in enumerate(params, start=1)])
+
+    found = compare("digits-mlp", layerwise, horizon=3, seeds=2, tuning_seeds=1, baselines=["sgd"])
+    assert shapes == 3 * [[(20, 64), (20,), (10, 20), (10,)]]
+    assert math.isnan(found.optimizers["layerwise"].lr)
+    assert "nan" not in found.table()
+    found.to_json(tmp_path / "found.json")
+    assert Comparison.from_json(tmp_path / "found.json").table() == found.table()
+
+
 def test_progress_reports_every_stage():
     calls = []
     options = {"horizon": 3, "seeds": 1, "tuning_seeds": 1, "baselines": ["adam"]}
