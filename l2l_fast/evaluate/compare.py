@@ -163,7 +163,7 @@ def compare_horizons(
             name, best = baseline.name, tuned[baseline.name][horizon]
             results[name] = _result(
                 baseline.label, begun[name, best.lr], begun[name, best.lr_final], horizon,
-                lr=best.lr, lr_final=best.lr_final, seconds=seconds[name], on_edge=best.on_edge,
+                lr=best.lr, lr_final=best.lr_final, seconds=seconds[name], on_edge=best.on_edge, tied=best.tied,
             )  # fmt: skip
         comparisons[horizon] = Comparison(task.name, horizon, seeds, list(learned), results, environment(device))
     return comparisons

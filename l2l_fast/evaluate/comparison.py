@@ -32,6 +32,7 @@ class Result:
         curve_std: its standard deviation over seeds.
         curve_final: the same mean for the run tuned for the final loss.
         on_edge: True where tuning ended at the edge of the widest grid.
+        tied: True where the second best rate was within a standard error of the best, by either measure.
     """
 
     label: str
@@ -45,6 +46,7 @@ class Result:
     curve_std: list[float]
     curve_final: list[float]
     on_edge: bool = False
+    tied: bool = False
 
     @property
     def diverged(self) -> bool:
@@ -181,7 +183,7 @@ class Comparison:
         """Plain text of at most 80 columns: a line an optimizer, the ratios below."""
         rows = [("optimizer", "lr", "mean loss", "± std", "lr (final)", "final loss", "ms/step")]
         for name, result in self.optimizers.items():
-            mark = "*" if result.on_edge else ""
+            mark = "*" * result.on_edge + "~" * result.tied
             mean, final = _loss(result.mean_loss), _loss(result.final_loss)
             spread = f"{result.mean_loss_std:.2g}" if math.isfinite(result.mean_loss) else ""
             lrs = [f"{lr:.3g}{mark}" if math.isfinite(lr) else "-" for lr in (result.lr, result.lr_final)]
@@ -197,6 +199,8 @@ class Comparison:
             lines += textwrap.wrap(self._verdict(name), 80, subsequent_indent="  ")
         if any(result.on_edge for result in self.optimizers.values()):
             lines.append("* best at the edge of the widest grid tried: not fully tuned")
+        if any(result.tied for result in self.optimizers.values()):
+            lines.append("~ the second best rate is within a standard error: other seeds may choose it")
         return "\n".join(line[:80].rstrip() for line in lines)
 
     def _verdict(self, name: str) -> str:

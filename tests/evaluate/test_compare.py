@@ -248,11 +248,12 @@ def test_table_fits_80_columns_at_its_widest():
     found = synthetic([8, 6, 3, 2, 1, 1, 1, 1, 1])
     found.task = "a task whose name goes on " * 5
     wide = Result("a learned optimizer whose name goes on", 1.2345e-10, 1.2345e-10, 1.2345e-10, 1.2345e-10, 1.2345e-10,
-                  123456.0, [1.0] * 9, [0.0] * 9, [1.0] * 9, on_edge=True)  # fmt: skip
+                  123456.0, [1.0] * 9, [0.0] * 9, [1.0] * 9, on_edge=True, tied=True)  # fmt: skip
     found.optimizers |= {"learned": wide, "adam": dataclasses.replace(wide, label="B" * 40)}
     table = found.table()
     assert max(map(len, table.splitlines())) <= 80
     assert "not fully tuned" in table
+    assert "other seeds may choose it" in table
     row = next(line for line in table.splitlines() if line.startswith("BBB"))
     assert len(row.split()) == 7
 
