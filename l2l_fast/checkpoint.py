@@ -51,7 +51,8 @@ def from_pretrained(name_or_folder: str | PathLike, *, revision: str | None = No
         revision: of the hub id: a branch, tag or commit.
 
     Raises:
-        FileNotFoundError: nothing of that name; the message lists the shipped names.
+        FileNotFoundError: nothing of that name, or no hub to ask; where it can be no hub id, the message lists the
+            shipped names.
         ValueError: the folder's files are damaged, or of a later format.
     """
     name = os.fspath(name_or_folder)
@@ -70,9 +71,20 @@ def from_pretrained(name_or_folder: str | PathLike, *, revision: str | None = No
 def _download(hub_id: str, revision: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
-        raise ImportError(f"{hub_id!r} is a hub id, which needs huggingface_hub: pip install 'l2l_fast[hub]'") from None
-    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["model.safetensors", "config.json"]))
+        raise ImportError(
+            f"{hub_id!r} is no folder, and a hub id needs huggingface_hub: pip install 'l2l_fast[hub]'"
+        ) from None
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["model.safetensors", "config.json"]))
+    except LocalEntryNotFoundError:
+        reason = "the hub cannot be reached"
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = f"the hub gives none of that id ({type(error).__name__})"
+    raise FileNotFoundError(
+        f"no network {hub_id!r}: there is no such folder, and {reason}; correct the folder or the hub id"
+    )
 
 
 def _load(folder: Path) -> CoordinatewiseLSTM:

@@ -1,5 +1,6 @@
 import json
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -44,6 +45,21 @@ def test_hub_id_is_downloaded(network, tmp_path, monkeypatch):
         "revision": "v1",
         "patterns": ["model.safetensors", "config.json"],
     }
+
+
+def test_a_mistyped_folder_is_told_from_a_hub_id(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    absent = RepositoryNotFoundError("401 Client Error", response=MagicMock())
+    for error, reason in (
+        (LocalEntryNotFoundError("no connection"), "the hub cannot be reached"),
+        (absent, r"the hub gives none of that id \(RepositoryNotFoundError\)"),
+        (HFValidationError("-- in it"), r"the hub gives none of that id \(HFValidationError\)"),
+    ):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", MagicMock(side_effect=error))
+        with pytest.raises(FileNotFoundError, match=f"no network 'runs/mien': there is no such folder, and {reason}"):
+            CoordinatewiseLSTM.from_pretrained("runs/mien")
 
 
 def test_hub_without_its_package_says_what_to_install(monkeypatch):

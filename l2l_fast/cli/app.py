@@ -12,7 +12,6 @@ from l2l_fast.cli.options import note
 app = typer.Typer(
     name="l2l-fast",
     help="Meta-train learned LSTM optimizers, and compare them with tuned hand-designed ones.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -26,13 +25,16 @@ def _say_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:  # typer's own no_args_is_help raises the help as if it were an error
+        note(context.get_help())
+        raise typer.Exit(2)
 
 
 def _register(name: str, command) -> None:

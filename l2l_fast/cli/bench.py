@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import l2l_fast
-from l2l_fast.cli.options import Device, Json, Out, note
+from l2l_fast.cli.options import Device, Json, Out, note, out_folder, report
 
 
 def bench(
@@ -39,8 +39,7 @@ def bench(
         raise RuntimeError("the bench folder is not there: run this from a source checkout installed with pip -e")
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise ImportError("the benches need pytest-benchmark: pip install 'l2l_fast[test]'")
-    out = (out or Path("runs") / "bench").resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    out = out_folder(out, "bench").resolve()
     raw = out / "benchmark.json"
     command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", "-rs", "--benchmark-quiet"]
     command += [f"--benchmark-json={raw}", f"--device={device}", *(["--quick"] if quick else [])]
@@ -55,10 +54,10 @@ def bench(
         raise RuntimeError(f"no bench matches --select {select!r}; see the names with: pytest bench --collect-only -q")
     if code:
         raise RuntimeError("the benches failed, so nothing is reported; what failed is above")
-    report = [sys.executable, str(folder / "report.py"), str(raw), "--out", str(out)]
-    text = subprocess.run(report, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8").stdout
+    command = [sys.executable, str(folder / "report.py"), str(raw), "--out", str(out)]
+    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8").stdout
     note(f"summary.md, tables.md, the results and steps.png (of two sizes or more) are in {out}")
-    print(json.dumps(_rows(out), indent=1) if as_json else text, end="\n" if as_json else "")
+    report(_rows(out), text.rstrip("\n"), as_json)
 
 
 def _rows(out: Path) -> dict:

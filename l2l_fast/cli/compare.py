@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from l2l_fast import evaluate
 from l2l_fast import tasks as library
-from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, report, stages
+from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder, report, stages
 
 
 def compare(
@@ -37,10 +36,11 @@ def compare(
         l2l-fast compare quadratic --network runs/meta-train-quadratic/network
         l2l-fast compare mnist-mlp --network runs/mnist/network --horizon 200 --baselines adam,nesterov
     """
-    out = out or Path("runs") / f"compare-{task}"
+    problem, names = library.get(task), [name.strip() for name in baselines.split(",")]
+    out = out_folder(out, f"compare-{task}")
     with stages() as progress:
         comparison = evaluate.compare(
-            library.get(task), network, horizon=horizon, seeds=seeds, baselines=baselines.split(","), seed=seed,
+            problem, network, horizon=horizon, seeds=seeds, baselines=names, seed=seed,
             device=device, progress=progress,
         )  # fmt: skip
     comparison.to_json(out / "comparison.json")

@@ -11,7 +11,7 @@ import typer
 from torch import nn
 
 from l2l_fast import evaluate
-from l2l_fast.cli.options import Device, Json, Out, Seed, note, report, stages
+from l2l_fast.cli.options import Device, Json, Out, Seed, note, out_folder, report, stages
 from l2l_fast.data import Dataset, digits, halves
 from l2l_fast.meta import MetaTrainer, recipes
 from l2l_fast.networks import CoordinatewiseLSTM
@@ -37,7 +37,7 @@ def demo(
         l2l-fast demo
         l2l-fast demo --meta-steps 200 --out runs/short-demo
     """
-    out = out or Path("runs/demo")
+    out = out_folder(out, "demo")
     note("1 of 3: an LSTM learns to minimise random quadratics")
     torch.manual_seed(seed)
     network = CoordinatewiseLSTM(**recipes.DEMO.network)

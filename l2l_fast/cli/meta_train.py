@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +13,10 @@ import torch
 import typer
 
 from l2l_fast import tasks as library
-from l2l_fast.cli.options import HORIZONS, Data, Device, Json, Out, Seed, note, parse_horizon, report
+from l2l_fast.cli.options import HORIZONS, Data, Device, Json, Out, Seed, note, out_folder, parse_horizon, report
 from l2l_fast.cli.training import prepare, read_recipe, stage_folders, stages
 from l2l_fast.evaluate import plot_curves
+from l2l_fast.evaluate.comparison import json_text
 from l2l_fast.meta import History, MetaTrainer, recipes
 from l2l_fast.networks import CoordinatewiseLSTM
 
@@ -95,9 +96,11 @@ def meta_train(
         prepared = [prepare(part, "mnist", seed) for part in parts]
         learned, title = prepared[0][0], Path(recipe).stem
         planned = [(part["meta_steps"], *rest) for part, (_, *rest) in zip(parts, prepared, strict=True)]
-        tasks = [task["name"] for task in parts[-1]["tasks"]]
+        tasks = [task.name for task in prepared[-1][1]]
     else:
         overrides = {} if init_scale is None else {"init_scale": _init_scale(init_scale)}
+        if overrides and set(tasks) == {"quadratic"}:
+            raise typer.BadParameter("--init-scale is for classifiers; quadratic starts in its own way: leave it out")
         mixture = [library.get(name, **({} if name == "quadratic" else overrides)) for name in tasks]
         known = recipes.for_task(mixture[0])
         torch.manual_seed(seed)
@@ -112,7 +115,7 @@ def meta_train(
     )  # fmt: skip
     if second_derivatives:
         changed["coordinates"] = None  # a sample of them cannot carry second derivatives
-    out = out or Path("runs") / f"meta-train-{title}"
+    out = out_folder(out, f"meta-train-{title}")
     begun = time.monotonic()
     for folder, (steps, mixture, training) in zip(stage_folders(out, planned), planned, strict=True):
         trainer = MetaTrainer(
@@ -131,17 +134,18 @@ def meta_train(
     seconds = time.monotonic() - begun
     result = {"tasks": tasks, "meta_steps": trainer.meta_step, "seconds": seconds, "best_score": history.best_score,
               "skipped": history.skipped, "network": str(folder / "network")}  # fmt: skip
+    try_it = ["l2l-fast", "compare", tasks[0], "--network", str(folder / "network")]
     text = (
         f"{trainer.meta_step} meta-steps in {seconds:.0f} s; "
         f"best validation {history.best_score:.4g} (mean of f_t / f_0)\n"
         f"network: {folder / 'network'}\n"
-        f"try it:  l2l-fast compare {tasks[0]} --network {folder / 'network'}"
+        f"try it:  {shlex.join(try_it)}"
     )
     report(result, text, as_json)
 
 
 def _record(history: History, trainer: MetaTrainer, folder: Path, title: str) -> None:
-    (folder / "history.json").write_text(json.dumps(dataclasses.asdict(history)) + "\n")
+    (folder / "history.json").write_text(json_text(dataclasses.asdict(history)) + "\n")
     plot_curves(
         {"meta-loss": torch.tensor(history.meta_losses)}, folder / "meta_training.png",
         f"meta-training: {title}",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ import torch
 import typer
 
 from l2l_fast import meta
+from l2l_fast.evaluate.comparison import json_text
 
 
 def _device(name: str) -> str:
@@ -43,6 +45,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 HORIZONS = "Steps a trajectory: 100, or LOW:HIGH for log-uniform, or A,B,C for stages."
 
 
+def out_folder(out: Path | None, name: str) -> Path:
+    """The folder that a command writes into, ``runs/NAME`` unless it was given.
+
+    Made, and written to, before the work begins: what cannot be kept should not be computed.
+    """
+    out = out or Path("runs") / name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise typer.BadParameter(f"--out {str(out)!r} cannot be written ({error.strerror}): give another") from None
+    return out
+
+
 def parse_horizon(text: str) -> meta.Horizon:
     """A curriculum from ``100``, ``50:300`` or ``100,200,500``."""
     try:
@@ -55,17 +71,20 @@ def parse_horizon(text: str) -> meta.Horizon:
         raise typer.BadParameter(f"--horizon {text!r}: give 100, 50:300 or 100,200,500 ({error})") from None
 
 
-def parse_floats(text: str, option: str) -> list[float]:
-    """Numbers separated by commas."""
+def parse_rates(text: str, option: str) -> list[float]:
+    """Learning rates separated by commas, no two of them written alike."""
     try:
-        return [float(part) for part in text.split(",")]
+        rates = [float(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{option} {text!r}: give numbers separated by commas, such as 0.1,0.01") from None
+        rates = []
+    if not rates or not all(0 < rate < math.inf for rate in rates) or len({f"{rate:g}" for rate in rates}) < len(rates):
+        raise typer.BadParameter(f"{option} {text!r}: give different positive numbers with commas, such as 0.1,0.01")
+    return rates
 
 
 def report(result: dict, text: str, as_json: bool) -> None:
     """The result on stdout, for a program or for a person."""
-    print(json.dumps(result, indent=1) if as_json else text)
+    print(json_text(result) if as_json else text)
 
 
 def note(text: str) -> None:

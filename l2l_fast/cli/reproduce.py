@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from l2l_fast.cli.meta_lr import meta_lr
-from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, report, stages
+from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder, report, stages
 from l2l_fast.cli.training import train_recipe
 from l2l_fast.evaluate import reproduce as runner
 from l2l_fast.evaluate.figures import Findings
@@ -62,13 +62,13 @@ def reproduce(
     names = find(row)
     if dataset not in DATASETS:
         raise typer.BadParameter(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
-    out = out or Path("runs") / f"reproduce-{dataset}"
     given = {"l2l-base": network, "l2l-quadratic": quadratic_network, "l2l-small": small_network}
     if row != "all" and ROWS[row].network:
         given[ROWS[row].network] = given[ROWS[row].network] or network
     # All of them now: what is missing should be said before hours of work, not after.
     networks = {name: _networks(name, given.get(ROWS[name].network)) for name in names}
     extra = _load(network) if network else {}
+    out = out_folder(out, f"reproduce-{dataset}")
     settings = QUICK if quick else FULL
     if seeds is not None:
         settings = dataclasses.replace(settings, seeds=seeds)

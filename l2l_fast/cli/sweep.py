@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from l2l_fast import tasks as library
-from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, parse_floats, report, stages
+from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder, parse_rates, report, stages
 from l2l_fast.cli.training import train_at_rate
 from l2l_fast.evaluate import plot_curves
-from l2l_fast.evaluate.comparison import finite_or_null
+from l2l_fast.evaluate.comparison import json_text
 from l2l_fast.evaluate.trajectories import Lane, trajectories
 from l2l_fast.optim import LSTMOptimizer
 
@@ -42,10 +40,10 @@ def sweep(
         l2l-fast sweep quadratic --meta-lr 0.1,0.03,0.01,0.003,0.001
         l2l-fast sweep digits-mlp --meta-lr 0.01,0.003 --meta-steps 1000
     """
-    rates = parse_floats(meta_lr, "--meta-lr")
+    rates = parse_rates(meta_lr, "--meta-lr")
     problem = library.get(task)
     held_out = problem.with_half("meta-test") if hasattr(problem, "with_half") else problem
-    out = out or Path("runs") / f"sweep-{task}"
+    out = out_folder(out, f"sweep-{task}")
     networks = {}
     with stages() as progress:
         for rate in rates:
@@ -61,7 +59,6 @@ def sweep(
     if not finite:
         raise RuntimeError("every meta learning rate diverged; try smaller ones")
     best = min(finite, key=finite.get)
-    out.mkdir(parents=True, exist_ok=True)
     labels = {rate: f"{rate:g}" + (" (best)" if rate == best else "") for rate in rates}
     plot_curves(
         {labels[rate]: curve for rate, curve in curves.items()}, out / "sweep.png",
@@ -72,8 +69,7 @@ def sweep(
         "meta_lrs": {f"{rate:g}": {"mean_loss": means[rate],
                                    "curve": curve.mean(0).tolist()} for rate, curve in curves.items()},
     }  # fmt: skip
-    result = finite_or_null(result)
-    (out / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "sweep.json").write_text(json_text(result) + "\n")
     note(f"sweep.json and sweep.png are in {out}")
     lines = [f"{task}: mean loss over {horizon} steps by meta learning rate, {seeds} held-out seeds", ""]
     lines += [f"{rate:>10g}  {means[rate]:>10.4g}{'  best' if rate == best else ''}" for rate in rates]

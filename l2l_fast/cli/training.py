@@ -19,6 +19,12 @@ from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.tasks import Task
 
 MAY_DIFFER = ("tasks", "training", "meta_steps")  # between a recipe's stages
+_KINDS = {  # of a recipe's values: (whether one is good, what it must do)
+    "like": (lambda value: isinstance(value, str), "be another recipe's name, or a path that ends in .json"),
+    "network": (lambda value: isinstance(value, dict), "hold options by name"),
+    "training": (lambda value: isinstance(value, dict), "hold options by name"),
+    "meta_steps": (lambda value: isinstance(value, int) and value >= 1, "be a whole number of at least 1"),
+}
 
 
 def train_at_rate(
@@ -49,7 +55,7 @@ def read_recipe(name: str) -> dict:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not JSON, or leaves something out.
+        ValueError: it is not JSON, leaves something out, or holds a value of another kind.
     """
     places = [Path(name)] if name.endswith(".json") else [
         WEIGHTS / name / "recipe.json", resources.files("l2l_fast") / "ablations" / f"{name}.json"
@@ -63,6 +69,9 @@ def read_recipe(name: str) -> dict:
         recipe = json.loads(place.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{place} must hold tasks, network, training and meta_steps by name, got {recipe!r}")
+    _check(recipe)
     if "like" in recipe:
         with _another(recipe["like"]):
             base = read_recipe(recipe.pop("like"))
@@ -98,6 +107,7 @@ def stages(recipe: dict, meta_steps: int | None = None) -> list[dict]:
                 f'a stage in "then" of a recipe must hold what differs from the stage before, of '
                 f"{', '.join(MAY_DIFFER)}; got {', '.join(changes) if isinstance(changes, dict) else repr(changes)}"
             )
+        _check(changes)
         parts.append(_merged(parts[-1], changes))
     for part in parts:
         if isinstance(part["tasks"], str):
@@ -113,13 +123,15 @@ def stages(recipe: dict, meta_steps: int | None = None) -> list[dict]:
 
 def prepare(recipe: dict, dataset: str, seed: int) -> tuple[CoordinatewiseLSTM, list[Task], dict]:
     """A recipe's network at its start, its tasks, and the arguments of its :class:`MetaTrainer`."""
-    if not isinstance(recipe["tasks"], list) or not all(isinstance(t, dict) and "name" in t for t in recipe["tasks"]):
+    named = lambda task: isinstance(task, dict) and isinstance(task.get("name"), str)  # noqa: E731
+    if not isinstance(recipe["tasks"], list) or not all(map(named, recipe["tasks"])):
         raise ValueError(
             '"tasks" of a recipe must be another recipe\'s name, or a list such as [{"name": "digits-mlp"}] '
             f"with the options of each; got {recipe['tasks']!r}"
         )
     tasks = [
-        library.get(task.pop("name").format(dataset=dataset), **_tuples(task)) for task in map(dict, recipe["tasks"])
+        library.get(task.pop("name").replace("{dataset}", dataset), **_tuples(task))
+        for task in map(dict, recipe["tasks"])
     ]
     training = dict(recipe["training"])
     if "horizon" in training:
@@ -170,12 +182,16 @@ def _another(name: str) -> Iterator[None]:
         raise ValueError(f"the recipe {name} leads back to itself: refer to another one") from None
 
 
+def _check(recipe: dict) -> None:
+    """Of a recipe, or of what a stage changes: that each value given is of its kind."""
+    for key, (good, must) in _KINDS.items():
+        if key in recipe and not good(recipe[key]):
+            raise ValueError(f'"{key}" of a recipe must {must}, got {recipe[key]!r}')
+
+
 def _merged(base: dict, changes: dict) -> dict:
     """``base`` with what changes; of the network's and the trainer's options, those alone that are given."""
     deep = [key for key in ("network", "training") if key in changes]
-    for key in deep:
-        if not isinstance(changes[key], dict):
-            raise ValueError(f'"{key}" of a recipe must hold options by name, got {changes[key]!r}')
     return base | changes | {key: base[key] | changes[key] for key in deep}
 
 

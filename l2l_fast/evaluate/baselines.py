@@ -14,6 +14,7 @@ from l2l_fast.tasks.base import Task
 
 EXTENSION = 4  # rates added at a time: a decade
 MAX_EXTENSIONS = 4  # on each side
+Scores = dict[int, tuple[Tensor, Tensor]]  # exponent -> mean losses [B] and final losses [B], one a seed
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Tuned:
         lr_final: the rate of the lowest final loss.
         on_edge: True where the best rate, by either measure, is the first or last one tried although the grid was
             extended as far as it goes.
+        tied: True where, by either measure, the second best rate is within a standard error of the best, paired over
+            seeds: other seeds might have chosen it.
     """
 
     baseline: Baseline
@@ -78,6 +81,7 @@ class Tuned:
     lr: float
     lr_final: float
     on_edge: bool
+    tied: bool = False  # as tunings kept before there was this field say
 
 
 def find_baseline(baseline: str | Baseline) -> Baseline:
@@ -154,13 +158,13 @@ def tune_horizons(
         raise ValueError("seeds must name at least one instance to tune on, got none")
     longest = horizons[-1]
 
-    def measure(exponents: Sequence[int], description: str) -> dict[int, dict[int, tuple[float, float]]]:
+    def measure(exponents: Sequence[int], description: str) -> dict[int, Scores]:
         lanes = [Lane(partial(baseline.factory, lr=10 ** (k / 4))) for k in exponents]
         on_step = progress and (lambda done: progress(description, done, longest))
         losses = trajectories(task, lanes, horizon=longest, seeds=seeds, device=device, on_step=on_step)
         return {
             horizon: {
-                k: (mean_loss(lane[:, : horizon + 1]), final_loss(lane[:, : horizon + 1], horizon))
+                k: (lane[:, 1 : horizon + 1].double().mean(1), smoothed(lane[:, : horizon + 1], horizon)[:, -1])
                 for k, lane in zip(exponents, losses, strict=True)
             }
             for horizon in horizons
@@ -181,16 +185,18 @@ def tune_horizons(
     return {horizon: _tuned(baseline, scores[horizon]) for horizon in horizons}
 
 
-def _tuned(baseline: Baseline, scores: dict[int, tuple[float, float]]) -> Tuned:
+def _tuned(baseline: Baseline, scores: Scores) -> Tuned:
     exponents, best = sorted(scores), _best(scores)
+    mean_losses, final_losses = ([_finite_or_inf(scores[k][metric].mean()) for k in exponents] for metric in (0, 1))
     return Tuned(
         baseline=baseline,
         rates=[10 ** (k / 4) for k in exponents],
-        mean_losses=[scores[k][0] for k in exponents],
-        final_losses=[scores[k][1] for k in exponents],
+        mean_losses=mean_losses,
+        final_losses=final_losses,
         lr=10 ** (best[0] / 4),
         lr_final=10 ** (best[1] / 4),
         on_edge=exponents[0] in best or exponents[-1] in best,
+        tied=any(_tied(scores, metric) for metric in (0, 1)),
     )
 
 
@@ -208,7 +214,16 @@ def _finite_or_inf(value: Tensor) -> float:
     return value.item() if value.isfinite() else float("inf")
 
 
-def _best(scores: dict[int, tuple[float, float]]) -> tuple[int, int]:
+def _best(scores: Scores) -> tuple[int, int]:
     """Exponents of the lowest mean and of the lowest final loss; the lower rate where they tie."""
-    exponents = sorted(scores)
-    return tuple(min(exponents, key=lambda k: scores[k][metric]) for metric in (0, 1))
+    return tuple(_ranked(scores, metric)[0] for metric in (0, 1))
+
+
+def _ranked(scores: Scores, metric: int) -> list[int]:
+    return sorted(sorted(scores), key=lambda k: _finite_or_inf(scores[k][metric].mean()))
+
+
+def _tied(scores: Scores, metric: int) -> bool:
+    best, second, *_ = _ranked(scores, metric)
+    excess = scores[second][metric] - scores[best][metric]
+    return len(excess) > 1 and bool(excess.mean() <= excess.std() / len(excess) ** 0.5)

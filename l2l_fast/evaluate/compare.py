@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import math
 import platform
 import re
 import statistics
@@ -54,8 +55,9 @@ def compare(
     Args:
         task: a task, or the name of one.
         optimizers: a network, the name or folder of one, a callable (parameters -> optimizer), or a dictionary from
-            names to any of these. A callable is called once an instance, with a list of parameters of the task's own
-            shapes, so it need not be elementwise; its optimizer's ``step`` must work without a closure.
+            names to any of these. A callable is called once an instance and once more to time its steps, each time
+            with a list of parameters of the task's own shapes, so it need not be elementwise; its optimizer's ``step``
+            must work without a closure.
         horizon: number of updates.
         seeds: number of held-out instances.
         baselines: what to compare with.
@@ -146,14 +148,14 @@ def compare_horizons(
     # What a step costs does not depend on the rate.
     makers = {name: lane.make for name, lane in learned.items()}
     makers |= {baseline.name: partial(baseline.factory, lr=tuned[baseline.name][longest].lr) for baseline in baselines}
-    seconds = _seconds_per_step(task, makers, test[0], device, progress)
+    seconds, rates = _seconds_and_rates(task, makers, test[0], device, progress)
 
     comparisons = {}
     for horizon in horizons:
         begun = {name: found[:, : horizon + 1] for name, found in losses.items()}
         results = {}
-        for name, lane in learned.items():
-            rate = _learning_rate(lane.make)
+        for name in learned:
+            rate = rates[name]
             results[name] = _result(
                 name, begun[name], begun[name], horizon, lr=rate, lr_final=rate, seconds=seconds[name]
             )
@@ -161,7 +163,7 @@ def compare_horizons(
             name, best = baseline.name, tuned[baseline.name][horizon]
             results[name] = _result(
                 baseline.label, begun[name, best.lr], begun[name, best.lr_final], horizon,
-                lr=best.lr, lr_final=best.lr_final, seconds=seconds[name], on_edge=best.on_edge,
+                lr=best.lr, lr_final=best.lr_final, seconds=seconds[name], on_edge=best.on_edge, tied=best.tied,
             )  # fmt: skip
         comparisons[horizon] = Comparison(task.name, horizon, seeds, list(learned), results, environment(device))
     return comparisons
@@ -228,8 +230,10 @@ def held_out(task: Task | str) -> Task:
     return task.with_half("meta-test") if hasattr(task, "with_half") else task
 
 
-def _learning_rate(make: MakeOptimizer) -> float:
-    return float(make([torch.zeros(2, 2, requires_grad=True)]).param_groups[0].get("lr", float("nan")))
+def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The one that all param groups have; nan where there is no such one."""
+    rates = {float(group.get("lr", math.nan)) for group in optimizer.param_groups}
+    return rates.pop() if len(rates) == 1 else math.nan
 
 
 # ---------------------------------------------------------------- measurements
@@ -252,9 +256,10 @@ def _result(label: str, losses: Tensor, losses_final: Tensor, horizon: int, *, s
     )
 
 
-def _seconds_per_step(
+def _seconds_and_rates(
     task: Task, makers: Mapping[str, MakeOptimizer], seed: int, device, progress: Progress | None
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of a step, and the learning rate at the start, by name."""
     instances = Instances(task, [seed], device)
     runs = {}
     for name, make in makers.items():
@@ -262,6 +267,7 @@ def _seconds_per_step(
             key: value[0].clone().requires_grad_() for key, value in instances.unflatten(instances.start()).items()
         }
         runs[name] = (params, make(list(params.values())), [])
+    rates = {name: _learning_rate(optimizer) for name, (_, optimizer, _) in runs.items()}
     for step in range(WARM_UP_STEPS + TIMED_STEPS):
         batch = tree_map(lambda leaf: leaf[0], instances.draw())
         for params, optimizer, times in runs.values():
@@ -272,7 +278,7 @@ def _seconds_per_step(
             times.append(_now(device) - start)
         if progress:
             progress("timing", step + 1, WARM_UP_STEPS + TIMED_STEPS)
-    return {name: statistics.median(times[WARM_UP_STEPS:]) for name, (_, _, times) in runs.items()}
+    return {name: statistics.median(times[WARM_UP_STEPS:]) for name, (_, _, times) in runs.items()}, rates
 
 
 def _now(device) -> float:

@@ -14,8 +14,6 @@ import torch
 
 from l2l_fast.evaluate.trajectories import smoothed
 
-RATIOS = ("ratio_mean", "ratio_final", "ratio_steps", "ratio_seconds")
-
 
 @dataclass
 class Result:
@@ -23,7 +21,8 @@ class Result:
 
     Attributes:
         label: how tables and legends write it.
-        lr: learning rate of the run that ``mean_loss`` and ``curve`` are of (tuned for the mean, if it was tuned).
+        lr: learning rate of the run that ``mean_loss`` and ``curve`` are of (tuned for the mean, if it was tuned);
+            nan for an optimizer whose param groups have several, or none.
         mean_loss: mean over seeds and over steps 1 .. horizon.
         mean_loss_std: standard deviation over seeds of the seed's own mean loss.
         lr_final: learning rate of the run that ``final_loss`` and ``curve_final`` are of (tuned for the final loss).
@@ -33,6 +32,7 @@ class Result:
         curve_std: its standard deviation over seeds.
         curve_final: the same mean for the run tuned for the final loss.
         on_edge: True where tuning ended at the edge of the widest grid.
+        tied: True where the second best rate was within a standard error of the best, by either measure.
     """
 
     label: str
@@ -46,6 +46,7 @@ class Result:
     curve_std: list[float]
     curve_final: list[float]
     on_edge: bool = False
+    tied: bool = False
 
     @property
     def diverged(self) -> bool:
@@ -156,7 +157,7 @@ class Comparison:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(finite_or_null(content), indent=1, allow_nan=False) + "\n")
+        path.write_text(json_text(content) + "\n")
 
     @classmethod
     def from_json(cls, path: str | PathLike) -> Comparison:
@@ -182,10 +183,10 @@ class Comparison:
         """Plain text of at most 80 columns: a line an optimizer, the ratios below."""
         rows = [("optimizer", "lr", "mean loss", "± std", "lr (final)", "final loss", "ms/step")]
         for name, result in self.optimizers.items():
-            mark = "*" if result.on_edge else ""
+            mark = "*" * result.on_edge + "~" * result.tied
             mean, final = _loss(result.mean_loss), _loss(result.final_loss)
             spread = f"{result.mean_loss_std:.2g}" if math.isfinite(result.mean_loss) else ""
-            lrs = f"{result.lr:.3g}{mark}", f"{result.lr_final:.3g}{mark}"
+            lrs = [f"{lr:.3g}{mark}" if math.isfinite(lr) else "-" for lr in (result.lr, result.lr_final)]
             label = result.label if len(result.label) <= 17 else result.label[:16] + "…"
             seconds = f"{1000 * result.seconds_per_step:.3g}"
             rows.append((label, lrs[0], mean, spread, lrs[1], final, seconds))
@@ -198,6 +199,8 @@ class Comparison:
             lines += textwrap.wrap(self._verdict(name), 80, subsequent_indent="  ")
         if any(result.on_edge for result in self.optimizers.values()):
             lines.append("* best at the edge of the widest grid tried: not fully tuned")
+        if any(result.tied for result in self.optimizers.values()):
+            lines.append("~ the second best rate is within a standard error: other seeds may choose it")
         return "\n".join(line[:80].rstrip() for line in lines)
 
     def _verdict(self, name: str) -> str:
@@ -228,12 +231,17 @@ def _divide(a: float | None, b: float | None) -> float | None:
     return a / b
 
 
-def finite_or_null(value):
+def json_text(value) -> str:
+    """JSON of a nested value, for files and for stdout: null for a number that is not finite, as JSON knows none."""
+    return json.dumps(_finite_or_null(value), indent=1, allow_nan=False)
+
+
+def _finite_or_null(value):
     """The same nested value with None, JSON's null, for every number that is not finite."""
     if isinstance(value, dict):
-        return {key: finite_or_null(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite_or_null(item) for item in value]
+        return {key: _finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
-from l2l_fast.evaluate.comparison import Comparison, finite_or_null
+from l2l_fast.evaluate.comparison import Comparison, json_text
 from l2l_fast.evaluate.rows import METRICS
 
 MEDIAN = "median"
@@ -115,11 +114,11 @@ class Findings:
             written["median"] = {metric: entry.median(metric) for metric in entry.metrics} if self.alike else None
             written["met"] = {metric: entry.met(metric) for metric in entry.bars}
         judged = self.judged()
-        return finite_or_null(content | {"bars_met": sum(judged), "bars": len(judged)})
+        return content | {"bars_met": sum(judged), "bars": len(judged)}
 
     def to_json(self, path: str | PathLike) -> None:
         """Write :meth:`to_dict`."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        Path(path).write_text(json_text(self.to_dict()) + "\n")
 
     # ------------------------------------------------------------ for people
 

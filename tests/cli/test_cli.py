@@ -24,8 +24,10 @@ def test_help_has_examples(run, command):
 
 
 def test_no_command_shows_the_commands(run):
-    _, out, err = run()
-    assert all(command in out + err for command in COMMANDS)
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert err == run("--help")[1]  # as it stands, line by line
+    assert all(f"\n  {command} " in err for command in COMMANDS)
 
 
 def test_version(run):
@@ -62,7 +64,7 @@ def test_meta_train_then_compare(run, tmp_path):
     assert CoordinatewiseLSTM.from_pretrained(out / "network").config.features == "identity"
 
     arguments = ("compare", "quadratic", "--network", out / "network", "--horizon", 20, "--seeds", 3, "--out", "found")
-    code, text, _ = run(*arguments, "--baselines", "adam,nesterov")
+    code, text, _ = run(*arguments, "--baselines", "adam, nesterov")
     assert code == 0
     assert "3 held-out seeds" in text
     assert (tmp_path / "found" / "comparison.png").stat().st_size > 5000
@@ -110,11 +112,19 @@ def test_meta_train_by_a_recipe(run, tmp_path):
         ({"tasks": "nothing"}, "no recipe 'nothing'"),
         ({"tasks": "wrong.json"}, "wrong.json leads back to itself"),
         ({"like": "wrong.json"}, "wrong.json leads back to itself"),
+        ({"like": 3}, '"like" of a recipe must be another recipe\'s name, or a path that ends in .json, got 3'),
+        ({"network": 3}, '"network" of a recipe must hold options by name, got 3'),
+        ({"training": []}, '"training" of a recipe must hold options by name, got []'),
+        ({"meta_steps": "many"}, "\"meta_steps\" of a recipe must be a whole number of at least 1, got 'many'"),
+        ({"then": [{"meta_steps": 0}]}, '"meta_steps" of a recipe must be a whole number of at least 1, got 0'),
+        ({"tasks": [{"name": 3}]}, "another recipe's name, or a list such as"),
+        ({"tasks": [{"name": "{data}-mlp"}]}, "there is no task '{data}-mlp'"),
+        ([], "wrong.json must hold tasks, network, training and meta_steps by name, got []"),
     ],
 )
-def test_a_recipe_with_a_wrong_reference(run, tmp_path, changes, message):
+def test_a_recipe_with_a_wrong_value(run, tmp_path, changes, message):
     recipe = {"tasks": [{"name": "digits-mlp"}], "network": {}, "training": {}, "meta_steps": 2}
-    (tmp_path / "wrong.json").write_text(json.dumps(recipe | changes))
+    (tmp_path / "wrong.json").write_text(json.dumps(recipe | changes if isinstance(changes, dict) else changes))
     code, _, err = run("meta-train", "--recipe", "wrong.json")
     assert (code, len(err.splitlines())) == (2, 1)
     assert message in err
@@ -180,6 +190,35 @@ def test_meta_train_goes_on_where_it_stopped(run, tmp_path):
     assert "seed=0 (now 1)" in err
 
 
+def test_a_command_to_paste_is_quoted(run):
+    _, text, _ = run("meta-train", "quadratic", "--horizon", 5, "--meta-steps", 1, "--out", "two words")
+    assert text.splitlines()[-1] == "try it:  l2l-fast compare quadratic --network 'two words/network'"
+
+
+@pytest.mark.mnist
+def test_a_command_to_paste_names_the_task_that_was_trained_on(run, tmp_path):
+    recipe = {"tasks": [{"name": "{dataset}-mlp"}], "network": {"hidden_size": 3}, "meta_steps": 1,
+              "training": {"unroll": 5, "horizon": 5, "validation_instances": 1}}  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps(recipe))
+    _, text, _ = run("meta-train", "--recipe", "mine.json", "--out", "mine")
+    assert text.splitlines()[-1] == "try it:  l2l-fast compare mnist-mlp --network mine/network"
+
+
+def test_what_diverged_is_null_in_json(run, tmp_path):
+    code, text, _ = run("meta-train", "quadratic", "--meta-lr", "1e30", "--meta-steps", 3, "--json", "--out", "a")
+    assert code == 0
+    history = (tmp_path / "a" / "history.json").read_text()
+    assert _strict(text)["best_score"] is _strict(history)["best_score"] is None
+    assert _strict(history)["validations"] == [[3, None]]
+
+
+def _strict(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def test_sweep_names_the_best_rate(run, tmp_path):
     code, text, _ = run("sweep", "quadratic", "--meta-lr", "0.01,0.0001", "--meta-steps", 20, "--horizon", 30)
     assert code == 0
@@ -214,7 +253,10 @@ def test_demo_tells_the_whole_story(run, tmp_path):
         (["meta-train", "quadratic", "--horizon", "ten"], "--horizon 'ten'"),
         (["meta-train", "quadratic", "--features", "loud"], "features must be one of"),
         (["meta-train", "digits-mlp", "--init-scale", "big"], "--init-scale 'big'"),
+        (["meta-train", "quadratic", "--init-scale", "0.1"], "--init-scale is for classifiers"),
         (["sweep", "quadratic", "--meta-lr", "a,b"], "--meta-lr 'a,b'"),
+        (["sweep", "quadratic", "--meta-lr", "0.01,0.010"], "give different positive numbers"),
+        (["sweep", "quadratic", "--meta-lr", "0.01,-1"], "give different positive numbers"),
         (["dance"], "dance"),
         (["tasks", "--loud"], "--loud"),
     ],
@@ -229,6 +271,17 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(run, network, tmp_path, ar
     assert words in err
     assert len(err.splitlines()) == 1
     assert err.startswith("l2l-fast: ")
+
+
+@pytest.mark.parametrize(
+    "arguments", ["demo", "meta-train quadratic", "compare quadratic", "sweep quadratic", "reproduce mnist", "bench"]
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(run, tmp_path, arguments):
+    (tmp_path / "file").touch()
+    code, out, err = run(*arguments.split(), "--out", "file/below")
+    assert (code, out) == (2, "")
+    assert "--out 'file/below' cannot be written (Not a directory): give another" in err
+    assert len(err.splitlines()) == 1  # no bar of any stage
 
 
 def test_a_network_and_its_shape_are_not_given_together(run, network, tmp_path):

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from l2l_fast.evaluate import BASELINES, Baseline, tune
+from l2l_fast.evaluate import BASELINES, Baseline, baselines, tune
 from l2l_fast.evaluate.baselines import EXTENSION, MAX_EXTENSIONS
 from l2l_fast.evaluate.trajectories import Lane, smoothed, trajectories
 from l2l_fast.tasks import Quadratic
@@ -116,6 +116,22 @@ def test_extension_is_bounded_and_reported():
     assert tuned.on_edge
     assert len(tuned.rates) == 2 + EXTENSION * MAX_EXTENSIONS
     assert set(tuned.mean_losses) == {math.inf}
+
+
+def test_a_tie_is_within_a_standard_error_paired_over_seeds():
+    best, worst = [1.0, 2.0, 3.0], [9.0, 9.0, 9.0]
+    second = {"a little above on every seed": ([1.1, 2.1, 3.2], False), "above on one, below on another":
+              ([0.5, 3.0, 3.1], True), "the same": (best, True), "diverged": ([math.inf, 2.0, 3.0], False)}  # fmt: skip
+    for name, (losses, tied) in second.items():
+        scores = {k: (torch.tensor(values), None) for k, values in enumerate((worst, best, losses))}
+        assert baselines._tied(scores, 0) is tied, name
+    assert not baselines._tied({k: (torch.tensor([1.0]), None) for k in (0, 1)}, 0)  # of one seed nothing is known
+
+
+def test_rates_that_do_the_same_are_tied():
+    capped = Baseline("capped", "capped", lambda params, lr: torch.optim.SGD(params, lr=min(lr, 0.01)), (-12, -4))
+    assert tune(Regression(), capped, horizon=5, seeds=range(3)).tied
+    assert not tune(Quadratic(), "sgd", horizon=40, seeds=range(10)).tied
 
 
 def test_progress_counts_every_update():

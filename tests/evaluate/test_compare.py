@@ -132,6 +132,22 @@ def test_a_network_alone_and_by_name(tmp_path):
     assert alone.optimizers["LSTM"].curve == pytest.approx(by_callable.optimizers["net"].curve, rel=1e-5)
 
 
+def test_a_callable_gets_the_tasks_own_shapes_and_no_others(tmp_path):
+    """Once an instance, and once more to be timed; a rate for each parameter is no one rate."""
+    shapes = []
+
+    def layerwise(params):
+        shapes.append([tuple(param.shape) for param in params])
+        return torch.optim.Adam([{"params": [param], "lr": 0.01 * k} for k, param in enumerate(params, start=1)])
+
+    found = compare("digits-mlp", layerwise, horizon=3, seeds=2, tuning_seeds=1, baselines=["sgd"])
+    assert shapes == 3 * [[(20, 64), (20,), (10, 20), (10,)]]
+    assert math.isnan(found.optimizers["layerwise"].lr)
+    assert "nan" not in found.table()
+    found.to_json(tmp_path / "found.json")
+    assert Comparison.from_json(tmp_path / "found.json").table() == found.table()
+
+
 def test_progress_reports_every_stage():
     calls = []
     options = {"horizon": 3, "seeds": 1, "tuning_seeds": 1, "baselines": ["adam"]}
@@ -232,11 +248,12 @@ def test_table_fits_80_columns_at_its_widest():
     found = synthetic([8, 6, 3, 2, 1, 1, 1, 1, 1])
     found.task = "a task whose name goes on " * 5
     wide = Result("a learned optimizer whose name goes on", 1.2345e-10, 1.2345e-10, 1.2345e-10, 1.2345e-10, 1.2345e-10,
-                  123456.0, [1.0] * 9, [0.0] * 9, [1.0] * 9, on_edge=True)  # fmt: skip
+                  123456.0, [1.0] * 9, [0.0] * 9, [1.0] * 9, on_edge=True, tied=True)  # fmt: skip
     found.optimizers |= {"learned": wide, "adam": dataclasses.replace(wide, label="B" * 40)}
     table = found.table()
     assert max(map(len, table.splitlines())) <= 80
     assert "not fully tuned" in table
+    assert "other seeds may choose it" in table
     row = next(line for line in table.splitlines() if line.startswith("BBB"))
     assert len(row.split()) == 7
 
