@@ -25,6 +25,9 @@ OUTPUTS = ("linear", "tanh")
 # truncation never holds more than one tile's activations at once.
 TILE = 4096
 
+# float32's smallest normal number: kernels hold no smaller v, whatever their dtype.
+SMALLEST = 2.0**-126
+
 
 class Config(NamedTuple):
     """What a coordinatewise LSTM computes; the fields are the ops' scalar arguments, in the schema's order."""
@@ -127,7 +130,8 @@ def cell(
 ):
     """One step of the optimizer for a block of coordinates.
 
-    (u, state') = m(grad, state; weights). A coordinate whose gradient is not finite gets u = 0 and keeps its state.
+    (u, state') = m(grad, state; weights). A coordinate whose gradient is not finite gets u = 0 and keeps its state. With
+    moments one that never had a gradient but 0 gets u = 0, too: its v is 0.
 
     Args:
         grad: [n].
@@ -143,11 +147,12 @@ def cell(
     finite, step = grad.isfinite(), step.to(grad.dtype)
     grad = torch.where(finite, grad, 0.0)
     rows = split_state(state, config)
-    new_rows, inputs, moments = [], [], None
+    new_rows, inputs, moments, moves = [], [], None, finite
     if has_moments(config):
         m, v, inputs, moments = _moments(grad, rows[0][0], rows[1][0], step, config)
         new_rows += [m[None], v[None]]
         rows = rows[2:]
+        moves = finite & ~(v < SMALLEST)
     if config.features in ("log_sign", "both"):
         inputs = inputs + _log_sign(grad, config.preprocess_p)
     if config.features == "identity":
@@ -174,9 +179,9 @@ def cell(
     if config.output == "tanh":
         y = y.tanh()
     if saved is not None:
-        saved.update(finite=finite, grad=grad, features=features, projected=projected, layers=layers, moments=moments,
-                     top=x, y=y, step=step)  # fmt: skip
-    updates = torch.where(finite, config.output_scale * y, 0.0)
+        saved.update(finite=finite, moves=moves, grad=grad, features=features, projected=projected, layers=layers,
+                     moments=moments, top=x, y=y, step=step)  # fmt: skip
+    updates = torch.where(moves, config.output_scale * y, 0.0)
     return updates, torch.where(finite, torch.cat(new_rows), state)
 
 
@@ -199,7 +204,7 @@ def cell_backward(
         gradients with respect to grad [n] and to the state before the step [S, n].
     """
     finite = saved["finite"]
-    d_y = torch.where(finite, config.output_scale * d_update, 0.0)
+    d_y = torch.where(saved["moves"], config.output_scale * d_update, 0.0)
     if config.output == "tanh":
         d_y = d_y * (1 - saved["y"] ** 2)
     d_rows = split_state(torch.where(finite, d_state, 0.0), config)

@@ -115,6 +115,26 @@ def test_a_gradient_that_is_not_finite_leaves_the_coordinate_alone(features):
     assert last.isfinite().all()
 
 
+@pytest.mark.parametrize("features", FEATURES)
+def test_a_coordinate_without_any_gradient_yet_stays_where_it_is(features):
+    """With moments, which show it; its state goes on, and its first gradient moves it."""
+    network = make(features)
+    config, grads = network.config, torch.zeros(5, 3, dtype=torch.float64)
+    grads[2, 1] = 1e-9
+    updates, state = network(grads)
+    assert updates[2:, 1].all()
+    still = torch.ones_like(updates, dtype=torch.bool)
+    still[2:, 1] = False
+    moments = reference.has_moments(config)
+    assert updates[still].eq(0).all() if moments else updates[still].all()
+    assert state[0, 2 * moments :].all()
+    args = (grads, torch.zeros_like(state), network.flat_weights().detach(), torch.ones(()), *config, True, True, True)
+    d_grads, _, d_weights = reference.lstm_unroll_backward(torch.ones_like(grads), None, *args)
+    alone = reference.lstm_unroll_backward(torch.where(still, 0.0, 1.0).double(), None, *args)[2]
+    assert torch.allclose(d_weights, alone) == moments
+    assert d_grads[:, 0].eq(0).all() == moments
+
+
 def test_weights_split_into_torchs_names_and_shapes():
     network = make("moments", 2, projection=True)
     named = reference.split_weights(network.flat_weights(), network.config)

@@ -296,7 +296,11 @@ void forward_head(const Packed<typename V::Scalar>& packed, const TileStep<typen
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) y[v] = fma(w, V::load(top + k * tile.state_stride + v * V::kLanes), y[v]);
   }
-  for (int v = 0; v < NV; ++v) (net.tanh_output ? tanh_of(y[v]) : y[v]).store(tile.output + v * V::kLanes);
+  for (int v = 0; v < NV; ++v) {
+    if (net.tanh_output) y[v] = tanh_of(y[v]);
+    if (net.has_moments()) y[v] = select(unmoved(V::load(tile.new_state + tile.state_stride + v * V::kLanes)), V(0), y[v]);
+    y[v].store(tile.output + v * V::kLanes);
+  }
 }
 
 template <class V, int NV, bool kKeep, class Product = ScalarProduct>

@@ -117,6 +117,7 @@ void backward_head(
     d_y[v] = V(net.output_scale) * V::load(d_update + at);
     // Not a product with `live`: the gradient of a skipped coordinate may be anything.
     d_y[v] = select(less(V(0), V::load(tile.kept.live + at)), d_y[v], V(0));
+    if (net.has_moments()) d_y[v] = select(unmoved(V::load(tile.new_state + width + at)), V(0), d_y[v]);
     if (net.tanh_output) {
       V y = V::load(tile.kept.output + at);
       d_y[v] = d_y[v] * (V(1) - y * y);

@@ -49,6 +49,15 @@ L2L_DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same for a [16, 16] and b [16, 8] in float16, two to a register, the first in the lower half:
+//   a[0..3] = a(r, 2q..), a(r + 8, 2q..), a(r, 2q + 8..), a(r + 8, 2q + 8..)
+//   b[0..1] = b(2q.., r), b(2q + 8.., r)
+L2L_DEVICE void multiply_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // ---------------------------------------------------------------- asynchronous copies
 
 // 16 bytes from device to shared memory, both aligned to 16: the first `bytes` of them, then zeros. Read after
@@ -99,6 +108,13 @@ L2L_DEVICE float min_nan(float x, float y) {
 L2L_DEVICE uint32_t floats_bfloat16(float low, float high) {
   uint32_t bits;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// The same of float16; what is too large becomes the largest there is, 65,504.
+L2L_DEVICE uint32_t floats_float16(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
 

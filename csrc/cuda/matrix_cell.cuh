@@ -9,8 +9,11 @@
 // So a lane owns units q, 4 + q, 8 + q, .. of four coordinates: it has all four gates of each and its c, and the h that
 // it forms is its part of the left operand of the next product. Activations never leave the lane.
 //
-// The products keep float32's accuracy: each factor is a sum of two tf32 numbers, high + low, and of the four products
-// only low * low is left out (2^-22 of the product).
+// The products keep float32's accuracy. A factor is high + low, high its nearest in tf32, and
+//   x w = high(x) high(w) + low(x) w + x low(w)
+// to within low * low, 2^-24 of it. The last two are at most 2^-12 of it each, so float16 is enough for their factors,
+// and its instruction takes 16 k in the time of 8 in tf32: both sums in one. A factor in float16 is off by 2^-12 of
+// itself or 2^-25 (see kBelow); beyond 65,504 it stays there, which leaves such a product tf32's accuracy.
 #pragma once
 
 #include "matrix_weights.cuh"
@@ -32,47 +35,67 @@ struct Four {
   float at[kOwn];
 };
 
-// The same as a left operand; the matrix unit reads the first 19 bits of each.
-struct Slot {
-  uint32_t high[kOwn], low[kOwn];
+// A chunk of a left operand, two slots, for each of the two row fragments.
+struct Chunk {
+  uint32_t high[2][4];  // in tf32
+  uint32_t both[2][4];  // in float16: the pair of low, then the pair of the whole
 };
 
-L2L_DEVICE Slot slot(const Four& x) {
-  Slot s;
+L2L_DEVICE Chunk chunk(const Four& first, const Four& second, bool first_below, bool second_below) {
+  const float scale[2] = {scale_of(first_below), scale_of(second_below)};
+  Chunk made;
 #pragma unroll
   for (int n = 0; n < kOwn; ++n) {
-    const float nearest = high(x.at[n]);
-    s.high[n] = device::float_bits(nearest);
-    s.low[n] = device::float_bits(x.at[n] - nearest);
+    const int t = n / 2, row = n % 2;
+    const float a = high(first.at[n]), b = high(second.at[n]);
+    made.high[t][row] = device::float_bits(a);
+    made.high[t][row + 2] = device::float_bits(b);
+    made.both[t][row] = device::floats_float16(first.at[n] - a, second.at[n] - b);
+    made.both[t][row + 2] = device::floats_float16(scale[0] * first.at[n], scale[1] * second.at[n]);
   }
-  return s;
+  return made;
 }
 
 // acc[column fragment][row fragment] += a chunk of the operand times fragments of weights, the small products first.
 template <int kColumns>
-L2L_DEVICE void multiply(
-    float (&acc)[kColumns][2][4], const Slot& a, const Slot& b, const float4 (&weights)[kColumns]) {
+L2L_DEVICE void multiply(float (&acc)[kColumns][2][4], const Chunk& left, const float4 (&weights)[kColumns]) {
 #pragma unroll
-  for (int product = 0; product < 3; ++product) {
+  for (int column = 0; column < kColumns; ++column) {
+    const uint32_t both[2] = {device::float_bits(weights[column].z), device::float_bits(weights[column].w)};
 #pragma unroll
-    for (int column = 0; column < kColumns; ++column) {
-      const float4& w = weights[column];
-      const uint32_t right[2] = {
-          device::float_bits(product == 0 ? w.z : w.x), device::float_bits(product == 0 ? w.w : w.y)};
+    for (int t = 0; t < 2; ++t) device::multiply_float16(acc[column][t], left.both[t], both);
+  }
 #pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        const uint32_t high[4] = {a.high[2 * t], a.high[2 * t + 1], b.high[2 * t], b.high[2 * t + 1]};
-        const uint32_t low[4] = {a.low[2 * t], a.low[2 * t + 1], b.low[2 * t], b.low[2 * t + 1]};
-        device::multiply_tf32(acc[column][t], product == 1 ? low : high, right);
-      }
-    }
+  for (int column = 0; column < kColumns; ++column) {
+    const uint32_t high[2] = {device::float_bits(weights[column].x), device::float_bits(weights[column].y)};
+#pragma unroll
+    for (int t = 0; t < 2; ++t) device::multiply_tf32(acc[column][t], left.high[t], high);
   }
 }
 
+// What a layer multiplies: the slots from below, its own h and, if that makes them even, zeros.
+template <int kInputs, int kSlots>
+struct Operand {
+  static constexpr int kChunks = chunks(kInputs, kSlots);
+  Chunk parts[kChunks];
+
+  template <class Below, class H>
+  L2L_DEVICE Operand(const Below& below, const H& h) {
+    Four slots[2 * kChunks] = {};
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) slots[i] = below(i);
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j) slots[kInputs + j] = h(j);
+#pragma unroll
+    for (int m = 0; m < kChunks; ++m)
+      parts[m] = chunk(slots[2 * m], slots[2 * m + 1], 2 * m < kInputs, 2 * m + 1 < kInputs);
+  }
+};
+
 // The gates of one slot's units and what follows from them. fragments(m, half): of chunk m and gates i, f or g, o.
-template <int kOperand, class Fragments>
+template <int kChunks, class Fragments>
 L2L_DEVICE void run_slot(
-    const Slot (&operand)[kOperand], const float4& bias, const Fragments& fragments, const Four& c_old, Four& c,
+    const Chunk (&operand)[kChunks], const float4& bias, const Fragments& fragments, const Four& c_old, Four& c,
     Four& h) {
   float acc[2][2][4];
 #pragma unroll
@@ -83,9 +106,9 @@ L2L_DEVICE void run_slot(
     acc[1][t][1] = acc[1][t][3] = bias.w;
   }
 #pragma unroll
-  for (int m = 0; m < kOperand / 2; ++m) {
+  for (int m = 0; m < kChunks; ++m) {
     const float4 pair[2] = {fragments(m, 0), fragments(m, 1)};
-    multiply(acc, operand[2 * m], operand[2 * m + 1], pair);
+    multiply(acc, operand[m], pair);
   }
 #pragma unroll
   for (int n = 0; n < kOwn; ++n) {
@@ -105,11 +128,7 @@ L2L_DEVICE void run_slot(
 template <int kSlots, int kInputs, class Memory>
 L2L_DEVICE void run_layer(const float4* weights, Memory& memory) {
   constexpr int kChunks = chunks(kInputs, kSlots);
-  Slot operand[2 * kChunks] = {};
-#pragma unroll
-  for (int i = 0; i < kInputs; ++i) operand[i] = slot(memory.below(i));
-#pragma unroll
-  for (int j = 0; j < kSlots; ++j) operand[kInputs + j] = slot(memory.h(j));
+  const Operand<kInputs, kSlots> operand([&](int i) { return memory.below(i); }, [&](int j) { return memory.h(j); });
   memory.h_read();
 
   const float4* const biases = weights + layer_fragments(kInputs, kSlots);
@@ -118,7 +137,7 @@ L2L_DEVICE void run_layer(const float4* weights, Memory& memory) {
     const float4* const from = weights + j * kChunks * 2 * device::kWarp + device::lane();
     Four c, h;
     run_slot(
-        operand, biases[4 * j + Place().q], [&](int m, int half) { return from[(2 * m + half) * device::kWarp]; },
+        operand.parts, biases[4 * j + Place().q], [&](int m, int half) { return from[(2 * m + half) * device::kWarp]; },
         memory.c(j), c, h);
     memory.keep(j, c, h);
   }
@@ -126,7 +145,7 @@ L2L_DEVICE void run_layer(const float4* weights, Memory& memory) {
 
 // Two slots of the projected features, p and p + 1 with p even, put below the first layer.
 template <int kSlots, class Weights, class Memory>
-L2L_DEVICE void project_two(int p, const Slot& features, const Weights& weights, Memory& memory) {
+L2L_DEVICE void project_two(int p, const Chunk& features, const Weights& weights, Memory& memory) {
   float acc[1][2][4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
@@ -134,7 +153,7 @@ L2L_DEVICE void project_two(int p, const Slot& features, const Weights& weights,
     acc[0][0][e] = acc[0][1][e] = slot < kSlots ? weights.bias(4 * slot + Place().q) : 0.0f;
   }
   const float4 column[1] = {weights.fragment(p / 2, device::lane())};
-  multiply(acc, features, Slot{}, column);
+  multiply(acc, features, column);
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     Four projected;
@@ -224,7 +243,7 @@ L2L_DEVICE float run_network(const Network& net, const float4* weights, const fl
   const Four input = feature_slot(features, net.inputs());
   int layer = 0;
   if (net.projection) {
-    const Slot operand = slot(input);
+    const Chunk operand = chunk(input, Four{}, true, false);
 #pragma unroll
     for (int p = 0; p < kSlots; p += 2) project_two<kSlots>(p, operand, PackedProjection(weights, kSlots), memory);
     weights += projection_size(kSlots);

@@ -154,9 +154,12 @@ __global__ void __launch_bounds__(threads(kSlots), 1)
     next_own = load_own<T>(next_entry, next, net);
     stream.advance(part<T>(next_entry, next, net), Changes::of(changes));
 
-    const float y = run_network<kSlots>(net, weights, features, stream);
+    const bool still = net.has_moments() && unmoved(moments.v);
+    float y = run_network<kSlots>(net, weights, features, stream);
+    if (still) y = 0;
     if (changes) store(entry.param, entry.param_dtype, at, moved(theta, y, lr, call));
   }
+  device::copies_landed<0>();  // those of no bytes that were sent for beyond the last tile
 }
 
 // ---------------------------------------------------------------- launchers

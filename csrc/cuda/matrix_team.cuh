@@ -74,15 +74,14 @@ L2L_DEVICE void run_part(
   constexpr int kHidden = 4 * kSlots;
   const int row = 2 * kHidden * layer + 4 * warp();
   const Four c_old = load_some(state.row(row + kHidden), state.count);
-  Slot operand[2 * chunks(kInputs, kSlots)] = {};
-#pragma unroll
-  for (int i = 0; i < kInputs; ++i) operand[i] = slot(below(i));
-#pragma unroll
-  for (int j = 0; j < kSlots; ++j) operand[kInputs + j] = slot(needed.h[j]);
+  const Operand<kInputs, kSlots> operand(below, [&](int j) { return needed.h[j]; });
   Four c, h;
   run_slot(
-      operand, needed.bias,
-      [&](int m, int half) { return fragment(needed.weights[half][2 * m], needed.weights[half][2 * m + 1]); },
+      operand.parts, needed.bias,
+      [&](int m, int half) {
+        return fragment(
+            needed.weights[half][2 * m], needed.weights[half][2 * m + 1], 2 * m < kInputs, 2 * m + 1 < kInputs);
+      },
       c_old, c, h);
   exchange.put_below(warp(), h);
   exchange.meet();  // every warp has read the old state, too
@@ -126,7 +125,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
   Exchange<kSlots> exchange(reinterpret_cast<float4*>(device::shared_memory()));
   if (net.projection) {
     const ProjectionWeights<kSlots> projection(at, cell.weights);
-    if (warp() % 2 == 0) project_two<kSlots>(warp(), slot(input), projection, exchange);
+    if (warp() % 2 == 0) project_two<kSlots>(warp(), chunk(input, Four{}, true, false), projection, exchange);
     exchange.meet();
   } else {
     run_part(lowest, [&](int) { return input; }, 0, state, changes, exchange);
@@ -139,8 +138,9 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
 
   if (!first) return;
   const float lr = float(read(call.lr));
-  const float y = head<kSlots>(net, cell.weights + at.head_weight(), exchange);
+  float y = head<kSlots>(net, cell.weights + at.head_weight(), exchange);
   if (!changed) return;
+  if (net.has_moments() && unmoved(moments.v)) y = 0;
   store(entry.param, entry.param_dtype, own_at, moved(theta, y, lr, call));
   if (net.has_moments()) store_moments<T>(entry, own_at, moments);
 }

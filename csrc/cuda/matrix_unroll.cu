@@ -26,6 +26,7 @@ struct Shared {
   float4* c;         // [layers]
   float4* inputs;    // [2]: the features' slot, or those of the projected features
   uint32_t* finite;  // [2]: bit l: lane l's gradient is finite
+  uint32_t* moves;   // [2]: and it is not unmoved
   int layers;
 
   static constexpr int kTeam = team(kSlots);
@@ -35,6 +36,7 @@ struct Shared {
         c(h + 2 * layers * kTeam),
         inputs(c + layers * kTeam),
         finite(reinterpret_cast<uint32_t*>(inputs + 2 * kTeam)),
+        moves(finite + 2),
         layers(layers) {}
 
   L2L_DEVICE float4* h_of(int64_t step, int layer) const { return h + ((step & 1) * layers + layer) * kTeam; }
@@ -62,16 +64,12 @@ L2L_DEVICE void run_part(
     const float4* weights, const float4* below, const float4* h_old, float4* h_new, float4* c, uint32_t finite) {
   constexpr int kChunks = chunks(kInputs, kSlots);
   const int j = warp();
-  Slot operand[2 * kChunks] = {};
-#pragma unroll
-  for (int i = 0; i < kInputs; ++i) operand[i] = slot(get(below, i));
-#pragma unroll
-  for (int i = 0; i < kSlots; ++i) operand[kInputs + i] = slot(get(h_old, i));
+  const Operand<kInputs, kSlots> operand([&](int i) { return get(below, i); }, [&](int i) { return get(h_old, i); });
   const float4* const from = weights + j * kChunks * 2 * device::kWarp + device::lane();
   const Four c_old = get(c, j), old = get(h_old, j);
   Four c_new, h;
   run_slot(
-      operand, weights[layer_fragments(kInputs, kSlots) + 4 * j + Place().q],
+      operand.parts, weights[layer_fragments(kInputs, kSlots) + 4 * j + Place().q],
       [&](int m, int half) { return from[(2 * m + half) * device::kWarp]; }, c_old, c_new, h);
 #pragma unroll
   for (int n = 0; n < kOwn; ++n) {
@@ -143,10 +141,14 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
       if (gradient.live) moments = moved;
       const Four input = feature_slot(features, net.inputs());
       const uint32_t finite = device::ballot(gradient.live);
-      if (device::lane() == 0) shared.finite[t & 1] = finite;
+      const uint32_t moves = device::ballot(gradient.live && !(net.has_moments() && unmoved(moved.v)));
+      if (device::lane() == 0) {
+        shared.finite[t & 1] = finite;
+        shared.moves[t & 1] = moves;
+      }
       const Slots inputs = {shared.inputs_of(t)};
       if (!net.projection) return inputs.put_below(0, input);
-      const Slot operand = slot(input);
+      const Chunk operand = chunk(input, Four{}, true, false);
 #pragma unroll
       for (int p = 0; p < kSlots; p += 2) project_two<kSlots>(p, operand, PackedProjection(weights, kSlots), inputs);
     };
@@ -154,7 +156,8 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
     __syncthreads();
 
     for (int64_t t = 0; t < steps; ++t) {
-      const uint32_t finite = shared.finite[t & 1], of_four = finite >> kOwn * Place().r & 15;
+      const uint32_t of_four = shared.finite[t & 1] >> kOwn * Place().r & 15;
+      const bool moves = shared.moves[t & 1] >> device::lane() & 1;
       if (first_warp && t + 1 < steps) prepare(t + 1);
       const float4* at = weights;
       int layer = 0;
@@ -175,8 +178,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
       if (last_warp) {
         const Slots top = {shared.h_of(t + 1, net.layers - 1)};
         const float y = head<kSlots>(net, reinterpret_cast<const float*>(head_weights), top);
-        const bool live = finite >> device::lane() & 1;
-        if (inside) element<float>(call.updates, t, own) = live ? cell.output_scale * y : 0.0f;
+        if (inside) element<float>(call.updates, t, own) = moves ? cell.output_scale * y : 0.0f;
       }
     }
 

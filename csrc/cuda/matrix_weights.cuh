@@ -1,8 +1,8 @@
 // The weights in shared memory in the order in which the matrix units take them; see matrix_cell.cuh for the map.
 //
-// A fragment is what the 32 lanes hold of a [8 k, 8 columns] piece of a right operand: one float4 a lane,
-// high(k = q), high(k = q + 4), low(k = q), low(k = q + 4) of column r, with lane = 4 r + q. In the whole area, one
-// after the other:
+// A fragment is what the 32 lanes hold of a [8 k, 8 columns] piece of a right operand: one float4 a lane. With
+// lane = 4 r + q that is, of column r, high(k = q), high(k = q + 4), and as two of float16 each, k = q in the lower half,
+// the pair of the whole and the pair of low. In the whole area, one after the other:
 //   projection        [units / 8, up][32 lanes] float4, then the biases [hidden] rounded up to float4
 //   layer 0, 1, ..    [hidden / 4][chunks of 8 k][2][32 lanes] float4, then the biases [hidden] float4: i, f, g, o
 //   head              [hidden], then its bias, rounded up to float4
@@ -36,14 +36,23 @@ L2L_HOST_DEVICE int weights_size(const Network& net) {
   return first + (net.layers - 1) * layer_size(slots, slots) + head_size(slots);
 }
 
-// x = high + low, high in tf32 (the nearest), low exact: the matrix unit drops what tf32 does not hold of it, one bit.
+// x = high + low, high in tf32 (the nearest), low exact.
 L2L_DEVICE float high(float x) {
   return device::bits_float((device::float_bits(x) + 0x1000u) & ~0x1fffu);
 }
 
-L2L_DEVICE float4 fragment(float first, float second) {
+// What comes from below may be large, features in the hundreds. The low that it meets is in float16, off by 2^-25 at
+// least, so it is taken times 2^8, and what comes from below times 2^-8.
+constexpr float kBelow = 0x1p-8f;
+L2L_HOST_DEVICE constexpr float scale_of(bool below) { return below ? kBelow : 1; }
+
+// first_below, second_below: of the slots that they meet.
+L2L_DEVICE float4 fragment(float first, float second, bool first_below, bool second_below) {
   const float a = high(first), b = high(second);
-  return make_float4(a, b, first - a, second - b);
+  const uint32_t whole = device::floats_float16(first, second);
+  const uint32_t low = device::floats_float16(
+      (first - a) * (1 / scale_of(first_below)), (second - b) * (1 / scale_of(second_below)));
+  return make_float4(a, b, device::bits_float(whole), device::bits_float(low));
 }
 
 // What a fragment is formed from: columns r of the pair (j, 0), (j, 1) are gates i, f and g, o of the units
@@ -91,7 +100,8 @@ class ProjectionWeights {
 
   L2L_DEVICE float4 fragment(int p, int lane) const {
     const int q = lane % 4, r = lane / 4, unit = 8 * p + 4 * (r % 2) + r / 2;
-    return matrix::fragment(unit < 4 * kSlots && q < inputs_ ? weight_[unit * inputs_ + q] : 0.0f, 0.0f);
+    return matrix::fragment(
+        unit < 4 * kSlots && q < inputs_ ? weight_[unit * inputs_ + q] : 0.0f, 0.0f, true, false);
   }
 
   L2L_DEVICE float bias(int unit) const { return bias_[unit]; }
@@ -153,7 +163,9 @@ class Packer {
     const LayerWeights<kSlots, kInputs> from(at_, weights_, layer);
     each(layer_fragments(kInputs, kSlots), [&](int i) {
       const int q = i % 4, r = i / 4 % 8, half = i / 32 % 2, m = i / 64 % kChunks, j = i / 64 / kChunks;
-      to_[i] = fragment(from.weight(j, half, r, 2 * m, q), from.weight(j, half, r, 2 * m + 1, q));
+      to_[i] = fragment(
+          from.weight(j, half, r, 2 * m, q), from.weight(j, half, r, 2 * m + 1, q), 2 * m < kInputs,
+          2 * m + 1 < kInputs);
     });
     to_ += layer_fragments(kInputs, kSlots);
     each(4 * kHidden, [&](int i) { reinterpret_cast<float*>(to_)[i] = from.bias(i / kGates, i % kGates); });

@@ -189,10 +189,17 @@ L2L_DEVICE void forward_layer(
   }
 }
 
+// Whether this lane's y is 0 for want of any gradient.
+template <class T>
+L2L_DEVICE bool unmoved(const Network& net, const StepRows<T>& rows) {
+  return net.has_moments() && unmoved(Real<T>(rows.new_state[kStride + device::lane()]));
+}
+
 // The head's output y of this lane's coordinate (after tanh, with output "tanh").
 template <class T>
 L2L_DEVICE T forward_head(const Cell<T>& cell, const StepRows<T>& rows) {
   const Network& net = cell.net;
+  if (unmoved(net, rows)) return T(0);
   const WeightLayout at = cell.layout();
   T y[1] = {__ldg(cell.weights + at.head_bias())};
   add_products(y, cell.weights + at.head_weight(), 0, rows.new_state + net.h_row(net.layers - 1) * kStride, net.hidden);

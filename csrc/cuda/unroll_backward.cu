@@ -280,7 +280,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
       forward(cell, rows.step, gradient, number);
       if (warp() == 0) {
         const Real<T> one(1), y(net.tanh_output ? forward_head(cell, rows.step) : T(0));
-        const Real<T> d_u(inside && gradient.live ? element<T>(gradients.d_updates, t, i) : T(0));
+        const bool moves = inside && gradient.live && !unmoved(net, rows.step);
+        const Real<T> d_u(moves ? element<T>(gradients.d_updates, t, i) : T(0));
         rows.d_y[lane] = (Real<T>(cell.output_scale) * d_u * (one - y * y)).v;
       }
       __syncthreads();

@@ -234,6 +234,14 @@ inline float off_by(float value, float ulps) {
   return std::fabs(off) < std::ldexp(1.0f, -126) ? std::copysign(0.0f, off) : off;
 }
 
+inline float float16(uint32_t bits) {
+  const int exponent = bits >> 10 & 31, rest = bits & 1023;
+  const float size = exponent == 31 ? (rest ? NAN : INFINITY)
+      : exponent == 0                ? std::ldexp(float(rest), -24)
+                                     : std::ldexp(float(1024 + rest), exponent - 25);
+  return bits >> 15 & 1 ? -size : size;
+}
+
 inline float flush(float x) { return std::fabs(x) < std::ldexp(1.0f, -126) ? std::copysign(0.0f, x) : x; }
 
 }  // namespace emulator
@@ -276,27 +284,39 @@ inline uint32_t float_bits(float value) {
   return bits;
 }
 
-inline void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// d += a b for fragments whose registers hold kPacked elements each: element(register, i) is the i-th.
+template <int kPacked, class Element>
+void multiply(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* operation, const Element& element) {
   struct Fragments {
     uint32_t a[4], b[2];
   };
   emulator::Padded<Fragments> mine{};
   std::copy(a, a + 4, mine.value.a);
   std::copy(b, b + 2, mine.value.b);
-  const auto& all = emulator::exchange(mine, "multiply_tf32");
-  auto tf32 = [](uint32_t bits) { return double(bits_float(bits & ~0x1fffu)); };
+  const auto& all = emulator::exchange(mine, operation);
+  constexpr int kHalf = 4 * kPacked;  // k of one register of the four lanes
   const int r = lane() / 4, q = lane() % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = r + 8 * (i / 2), column = 2 * q + i % 2;
     double sum = d[i];
-    for (int k = 0; k < 8; ++k) {
-      const Fragments& of_a = all[row % 8 * 4 + k % 4].value;
-      const Fragments& of_b = all[column * 4 + k % 4].value;
-      sum += tf32(of_a.a[row / 8 + 2 * (k / 4)]) * tf32(of_b.b[k / 4]);
+    for (int k = 0; k < 2 * kHalf; ++k) {
+      const int owner = k % kHalf / kPacked;
+      const uint32_t of_a = all[row % 8 * 4 + owner].value.a[row / 8 + 2 * (k / kHalf)];
+      const uint32_t of_b = all[column * 4 + owner].value.b[k / kHalf];
+      sum += double(element(of_a, k % kPacked)) * double(element(of_b, k % kPacked));
     }
     d[i] = float(sum);  // the hardware does not round to nearest, but cuts
     if (std::fabs(d[i]) > std::fabs(sum)) d[i] = std::nextafter(d[i], 0.0f);
   }
+}
+
+inline void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply<1>(d, a, b, "multiply_tf32", [](uint32_t bits, int) { return bits_float(bits & ~0x1fffu); });
+}
+
+inline void multiply_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply<2>(d, a, b, "multiply_float16", [](uint32_t bits, int i) { return emulator::float16(bits >> 16 * i); });
 }
 
 template <int size>
@@ -332,6 +352,18 @@ inline uint32_t floats_bfloat16(float low, float high) {
   auto rounded = [](float value) -> uint32_t {
     const uint32_t bits = float_bits(value);
     return value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(high) << 16 | rounded(low);
+}
+
+inline uint32_t floats_float16(float low, float high) {
+  auto rounded = [](float value) -> uint32_t {
+    if (value != value) return 0x7fff;
+    const float size = std::min(std::fabs(value), 65504.0f);
+    // Its units in the last place, in float16: whole numbers below 2^11 that are exact in float32.
+    const int exponent = std::max(size > 0 ? std::ilogb(size) : -14, -14);
+    const uint32_t units = uint32_t(std::nearbyint(std::ldexp(size, 10 - exponent)));
+    return uint32_t(std::signbit(value)) << 15 | std::min((uint32_t(exponent + 14) << 10) + units, 0x7bffu);
   };
   return rounded(high) << 16 | rounded(low);
 }

@@ -91,6 +91,34 @@ def test_a_state_that_is_not_aligned_takes_the_general_kernel(device):
     check_step(device, [torch.randn(71)], [make_grads(71)], [state], PAPER)
 
 
+@both_kernels
+@pytest.mark.parametrize("hidden", [12, 20])
+def test_large_features(device, hidden, count):
+    """Ratios of the moments in the hundreds: plain float32 needs half of the usual tolerance there."""
+    config = RNNPROP._replace(features="both", hidden_size=hidden)
+    params, grads, states = problem(config, count)
+    states[0][:, 1] *= 1e-5
+    (_, found), (_, expected) = step_both(device, params, grads, states, config)
+    torch.testing.assert_close(found[0].cpu().double(), expected[0], rtol=5e-5, atol=5e-6)
+
+
+@both_kernels
+@pytest.mark.parametrize("size", [1e5, 1e9, 1e30])
+def test_factors_beyond_float16(device, size, count):
+    """The small products are formed in float16; what it cannot hold leaves tf32's accuracy and no infinity."""
+    config = PAPER._replace(features="identity")
+    params, grads, states = problem(config, count)
+    weights = make_weights(config)
+    rows = reference.split_weights(weights, config)["weight_ih_l0"]
+    rows /= size
+    grads[0] *= size
+    found, expected = step_both(device, params, grads, states, config, weights=weights)
+    torch.testing.assert_close(found[1][0].cpu().double(), expected[1][0], rtol=1e-3, atol=3e-4)
+    rows *= size * 1e6
+    found, _ = step_both(device, params, grads, states, config, weights=weights)
+    assert found[0][0].isfinite().all() and found[1][0].isfinite().all()
+
+
 def test_a_coordinate_does_not_depend_on_its_place(device):
     """Wherever in a tile it stands, and from either kernel."""
     params, grads, states = problem(PAPER, STREAMS)
