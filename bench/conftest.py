@@ -25,6 +25,7 @@ import environment
 import parity
 
 ROUND = 0.005  # seconds that a round on a GPU takes at least
+WARM, PATIENCE = 20, 1.0  # calls before any is timed, and seconds: the first ones compile, and capture CUDA graphs
 SHORT = 0.02  # seconds; rounds shorter than this are each preceded by a call that only warms the caches
 
 
@@ -105,12 +106,10 @@ def race(benchmark, request, _ceilings):
             facts: what else to write down.
         """
         benchmark.group = group
-        estimate = _time(call) + (_time(beside) if beside else 0)
-        if estimate < 0.2:
-            estimate = _time(call) + (_time(beside) if beside else 0)
-        calls = 1
+        times = [_settled(each, PATIENCE if on_gpu else 0.1) for each in (call, beside) if each]
+        estimate, calls = sum(times), 1
         if on_gpu:
-            calls = max(1, min(200, int(ROUND / min(_time(each) for each in (call, beside or call)))))
+            calls = max(1, min(200, int(ROUND / min(times))))
             call, beside = _repeated(call, calls), beside and _repeated(beside, calls)
             estimate *= calls
             benchmark._timer = lambda: _clock() / calls  # the seconds of one call
@@ -162,6 +161,17 @@ def _time(call) -> float:
     begun = _clock()
     call()
     return _clock() - begun
+
+
+def _settled(call, patience: float) -> float:
+    """Seconds of a call when WARM have been made, or when those after the first have taken ``patience`` seconds."""
+    last, spent = _time(call), 0.0
+    for _ in range(WARM):
+        if spent >= patience:
+            break
+        last = _time(call)
+        spent += last
+    return last
 
 
 def _repeated(call, times: int):

@@ -42,6 +42,6 @@ def meta_multiply_adds(config: Config) -> int:
 def floor_seconds(moved: float, multiply_adds: float, ceilings: dict) -> tuple[float, str]:
     """Least time of a coordinate on this machine, and which ceiling sets it."""
     by_copy = moved / ceilings["copy_bytes_per_second"]
-    # Three products in tf32 have the accuracy of one in float32.
-    by_sgemm = 2 * multiply_adds / max(ceilings["sgemm_flops"], ceilings.get("tf32_flops", 0.0) / 3)
+    # Two products at tf32's rate, one of them in float16, can have the accuracy of one in float32: docs/kernels.md.
+    by_sgemm = 2 * multiply_adds / max(ceilings["sgemm_flops"], ceilings.get("tf32_flops", 0.0) / 2)
     return (by_sgemm, "sgemm") if by_sgemm > by_copy else (by_copy, "copy")

@@ -1,6 +1,6 @@
 """The three ops once each, small and checked: what a sanitizer or a profiler runs.
 
-    python bench/gpu_small.py [--device cuda] [--coordinates 1000] [--state float32] [--only step]
+    python bench/gpu_small.py [--device cuda] [--coordinates 1000] [--many] [--state float32] [--only step]
 
 Inputs are made on the CPU, so that a sanitizer sees little but our own kernels; results are held to the float64
 reference, which runs on the CPU too.
@@ -20,10 +20,14 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 STEPS = 3
 
 
-def step(name: str, shapes: list[tuple[int, ...]], state_dtype: torch.dtype, device: str, repeats: int = 2) -> None:
-    """Steps of several tensors at once."""
-    network, params = cases.network(name), cases.params(shapes)
+def step(
+    name: str, shapes: list[tuple[int, ...]], state_dtype: torch.dtype, device: str, transposed=False, **options
+) -> None:
+    """Two steps of several tensors at once; transposed: the parameters, unlike their gradients, by columns."""
+    network, params = cases.network(name, **options), cases.params(shapes)
     grads, config = [param.grad for param in params], network.config
+    if transposed:
+        params = [param.detach().t().contiguous().t() for param in params]
     weights = network.flat_weights().detach()
 
     def run(kernel, device: str, dtype: torch.dtype, held: torch.dtype) -> list[Tensor]:
@@ -35,7 +39,7 @@ def step(name: str, shapes: list[tuple[int, ...]], state_dtype: torch.dtype, dev
             like = ops.new_state(param, config, held)
             storage = torch.zeros(like.untyped_storage().nbytes() // like.itemsize, dtype=held).to(device)
             states.append(storage.as_strided(like.shape, like.stride()))
-        lr, counts = here(torch.ones(())), [here(torch.tensor(float(t))) for t in range(1, repeats + 1)]
+        lr, counts = here(torch.ones(())), [here(torch.tensor(float(t))) for t in (1, 2)]
         gradients, flat = [here(grad) for grad in grads], here(weights)
         for count in counts:
             kernel(thetas, gradients, states, flat, lr, [count] * len(thetas), *config, 0.01, False)
@@ -44,12 +48,12 @@ def step(name: str, shapes: list[tuple[int, ...]], state_dtype: torch.dtype, dev
     found = run(torch.ops.l2l_fast.lstm_step_, device, torch.float32, state_dtype)
     if cases.count(params) <= 100_000:
         expected = run(reference.lstm_step_, "cpu", torch.float64, torch.float64)
-        compare(f"step, {name} network, {state_dtype} state", found, expected, TOLERANCE[state_dtype])
+        compare(f"step, {name} network, {network.config.hidden_size} units, {state_dtype} state", found, expected, TOLERANCE[state_dtype])
 
 
-def unroll(name: str, size: int, device: str) -> None:
+def unroll(name: str, size: int, device: str, **options) -> None:
     """Forward and backward through time, every gradient."""
-    network, (series,) = cases.network(name), cases.params([(STEPS, size)])
+    network, (series,) = cases.network(name, **options), cases.params([(STEPS, size)])
     config, flags = network.config, (True, True, True)
 
     def run(forward, backward, device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -65,7 +69,7 @@ def unroll(name: str, size: int, device: str) -> None:
     kernels = torch.ops.l2l_fast
     found = run(kernels.lstm_unroll, kernels.lstm_unroll_backward, device, torch.float32)
     expected = run(reference.lstm_unroll_forward, reference.lstm_unroll_backward, "cpu", torch.float64)
-    compare(f"unroll and its backward, {name} network", found, expected, 1e-4)
+    compare(f"unroll and its backward, {name} network, {config.hidden_size} units", found, expected, 1e-4)
 
 
 def compare(what: str, found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
@@ -80,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--coordinates", type=int, default=1000)
+    parser.add_argument("--many", action="store_true", help="and 70,000: other kernels; and those for any network")
     parser.add_argument("--state", choices=["float32", "bfloat16"], help="default: both")
     parser.add_argument("--only", choices=["step"], help="steps of the paper's network alone")
     arguments = parser.parse_args()
@@ -92,6 +97,11 @@ def main() -> None:
             step(name, shapes, state_dtype, arguments.device)
         if not arguments.only:
             unroll(name, size, arguments.device)
+    if arguments.many:
+        for state_dtype in states:
+            step("paper", [(70_000,)], state_dtype, arguments.device)
+            step("paper", [(40, 7), (size,)], state_dtype, arguments.device, transposed=True, hidden_size=6)
+        unroll("paper", size, arguments.device, hidden_size=6)
     print("all good")
 
 

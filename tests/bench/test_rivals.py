@@ -200,14 +200,26 @@ def test_the_small_case_for_gpu_tools(name, capsys):
     assert capsys.readouterr().out.count("good") == 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_the_gpu_script_says_when_there_is_no_gpu(tmp_path):
+def gpu_script(*arguments):
     script = Path(report.__file__).parent / "gpu.sh"
-    done = subprocess.run(
-        [script, tmp_path], capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable}
+    return subprocess.run(
+        [script, *arguments], capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable}
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("parts", [[], ["tests", "ncu"]])
+def test_the_gpu_script_says_when_there_is_no_gpu(tmp_path, parts):
+    done = gpu_script(tmp_path, *parts)
     assert done.returncode == 2, done.stderr
     assert "no GPU" in done.stderr
+
+
+def test_the_gpu_script_says_which_parts_there_are(tmp_path):
+    done = gpu_script(tmp_path / "out", "test")
+    assert done.returncode == 64
+    assert "PART, to run some alone" in done.stdout
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("value", "text"), [(2.5, "2.5 s"), (0.1072, "107 ms"), (4.2e-5, "42 µs"), (3e-8, "30 ns")])

@@ -77,8 +77,8 @@ def test_a_step_neither_waits_nor_allocates():
     ops.lstm_step_(*arguments, PAPER)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         ops.lstm_step_(*arguments, PAPER)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -46,6 +46,7 @@ OPTIONS = {
     "relative": {"objective": "relative", "clip": None},
     "sgd": {"meta_optimizer": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9)},
     "windows": {"clip_windows": 0.1, "parallel": 2},
+    "some coordinates": {"coordinates": 50, "unroll": 10},
     "led": {"imitation": 0.5, "parallel": 2},
 }
 
@@ -69,8 +70,8 @@ def test_a_meta_step_waits_for_the_device_once(task):
 
     def watched(work):
         def run(*arguments):
-            torch.cuda.set_sync_debug_mode("error")
             try:
+                torch.cuda.set_sync_debug_mode("error")
                 work(*arguments)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
