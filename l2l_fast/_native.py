@@ -74,6 +74,13 @@ def build_info() -> dict:
     }
 
 
+def no_kernel(device_type: str) -> str | None:
+    """Why no compiled kernel runs on devices of a type, such as "cuda"; or None, where one does."""
+    if device_type == "cpu":
+        return _reason
+    return _cuda_reason() if device_type == "cuda" else "there are none"
+
+
 def _cuda_reason() -> str | None:
     if extension is None:
         return _reason
