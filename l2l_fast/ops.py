@@ -1,8 +1,8 @@
 """The library's operators: one schema each, beside its shape rule, its gradient and its typed wrapper.
 
 The dispatcher chooses the backend: the compiled CPU or CUDA kernel where one is loaded, otherwise the readable
-:mod:`l2l_fast.reference`, which is registered for every device. Every backend refuses the same arguments, with a
-RuntimeError and before anything is changed.
+:mod:`l2l_fast.reference`, which is registered for every device. Every backend refuses the same arguments
+(:mod:`l2l_fast.arguments`), with a RuntimeError and before anything is changed.
 """
 
 from __future__ import annotations
