@@ -2,10 +2,10 @@
 
 Import it after :mod:`l2l_fast.ops`, which defines the operators that the kernels are registered for.
 
-    L2L_FAST_NATIVE=0       do not load them: the reference runs instead
+    L2L_FAST_NATIVE=0       do not load them: the reference runs instead (also: false, no, off)
     L2L_FAST_CPU_ISA=NAME   instruction set of the CPU kernels: avx512, avx2 or portable; by default the fastest that
-                            runs here. bf16: avx512 with the step's products in bfloat16, amx_bf16 or else
-                            avx512_bf16, which can also be named
+                            runs here, and with a warning where NAME does not. bf16: avx512 with the step's products in
+                            bfloat16, amx_bf16 or else avx512_bf16, which can also be named
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 
 def _load():
     """The extension module, or None, and the reason for None."""
-    if os.environ.get("L2L_FAST_NATIVE") == "0":
-        return None, "switched off by L2L_FAST_NATIVE=0"
+    switch = os.environ.get("L2L_FAST_NATIVE", "")
+    if switch.lower() in ("0", "false", "no", "off"):
+        return None, f"switched off by L2L_FAST_NATIVE={switch}"
     if importlib.util.find_spec("l2l_fast._C") is None:
         return None, "not built: install with a C++ compiler and pip's --no-build-isolation"
     try:
@@ -29,8 +30,17 @@ def _load():
         reason = f"built, but cannot be loaded: {error}"
         warnings.warn(f"l2l_fast runs on plain PyTorch, many times slower. Its kernels are {reason}", stacklevel=3)
         return None, reason
-    if "L2L_FAST_CPU_ISA" in os.environ:
-        _C.use_cpu_isa(os.environ["L2L_FAST_CPU_ISA"])
+    wanted = os.environ.get("L2L_FAST_CPU_ISA")
+    try:
+        if wanted:
+            _C.use_cpu_isa(wanted)
+    except (RuntimeError, ValueError):  # not to raise lets `l2l-fast info` say what runs
+        bf16 = _C.cpu_bf16_isas()
+        here = ", ".join([*_C.cpu_isas(), *bf16, *["bf16"] * bool(bf16)])
+        warnings.warn(
+            f"L2L_FAST_CPU_ISA={wanted} does not run here, so {_C.cpu_isa()} does; this machine can run {here}",
+            stacklevel=3,
+        )
     return _C, None
 
 
@@ -62,6 +72,13 @@ def build_info() -> dict:
         "torch": extension.torch_version if extension else torch.__version__,
         "reason": _reason,
     }
+
+
+def no_kernel(device_type: str) -> str | None:
+    """Why no compiled kernel runs on devices of a type, such as "cuda"; or None, where one does."""
+    if device_type == "cpu":
+        return _reason
+    return _cuda_reason() if device_type == "cuda" else "there are none"
 
 
 def _cuda_reason() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from os import PathLike
 
 import torch
@@ -88,8 +89,7 @@ class CoordinatewiseLSTM(nn.Module):
     def reset_parameters(self) -> None:
         """``nn.LSTM``'s and ``nn.Linear``'s own initialisation, but for a zero head bias: no drift at the start."""
         bound = 1 / math.sqrt(self.config.hidden_size)
-        for name, parameter in self.named_parameters(recurse=False):
-            del name
+        for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
         if self.config.projection:
             self.projection.reset_parameters()
@@ -97,7 +97,19 @@ class CoordinatewiseLSTM(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, grads: Tensor, state: Tensor | None = None, step: Tensor | int = 1) -> tuple[Tensor, Tensor]:
-        """Updates [T, N] and the last state [N, S] for gradients [T, N]; the state starts at zero if not given."""
+        """Updates of a sequence of gradients; differentiable once.
+
+        Args:
+            grads: [T, N], T steps of N coordinates, of the dtype of the network.
+            state: [N, S] before the first step, float32, bfloat16 or float64; zero if not given.
+            step: number of the first step, counted from 1 (the moments' bias correction).
+
+        Returns:
+            updates [T, N] and the state [N, S] after the last step, S numbers a coordinate.
+
+        Raises:
+            RuntimeError: a tensor of another shape, dtype or device.
+        """
         state = self.init_state(grads.new_empty(grads.shape[1:])) if state is None else state
         return ops.lstm_unroll(grads, state, self.flat_weights(), self.config, step)
 
@@ -107,13 +119,24 @@ class CoordinatewiseLSTM(nn.Module):
 
     def flat_weights(self) -> Tensor:
         """All meta-parameters as one vector [W], differentiable, in the order the ops take."""
-        return torch.cat([self.get_parameter(name).reshape(-1) for name in reference.weight_shapes(self.config)])
+        # By attribute: torch.func's tensors and parametrized weights are no nn.Parameters.
+        named = [attrgetter(name)(self) for name in reference.weight_shapes(self.config)]
+        return torch.cat([weight.reshape(-1) for weight in named])
 
     @torch.no_grad()
     def load_flat_weights_(self, flat: Tensor) -> None:
-        """Copy a vector [W] into the meta-parameters."""
-        for name, piece in reference.split_weights(flat, self.config).items():
-            self.get_parameter(name).copy_(piece)
+        """Copy a vector [W] into the meta-parameters.
+
+        Raises:
+            ValueError: a tensor of another shape; nothing is changed then.
+            AttributeError: a weight is parametrized, so it is computed and cannot be written; nothing is changed then.
+        """
+        shape = (reference.num_weights(self.config),)
+        _check(flat.shape == shape, "shape of flat", tuple(flat.shape), str(shape))
+        named = reference.split_weights(flat, self.config)
+        parameters = [self.get_parameter(name) for name in named]
+        for parameter, piece in zip(parameters, named.values(), strict=True):
+            parameter.copy_(piece)
 
     @property
     def options(self) -> dict:
@@ -161,7 +184,18 @@ class CoordinatewiseLSTM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | PathLike, *, revision: str | None = None) -> CoordinatewiseLSTM:
-        """A trained network by shipped name, folder or hub id. See :func:`l2l_fast.checkpoint.from_pretrained`."""
+        """A trained network.
+
+        Args:
+            name_or_folder: a shipped name (:func:`l2l_fast.checkpoint.shipped`), a folder written by
+                :meth:`save_pretrained`, or a hub id ``owner/name``.
+            revision: of the hub id: a branch, tag or commit.
+
+        Raises:
+            FileNotFoundError: nothing of that name; the message lists the shipped names.
+            ImportError: a hub id without huggingface_hub; the message has the command that installs it.
+            ValueError: the folder's files are damaged, or of a later format.
+        """
         from l2l_fast import checkpoint
 
         return checkpoint.from_pretrained(name_or_folder, revision=revision)

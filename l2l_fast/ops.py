@@ -1,17 +1,18 @@
 """The library's operators: one schema each, beside its shape rule, its gradient and its typed wrapper.
 
 The dispatcher chooses the backend: the compiled CPU or CUDA kernel where one is loaded, otherwise the readable
-:mod:`l2l_fast.reference`, which is registered for every device.
+:mod:`l2l_fast.reference`, which is registered for every device. Every backend refuses the same arguments
+(:mod:`l2l_fast.arguments`), with a RuntimeError and before anything is changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from l2l_fast import reference
+from l2l_fast import arguments, reference
 from l2l_fast.reference import Config
 
 _CONFIG = (
@@ -19,13 +20,19 @@ _CONFIG = (
     "float output_scale, float preprocess_p, float beta1, float beta2, float eps"
 )
 _LIBRARY = torch.library.Library("l2l_fast", "DEF")
+REFERENCE: dict[str, Callable] = {}  # by op: what runs where there is no kernel, or by request
 
 
-def _define(schema: str, implementation, fake) -> None:
+def _define(schema: str, check, implementation, fake) -> None:
+    def checked(*args):
+        check(*args)
+        return implementation(*args)
+
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     name = schema.partition("(")[0]
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, checked, "CompositeExplicitAutograd")
     torch.library.register_fake(f"l2l_fast::{name}", fake, lib=_LIBRARY)
+    REFERENCE[name] = checked
 
 
 # ---------------------------------------------------------------- lstm_step_
@@ -33,6 +40,7 @@ def _define(schema: str, implementation, fake) -> None:
 _define(
     "lstm_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor weights, Tensor lr, Tensor[] steps, "
     f"{_CONFIG}, float weight_decay, bool maximize) -> ()",
+    arguments.check_step,
     reference.lstm_step_,
     lambda *args: None,
 )
@@ -58,15 +66,20 @@ def lstm_step_(
 
     Args:
         params: tensors of any shape, strides and floating dtype; changed in place.
-        grads: one a parameter, of its shape, any floating dtype.
+        grads: one a parameter, of its shape, any strides and floating dtype.
         states: one a parameter, ``(*param.shape, S)`` with ``S = state_size(config)``, float32, bfloat16 or float64;
             changed in place. Fastest as :func:`new_state` lays it out.
         weights: flat weight vector [W], float32 or float64; the arithmetic is done in its dtype.
-        lr: 0-dim tensor, multiplier of the update.
-        steps: one a parameter, 0-dim: the number of this step, counted from 1 (bias correction of the moments).
+        lr: 0-dim tensor, multiplier of the update; float32, float64, int32 or int64.
+        steps: one a parameter, 0-dim: the number of this step, counted from 1 (bias correction of the moments); of
+            the dtypes of ``lr``.
         config: what the network computes.
         weight_decay: decoupled weight decay, per unit of lr.
         maximize: ascend instead of descend.
+
+    Raises:
+        RuntimeError: a tensor of another shape, dtype or device (all are on that of ``weights``), or an expanded
+            parameter or state; nothing is changed then.
 
     Example:
         >>> import torch, l2l_fast as l2l
@@ -95,6 +108,7 @@ def _lstm_unroll_fake(grads, state, weights, step, *args):
 
 _define(
     f"lstm_unroll(Tensor grads, Tensor state, Tensor weights, Tensor step, {_CONFIG}) -> (Tensor, Tensor)",
+    arguments.check_unroll,
     reference.lstm_unroll_forward,
     _lstm_unroll_fake,
 )
@@ -107,17 +121,21 @@ def lstm_unroll(
 
     (u[t], state[t+1]) = m(grads[t], state[t]; weights),  t = 0 .. T-1
 
+    Under the transforms of ``torch.func`` the reference runs.
+
     Args:
         grads: [T, N], of the dtype of ``weights``.
-        state: [N, S] before the first step.
-        weights: flat weight vector [W], float32 or float64.
+        state: [N, S] before the first step, ``S = state_size(config)``; float32, bfloat16 or float64.
+        weights: flat weight vector [W], float32 or float64; the arithmetic is done in its dtype.
         config: what the network computes.
-        step: number of the first step, counted from 1.
+        step: number of the first step, counted from 1: an int, or a 0-dim tensor of dtype float32, float64, int32 or
+            int64.
 
     Returns:
-        updates [T, N] and the state [N, S] after the last step.
+        updates [T, N] and the state [N, S] after the last step, each of the dtype it came in.
 
     Raises:
+        RuntimeError: a tensor of another shape, dtype or device.
         NotImplementedError: when differentiated twice.
 
     Example:
@@ -128,8 +146,16 @@ def lstm_unroll(
         >>> updates.shape, last.shape
         (torch.Size([3, 5]), torch.Size([5, 8]))
     """
-    step = step if isinstance(step, Tensor) else torch.full((), float(step), device=grads.device)
+    step = _as_tensor(step, grads)
+    # torch.func's transforms refuse an op with a backward of its own (pytorch#168393), but not plain PyTorch.
+    if torch._C._are_functorch_transforms_active():
+        arguments.check_unroll(grads, state, weights, step, *config)
+        return reference.lstm_unroll(grads, state, weights, step, *config)
     return torch.ops.l2l_fast.lstm_unroll(grads, state, weights, step, *config)
+
+
+def _as_tensor(step: Tensor | int, like: Tensor) -> Tensor:
+    return step if isinstance(step, Tensor) else torch.full((), float(step), device=like.device)
 
 
 # ---------------------------------------------------------------- lstm_unroll_backward
@@ -147,6 +173,7 @@ def _lstm_unroll_backward_fake(d_updates, d_last, grads, state, weights, step, *
 _define(
     "lstm_unroll_backward(Tensor d_updates, Tensor? d_last, Tensor grads, Tensor state, Tensor weights, Tensor step, "
     f"{_CONFIG}, bool need_grads, bool need_state, bool need_weights) -> (Tensor, Tensor, Tensor)",
+    arguments.check_unroll_backward,
     reference.lstm_unroll_backward,
     _lstm_unroll_backward_fake,
 )
@@ -159,7 +186,7 @@ def lstm_unroll_backward(
     state: Tensor,
     weights: Tensor,
     config: Config,
-    step: Tensor,
+    step: Tensor | int = 1,
     *,
     need_grads: bool = False,
     need_state: bool = False,
@@ -171,16 +198,21 @@ def lstm_unroll_backward(
     state, then backward, so the extra memory is one tile's activations.
 
     Args:
-        d_updates: gradient of the updates, [T, N].
-        d_last: gradient of the last state, [N, S], or None for zero.
+        d_updates: gradient of the updates, [T, N], of the dtype of ``weights``.
+        d_last: gradient of the last state, [N, S], float32, bfloat16 or float64, or None for zero.
         grads, state, weights, config, step: as :func:`lstm_unroll` had them.
         need_grads, need_state, need_weights: which gradients to form.
 
     Returns:
-        gradients of grads [T, N], state [N, S] and weights [W]; an empty tensor for each that is not needed.
+        gradients of grads [T, N], state [N, S] and weights [W], each of the dtype of what it belongs to; an empty
+        tensor for each that is not needed.
+
+    Raises:
+        RuntimeError: a tensor of another shape, dtype or device.
+        NotImplementedError: when differentiated.
     """
     return torch.ops.l2l_fast.lstm_unroll_backward(
-        d_updates, d_last, grads, state, weights, step, *config, need_grads, need_state, need_weights
+        d_updates, d_last, grads, state, weights, _as_tensor(step, grads), *config, need_grads, need_state, need_weights
     )
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from contextlib import ExitStack
+from numbers import Real
 from os import PathLike
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from l2l_fast import _native, ops, reference
+from l2l_fast import _native, arguments, ops, reference
 from l2l_fast.checkpoint import from_pretrained
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.reference import Config
@@ -34,15 +37,17 @@ class LSTMOptimizer(Optimizer):
         lr: multiplier of the learned update, a float or a 0-dim tensor; 1 is what the network was trained for.
         weight_decay: decoupled weight decay, per unit of lr.
         maximize: ascend instead of descend.
-        state_dtype: float32 or bfloat16 (half the memory; the arithmetic stays float32). float64 computes in float64.
+        state_dtype: float32, or bfloat16: half the memory, but a step may be slower where the CPU has only AVX2; the
+            arithmetic stays float32. float64 computes in float64.
         fused: None: the compiled kernel where there is one; False: always the plain PyTorch reference; True: the
-            compiled kernel, or an error that says why there is none.
+            compiled kernel, or an error that says why there is none for a parameter's device.
         error_if_nonfinite: raise on a gradient that is not finite, before anything is changed.
 
     Raises:
         ValueError: an option out of its range, or a state_dict that belongs to another network.
-        TypeError: a parameter of an unsupported dtype.
-        RuntimeError: sparse gradients, or ``fused=True`` without compiled kernels.
+        TypeError: a parameter of an unsupported dtype, or a ``network`` that is none.
+        FileNotFoundError: no network of that name.
+        RuntimeError: ``fused=True`` without compiled kernels.
 
     Example:
         >>> import torch, l2l_fast as l2l
@@ -69,8 +74,6 @@ class LSTMOptimizer(Optimizer):
     ) -> None:
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"state_dtype must be one of {', '.join(map(str, STATE_DTYPES))}, got {state_dtype}")
-        if fused and not _native.build_info()["native"]:
-            raise RuntimeError(f"fused=True needs the compiled kernels, and {_native.build_info()['reason']}")
         self.state_dtype, self.fused, self.error_if_nonfinite = state_dtype, fused, error_if_nonfinite
         self._networks: dict[str, tuple[Config, Tensor]] = {}  # by the name that param groups and state_dicts carry
         self._constants: dict[tuple, Tensor] = {}  # lr and weights by device
@@ -80,36 +83,50 @@ class LSTMOptimizer(Optimizer):
     # ------------------------------------------------------------ construction
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group of parameters, with its own options if it names any."""
+        """Add a group of parameters, with its own options if it names any.
+
+        Args:
+            param_group: ``params``, and any of ``lr``, ``weight_decay``, ``maximize`` and ``network``, as the
+                constructor takes them.
+
+        Raises:
+            As the constructor does; no group is added then.
+        """
         group = dict(param_group)
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
         elif not isinstance(group["params"], set):  # a set is refused by torch, with its own message
             group["params"] = list(group["params"])
-        if "network" in group:
-            group["network"] = self._adopt(group["network"])
-        options = {**self.defaults, **group}
-        for name in ("lr", "weight_decay"):
-            value = options[name]
-            if isinstance(value, Tensor) and name == "lr":
-                if value.numel() != 1:
-                    raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(value.shape)}")
-            elif not 0.0 <= value < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        _check_options({**self.defaults, **group})
         for index, entry in enumerate(group["params"]):
             label, param = entry if isinstance(entry, tuple) else (f"number {index} of its group", entry)
-            if isinstance(param, Tensor) and param.dtype not in PARAM_DTYPES:
+            if not isinstance(param, Tensor):
+                continue  # torch says what is wrong
+            if param.dtype not in PARAM_DTYPES:
                 raise TypeError(
                     f"parameter {label} is {param.dtype}; LSTMOptimizer takes floating and complex parameters"
                 )
+            if not is_lazy(param) and (param.is_conj() or param.is_neg()):
+                raise ValueError(
+                    f"parameter {label} is a view that conjugates or negates another tensor: make it of its "
+                    "resolve_conj().resolve_neg()"
+                )
+            self._need_kernel(param.device)
+        if "network" in group:
+            group["network"] = self._adopt(group["network"])
         super().add_param_group(group)
 
     def _adopt(self, network) -> str:
         """Copy a network's weights; returns the name under which groups refer to it."""
         if isinstance(network, str) and network in self._networks:
             return network
-        if not isinstance(network, CoordinatewiseLSTM):
+        if isinstance(network, str | PathLike):
             network = from_pretrained(network)
+        if not isinstance(network, CoordinatewiseLSTM):
+            raise TypeError(
+                "network must be a CoordinatewiseLSTM, a shipped name, a folder or a hub id, got "
+                f"{torch.typename(network)}"
+            )
         dtype = torch.float64 if self.state_dtype == torch.float64 else torch.float32
         weights = network.flat_weights().detach().to("cpu", dtype, copy=True)
         config = network.config
@@ -117,6 +134,11 @@ class LSTMOptimizer(Optimizer):
         name = f"{config.features}-{config.num_layers}x{config.hidden_size}-{digest}"
         self._networks[name] = (config, weights)
         return name
+
+    def _need_kernel(self, device: torch.device) -> None:
+        reason = _native.no_kernel(device.type) if self.fused else None
+        if reason is not None:
+            raise RuntimeError(f"fused=True needs compiled kernels for the device {device}: {reason}")
 
     # ------------------------------------------------------------ the step
 
@@ -129,6 +151,10 @@ class LSTMOptimizer(Optimizer):
 
         Returns:
             the closure's loss, or None.
+
+        Raises:
+            RuntimeError: a gradient that is sparse, or not finite with ``error_if_nonfinite``; or no compiled kernel
+                for a parameter's device with ``fused=True``. Nothing is changed then.
         """
         loss = None
         if closure is not None:
@@ -136,12 +162,24 @@ class LSTMOptimizer(Optimizer):
                 loss = closure()
         # Everything is looked at before anything is changed.
         work = [(group, self._with_gradient(group)) for group in self.param_groups]
+        calls = []
         for group, params in work:
-            config, _ = self._networks[group["network"]]
             devices = {param.device for param in params}
             for device in devices:
                 here = params if len(devices) == 1 else [param for param in params if param.device == device]
-                self._step_device(group, config, device, here)
+                calls.append(self._arguments(group, device, here))
+        if len(calls) > 1:  # one call looks at its arguments itself
+            for call in calls:
+                arguments.check_step(*call)
+        op = ops.REFERENCE["lstm_step_"] if self.fused is False else torch.ops.l2l_fast.lstm_step_
+        for call in calls:
+            steps = call[5]
+            torch._foreach_add_(steps, 1)
+            try:
+                op(*call)
+            except RuntimeError:
+                torch._foreach_sub_(steps, 1)
+                raise
         return loss
 
     def _with_gradient(self, group: dict) -> list[Tensor]:
@@ -159,33 +197,33 @@ class LSTMOptimizer(Optimizer):
                 )
         return params
 
-    def _step_device(self, group: dict, config: Config, device: torch.device, params: list[Tensor]) -> None:
+    def _arguments(self, group: dict, device: torch.device, params: list[Tensor]) -> tuple:
+        """Those of ``lstm_step_`` for a group's parameters on one device; state is made where there is none."""
+        config, _ = self._networks[group["network"]]
+        weights, lr = self._weights(group["network"], device), self._lr(group["lr"], device)
         tensors, grads, states, steps = [], [], [], []
         for param in params:
+            tensors.append(_real(_local(param)))
+            grads.append(_real(_local(param.grad).resolve_conj()).resolve_neg())
             state = self.state[param]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["lstm"] = _new_state(param, config, self.state_dtype)
-            tensors.append(_real(_local(param)))
-            grads.append(_real(_local(param.grad)))
+                lstm = _new_state(param, config, self.state_dtype)
+                state.update(step=torch.zeros((), dtype=torch.float32, device=device), lstm=lstm)
             states.append(_local(state["lstm"]))
             steps.append(state["step"])
-        torch._foreach_add_(steps, 1)
-        step = reference.lstm_step_ if self.fused is False else torch.ops.l2l_fast.lstm_step_
-        step(
-            tensors, grads, states, self._weights(group["network"], device), self._lr(group["lr"], device), steps,
-            *config, group["weight_decay"], group["maximize"],
-        )  # fmt: skip
+        options = float(group["weight_decay"]), bool(group["maximize"])
+        return (tensors, grads, states, weights, lr, steps, *config, *options)
 
     def _weights(self, name: str, device: torch.device) -> Tensor:
         key = ("weights", name, device)
         if key not in self._constants:
+            self._need_kernel(device)  # parameters may have moved since their group was added
             self._constants[key] = self._networks[name][1].to(device)
         return self._constants[key]
 
     def _lr(self, lr: float | Tensor, device: torch.device) -> Tensor:
         if isinstance(lr, Tensor):
-            return lr.to(device)
+            return lr.to(device, torch.float32)  # what a float becomes, too
         key = ("lr", device)
         held = self._constants.get(key)
         if held is None or held[0] != lr:  # schedulers change it, so only the last value is kept
@@ -205,59 +243,84 @@ class LSTMOptimizer(Optimizer):
         """Load a state_dict of the same network, made on any device, with any backend and any ``state_dtype``.
 
         Raises:
-            ValueError: it belongs to another network or to parameters of other shapes; nothing is changed then.
+            ValueError: it belongs to another network, to parameters of other shapes, or lacks something; nothing is
+                changed then.
         """
-        incoming = {}
+        restored: list[tuple[Tensor, dict]] = []
 
         def check(_, final: dict) -> None:  # runs last of the pre-hooks, so it sees what will be loaded
-            self._check_state_dict(final)
-            incoming.update(final)
+            restored.extend(self._restored(final))
 
         def restore(_) -> None:  # torch casts state to the parameter's dtype; ours has its own dtype and strides
-            for param, saved in self._paired(incoming):
-                config, _ = self._networks[self._group_of(param)["network"]]
-                state = _new_state(param, config, self.state_dtype)
-                state.copy_(saved["lstm"])
-                step = saved["step"].detach().to(param.device, torch.float32, copy=True)
-                self.state[param].update(lstm=state, step=step)
+            for param, state in restored:
+                self.state[param].update(state)
 
         with ExitStack() as stack:
             stack.callback(self.register_load_state_dict_pre_hook(check).remove)
             stack.callback(self.register_load_state_dict_post_hook(restore, prepend=True).remove)
             super().load_state_dict(state_dict)
 
-    def _paired(self, state_dict: dict):
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for param, index in zip(group["params"], saved["params"], strict=True):
-                if index in state_dict["state"]:
-                    yield param, state_dict["state"][index]
-
-    def _check_state_dict(self, state_dict: dict) -> None:
+    def _restored(self, state_dict: dict) -> list[tuple[Tensor, dict]]:
+        """Each parameter's state as a state_dict has it, which is looked at here."""
         groups, saved_groups = self.param_groups, state_dict["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
-            return  # torch says what is wrong
+            return []  # torch says what is wrong
         for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+            where = f"the state_dict's param group {index}"
             if saved.get("network") != group["network"]:
                 raise ValueError(
-                    f"the state_dict's param group {index} belongs to network {saved.get('network')!r}, and this "
-                    f"optimizer's to {group['network']!r}: make it with the network of the state_dict"
+                    f"{where} belongs to network {saved.get('network')!r}, and this optimizer's to "
+                    f"{group['network']!r}: make it with the network of the state_dict"
                 )
-        for param, saved in self._paired(state_dict):
-            config, _ = self._networks[self._group_of(param)["network"]]
-            shape = (*_real(param).shape, reference.state_size(config))
-            found = tuple(saved["lstm"].shape) if "lstm" in saved and "step" in saved else None
-            if found != shape:
-                raise ValueError(
-                    f"the state_dict's state of {self._label(self._group_of(param), param)} has shape {found}, "
-                    f"needed is {shape}: it was saved for other parameters"
-                )
+            missing = self.defaults.keys() - saved.keys()
+            if missing:
+                raise ValueError(f"{where} has no {', '.join(sorted(missing))}: it was not saved whole")
+            _check_options(saved, f"{where}: ")
+        return [
+            (param, self._restored_state(group, param, state_dict["state"][index]))
+            for group, saved in zip(groups, saved_groups, strict=True)
+            for param, index in zip(group["params"], saved["params"], strict=True)
+            if state_dict["state"].get(index)
+        ]
 
-    def _group_of(self, param: Tensor) -> dict:
-        return next(group for group in self.param_groups if any(other is param for other in group["params"]))
+    def _restored_state(self, group: dict, param: Tensor, saved: dict) -> dict:
+        config, _ = self._networks[group["network"]]
+        shape = (*_real(param).shape, reference.state_size(config))
+        lstm, step = saved.get("lstm"), saved.get("step")
+        found = tuple(lstm.shape) if isinstance(lstm, Tensor) and "step" in saved else None
+        if found != shape:
+            raise ValueError(
+                f"the state_dict's state of {self._label(group, param)} has shape {found}, "
+                f"needed is {shape}: it was saved for other parameters"
+            )
+        if not _is_number(step):
+            raise ValueError(
+                f"the state_dict's step of {self._label(group, param)} must be a number of steps, got {step!r}"
+            )
+        state = _new_state(param, config, self.state_dtype)
+        state.copy_(lstm)
+        return {"lstm": state, "step": torch.full((), float(step), dtype=torch.float32, device=param.device)}
 
     def __getstate__(self) -> dict:
         own = {name: getattr(self, name) for name in ("state_dtype", "fused", "error_if_nonfinite", "_networks")}
         return {**super().__getstate__(), **own, "_constants": {}}
+
+
+def _is_number(value) -> bool:
+    """Whether it is finite and not negative; a tensor may have any shape of one element."""
+    single = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
+    return single and 0.0 <= float(value) < math.inf
+
+
+def _check_options(options: dict, where: str = "") -> None:
+    for name in ("lr", "weight_decay"):
+        value = options[name]
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"{where}{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}"
+            )
+        if not _is_number(value):
+            raise ValueError(f"{where}{name} must be finite and not negative, got {value!r}")
 
 
 def _real(tensor: Tensor) -> Tensor:

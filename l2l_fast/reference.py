@@ -72,6 +72,7 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def num_weights(config: Config) -> int:
+    """Length of the flat weight vector."""
     return sum(math.prod(shape) for shape in weight_shapes(config).values())
 
 

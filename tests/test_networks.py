@@ -49,6 +49,39 @@ def test_flat_weights_round_trip(network):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("flat", [torch.zeros(3), torch.zeros(1, 293)])
+def test_flat_weights_of_another_shape_are_refused_and_nothing_changes(network, flat):
+    before = network.flat_weights()
+    with pytest.raises(ValueError, match=r"shape of flat must be \(293,\), got"):
+        network.load_flat_weights_(flat)
+    assert torch.equal(network.flat_weights(), before)
+
+
+def test_weights_of_torch_func_are_those_that_are_used(network):
+    grads, parameters = torch.randn(3, 5), dict(network.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(network, parameters, (grads,))[0].square().sum()
+
+    found = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(found[name], parameter.grad)
+
+
+def test_parametrized_weights_are_used_but_not_written(network):
+    grads, before = torch.randn(3, 5), network.flat_weights()
+    expected, _ = network(grads)
+    torch.nn.utils.parametrizations.weight_norm(network.head)
+    updates, _ = network(grads)
+    torch.testing.assert_close(updates, expected)
+    updates.sum().backward()
+    assert network.head.parametrizations.weight.original0.grad != 0
+    with pytest.raises(AttributeError, match="weight"):
+        network.load_flat_weights_(torch.zeros_like(before))
+    torch.testing.assert_close(network.flat_weights(), before)
+
+
 def test_a_fresh_network_starts_without_drift(network):
     assert not network.head.bias.any()
 

@@ -5,9 +5,11 @@ import torch
 from torch.library import opcheck
 
 from l2l_fast import CoordinatewiseLSTM, ops, reference
-from l2l_fast.reference import FEATURES
+from l2l_fast.reference import FEATURES, Config
 
 OPS = torch.ops.l2l_fast
+CONFIG = Config("both", 3, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
+STATE, WEIGHTS = reference.state_size(CONFIG), reference.num_weights(CONFIG)
 
 
 def arguments(features="both", dtype=torch.float64, steps=3, size=6, projection=True):
@@ -89,6 +91,87 @@ def test_step_applies_lr_decay_and_maximize():
         torch.testing.assert_close(moved, theta - 0.5 * 0.1 * theta + 0.5 * updates[0])
 
 
+BAD_NETWORKS = [
+    ({"weights": torch.zeros(7)}, rf"weights must be a vector of {WEIGHTS} for this network, got shape \[7\]"),
+    ({"weights": torch.zeros(1, WEIGHTS)}, "weights must be a vector of"),
+    ({"weights": torch.zeros(WEIGHTS).bfloat16()}, "weights must be float32 or float64"),
+    ({"features": "sign"}, "features must be .* or both, got 'sign'"),
+    ({"output": "relu"}, "output must be linear or tanh, got 'relu'"),
+    ({"hidden_size": 0}, "hidden_size must be from 1"),
+    ({"num_layers": 0}, "num_layers must be from 1"),
+]
+BAD_STEPS = [
+    ({"grads": [torch.zeros(4)]}, r"a gradient has shape \[4\], its parameter \[3\]"),
+    ({"grads": [torch.zeros(3, dtype=torch.int64)]}, "a gradient must be float32, bfloat16"),
+    ({"grads": []}, "one gradient, state and step for each of the 2 parameters, got 1, 2 and 2"),
+    ({"states": [torch.zeros(3, 9)]}, rf"a state has shape \[3, 9\].*must add one dimension of {STATE}"),
+    ({"states": [torch.zeros(4, STATE)]}, rf"a state has shape \[4, {STATE}\], its parameter \[3\]"),
+    ({"states": [torch.zeros(3, STATE).half()]}, "state must be float32, bfloat16 or float64"),
+    ({"states": [torch.zeros(1, STATE).expand(3, STATE)]}, "a state of shape .* is expanded"),
+    ({"params": [torch.zeros(3, dtype=torch.int32)]}, "a parameter must be float32, bfloat16"),
+    ({"params": [torch.zeros(1).expand(3)]}, "a parameter of shape .* is expanded"),
+    ({"lr": torch.ones(2)}, r"lr must be a single number, got shape \[2\]"),
+    ({"lr": torch.tensor(1.0).half()}, "lr must be float32, float64, int32 or int64"),
+    ({"steps": [torch.ones(2)]}, r"a step must be a single number, got shape \[2\]"),
+    ({"steps": [torch.tensor(True)]}, "a step must be float32, float64, int32 or int64"),
+]
+BAD_UNROLLS = [
+    ({"grads": torch.zeros(3)}, r"grads must be \[T, N\], got shape \[3\]"),
+    ({"grads": torch.zeros(2, 3).double()}, "grads must have the dtype of the weights"),
+    ({"state": torch.zeros(3, 5)}, rf"state must be \[3, {STATE}\], got shape \[3, 5\]"),
+    ({"state": torch.zeros(9, STATE)}, rf"state must be \[3, {STATE}\], got shape \[9, {STATE}\]"),
+    ({"state": torch.zeros(3, STATE).half()}, "state must be float32, bfloat16 or float64"),
+    ({"step": torch.ones(2)}, r"step must be a single number, got shape \[2\]"),
+]
+BAD_BACKWARDS = [
+    ({"d_updates": torch.zeros(2, 4)}, r"d_updates must be \[2, 3\], got shape \[2, 4\]"),
+    ({"d_updates": torch.zeros(2, 3).double()}, "d_updates must have the dtype of the weights"),
+    ({"d_last": torch.zeros(4, STATE)}, rf"d_last must be \[3, {STATE}\], got shape \[4, {STATE}\]"),
+    ({"d_last": torch.zeros(3, STATE).half()}, "must be float32, bfloat16 or float64"),
+]
+
+
+@pytest.fixture(params=["dispatched", "reference"])
+def backend(request):
+    """An op by name, from the dispatcher (the kernel, where there is one) and from the reference."""
+    return (lambda name: getattr(OPS, name)) if request.param == "dispatched" else ops.REFERENCE.__getitem__
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_NETWORKS + BAD_STEPS)
+def test_every_backend_refuses_the_same_steps_and_changes_nothing(backend, change, message):
+    good = {
+        "params": [torch.zeros(3)], "grads": [torch.ones(3)], "states": [torch.zeros(3, STATE)],
+        "weights": torch.ones(WEIGHTS), "lr": torch.tensor(1.0), "steps": [torch.tensor(1.0)],
+    }  # fmt: skip
+    bad = {
+        name: [*value, *change.get(name, [value[0].clone()])] if isinstance(value, list) else change.get(name, value)
+        for name, value in (good | CONFIG._asdict()).items()
+    }
+    with pytest.raises(RuntimeError, match=message):
+        backend("lstm_step_")(*bad.values(), 0.0, False)
+    assert not good["params"][0].any()
+    assert not good["states"][0].any()
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_NETWORKS + BAD_UNROLLS + BAD_BACKWARDS)
+def test_every_backend_refuses_the_same_unrolls(backend, change, message):
+    good = {"grads": torch.zeros(2, 3), "state": torch.zeros(3, STATE), "weights": torch.ones(WEIGHTS),
+            "step": torch.tensor(1.0), **CONFIG._asdict()}  # fmt: skip
+    of_backward = {"d_updates": torch.zeros(2, 3), "d_last": torch.zeros(3, STATE)}
+    if change.keys() <= good.keys():
+        with pytest.raises(RuntimeError, match=message):
+            backend("lstm_unroll")(*(good | change).values())
+    with pytest.raises(RuntimeError, match=message):
+        backend("lstm_unroll_backward")(*(of_backward | good | change).values(), True, True, True)
+
+
+def test_a_step_is_a_number_or_a_tensor():
+    config, weights, grads, state = arguments("moments")
+    for call in (ops.lstm_unroll, lambda *args: ops.lstm_unroll_backward(grads, None, *args)):
+        number, tensor = (call(grads, state, weights, config, step) for step in (3, torch.tensor(3)))
+        assert all(map(torch.equal, number, tensor))
+
+
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "strided", "expanded_grad"])
 def test_step_takes_any_strides(layout):
     config, weights, *_ = arguments(dtype=torch.float32)
@@ -135,3 +218,19 @@ def test_unroll_compiles_without_a_graph_break():
     compiled = torch.compile(lambda g, s, w: ops.lstm_unroll(g, s, w, config), fullgraph=True, backend="aot_eager")
     weights.requires_grad_()
     torch.testing.assert_close(compiled(grads, state, weights), ops.lstm_unroll(grads, state, weights, config))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, lambda f: torch.func.jacrev(torch.func.grad(f))])
+def test_transforms_of_torch_func_run_the_reference(transform):
+    config, weights, grads, state = arguments()
+
+    def loss(unroll, *rest):
+        return lambda weights: unroll(grads, state, weights, *rest)[0].square().sum()
+
+    found = transform(loss(ops.lstm_unroll, config))(weights)
+    expected = transform(loss(reference.lstm_unroll, torch.tensor(1.0), *config))(weights)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.func.vmap(lambda scale: ops.lstm_unroll(scale * grads, state, weights, config)[0])(torch.ones(2))[1],
+        ops.lstm_unroll(grads, state, weights, config)[0],
+    )

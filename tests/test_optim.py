@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, ops
+from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, build_info, ops
 
 
 def make_model():
@@ -184,6 +184,55 @@ def test_state_dict_of_other_shapes_is_refused(network):
         one.load_state_dict(LSTMOptimizer([{"params": [p]} for p in small.parameters()], network).state_dict())
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda saved: saved["state"][1].update(step=torch.ones(4)), "step of parameter 1 of param group 0 .* number"),
+        (lambda saved: saved["state"][1].update(step=float("nan")), "step of parameter 1 of param group 0 .* got nan"),
+        (lambda saved: saved["state"][1].update(step=None), "step of parameter 1 of param group 0 .* got None"),
+        (lambda saved: saved["state"][1].pop("step"), "parameter 1 of param group 0"),
+        (lambda saved: saved["state"][1].update(lstm=[0.0]), "parameter 1 of param group 0"),
+        (lambda saved: saved["param_groups"][0].pop("lr"), "param group 0 has no lr"),
+        (lambda saved: saved["param_groups"][0].pop("weight_decay"), "param group 0 has no weight_decay"),
+        (lambda saved: saved["param_groups"][0].update(lr=-1.0), "param group 0: lr must be finite and not negative"),
+        (lambda saved: saved["param_groups"][0].update(lr=None), "param group 0: lr must be finite and not negative"),
+    ],
+)
+def test_a_bad_state_dict_is_refused_and_nothing_changes(network, spoil, message):
+    model = make_model()
+    optimizer = LSTMOptimizer(model.parameters(), network)
+    train(model, optimizer, 2)
+    before, bad = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    spoil(bad)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(bad)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
+    train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("step", [2, 2.0, torch.tensor([2])])
+def test_a_step_may_be_saved_as_a_number(network, step):
+    model = make_model()
+    optimizer = LSTMOptimizer(model.parameters(), network)
+    train(model, optimizer, 1)
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = step
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, 1)
+    found = optimizer.state[model[0].weight]["step"]
+    assert (found.item(), found.dtype, found.shape) == (3.0, torch.float32, ())
+
+
+def test_looking_at_state_that_is_not_there_yet_does_no_harm(network):
+    model = make_model()
+    optimizer = LSTMOptimizer(model.parameters(), network)
+    assert not optimizer.state[model[0].weight]  # leaves an empty entry
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, 1)
+
+
 def test_state_dict_hooks_are_respected(network):
     model = make_model()
     optimizer = LSTMOptimizer(model.parameters(), network)
@@ -238,6 +287,18 @@ def test_parameters_of_every_dtype(network, dtype):
     updates, _ = network(real(grad).float()[None])
     expected = (real(start).float() + updates[0].detach()).to(real(start).dtype)
     torch.testing.assert_close(real(theta.detach()), expected)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("lazy", [torch.conj, lambda z: z.conj().imag, torch._neg_view])
+def test_gradients_that_put_off_a_sign(network, fused, lazy):
+    grad = lazy(torch.randn(6, dtype=torch.complex64))
+    one, two = (nn.Parameter(torch.ones(6, dtype=grad.dtype)) for _ in range(2))
+    one.grad, two.grad = grad, grad.resolve_conj().resolve_neg()
+    assert one.grad.is_conj() or one.grad.is_neg()
+    for theta in (one, two):
+        LSTMOptimizer([theta], network, fused=fused).step()
+    assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("fused", [None, False])
@@ -301,11 +362,63 @@ def test_sparse_gradients_are_refused_before_anything_changes(network):
     assert torch.equal(dense, torch.ones(2))
 
 
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda theta, group, state: setattr(theta, "data", torch.ones(1).expand(2)),
+        lambda theta, group, state: state.update(lstm=torch.zeros(2, 3)),
+        lambda theta, group, state: group.update(lr=torch.ones(2)),
+        lambda theta, group, state: group.update(weight_decay=[0.1]),
+        lambda theta, group, state: group.update(network="another"),
+    ],
+    ids=["expanded", "state", "lr", "weight_decay", "network"],
+)
+def test_what_stops_one_parameter_stops_all_before_anything_changes(network, fused, together, spoil):
+    good, bad = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    groups = [good, bad] if together else [{"params": [good]}, {"params": [bad]}]
+    optimizer = LSTMOptimizer(groups, network, fused=fused)
+    good.grad, bad.grad = torch.ones(2), torch.ones(2)
+    optimizer.step()
+    spoil(bad, optimizer.param_groups[-1], optimizer.state[bad])
+    before = good.detach().clone(), optimizer.state[good]["lstm"].clone()
+    with pytest.raises((RuntimeError, TypeError, KeyError)):
+        optimizer.step()
+    assert torch.equal(good, before[0])
+    assert torch.equal(optimizer.state[good]["lstm"], before[1])
+    assert optimizer.state[good]["step"] == 1
+
+
+def test_fused_is_the_compiled_kernel_or_an_error(network):
+    theta = nn.Parameter(torch.ones(2))
+    if build_info()["native"]:
+        LSTMOptimizer([theta], network, fused=True)
+    else:
+        with pytest.raises(RuntimeError, match=r"compiled kernels for the device cpu: (not built|switched off)"):
+            LSTMOptimizer([theta], network, fused=True)
+    with pytest.raises(RuntimeError, match="compiled kernels for the device meta: there are none"):
+        LSTMOptimizer([theta.to("meta")], network, fused=True)
+    moved = nn.Parameter(theta.detach().to("meta"))
+    optimizer = LSTMOptimizer([moved], network)
+    optimizer.fused, moved.grad = True, torch.ones(2, device="meta")
+    with pytest.raises(RuntimeError, match="compiled kernels for the device meta: there are none"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"lr": -1.0}, ValueError, "lr must be finite and not negative, got -1.0"),
         ({"lr": float("nan")}, ValueError, "lr must be finite"),
+        ({"lr": torch.tensor(float("nan"))}, ValueError, "lr must be finite"),
+        ({"lr": "1"}, ValueError, "lr must be finite and not negative, got '1'"),
+        (
+            {"network": nn.Linear(2, 2)},
+            TypeError,
+            "network must be a CoordinatewiseLSTM, a shipped name, .* got .*Linear",
+        ),
+        ({"network": None}, TypeError, "network must be a CoordinatewiseLSTM, a shipped name, .* got NoneType"),
         ({"lr": torch.ones(2)}, ValueError, "lr must be a number or a tensor of one element"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay must be finite and not negative, got -0.1"),
         ({"state_dtype": torch.float16}, ValueError, "state_dtype must be one of torch.float32, torch.bfloat16"),
@@ -320,6 +433,18 @@ def test_bad_options_are_named(network, arguments, error, message):
 def test_integer_parameters_are_refused(network):
     with pytest.raises(TypeError, match=r"parameter number 1 of its group is torch.int64"):
         LSTMOptimizer([torch.zeros(2), torch.zeros(2, dtype=torch.int64)], network)
+
+
+def test_parameters_that_put_off_a_sign_are_refused(network):
+    with pytest.raises(ValueError, match=r"number 0 of its group is a view that conjugates.*resolve_conj\(\)"):
+        LSTMOptimizer([torch.ones(2, dtype=torch.complex64).conj()], network)
+
+
+def test_a_group_that_is_refused_is_not_added(network):
+    optimizer = LSTMOptimizer([nn.Parameter(torch.ones(1))], network)
+    with pytest.raises(ValueError, match="lr must be finite"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": -1.0})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_sets_of_parameters_are_refused_by_torch(network):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 PRINT = "from l2l_fast import ops, _native; print(_native.build_info())"
+WARN = "import warnings; warnings.simplefilter('always'); "  # print warnings: run() makes them errors
 
 
 def run(code, **environment):
@@ -17,31 +18,49 @@ def run(code, **environment):
     )
 
 
-def test_switched_off():
-    result = run(PRINT, L2L_FAST_NATIVE="0")
+@pytest.mark.parametrize("switch", ["0", "false", "No", "off"])
+def test_switched_off(switch):
+    result = run(PRINT, L2L_FAST_NATIVE=switch)
     assert "'native': False" in result.stdout
-    assert "switched off by L2L_FAST_NATIVE=0" in result.stdout
+    assert f"switched off by L2L_FAST_NATIVE={switch}" in result.stdout
+
+
+def test_an_empty_variable_is_as_good_as_none():
+    from l2l_fast import _native
+
+    result = run(PRINT, L2L_FAST_NATIVE="", L2L_FAST_CPU_ISA="")
+    assert f"'cpu_isa': '{_native.extension.cpu_isas()[0]}'" in result.stdout
+
+
+def assert_another_runs(result, name):
+    """With one line that says so."""
+    from l2l_fast import _native
+
+    best = _native.extension.cpu_isas()[0]
+    assert f"'cpu_isa': '{best}'" in result.stdout
+    assert f"L2L_FAST_CPU_ISA={name} does not run here, so {best} does; this machine can run {best}" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
 def test_instruction_set_by_environment(name):
     from l2l_fast import _native
 
-    result = run(PRINT, L2L_FAST_CPU_ISA=name)
+    result = run(WARN + PRINT, L2L_FAST_CPU_ISA=name)
     if name in _native.extension.cpu_isas():
         assert f"'cpu_isa': '{name}'" in result.stdout
+        assert not result.stderr
     else:
-        assert f"this machine cannot run the instruction set '{name}'" in result.stderr
+        assert_another_runs(result, name)
 
 
 def test_bfloat16_by_environment():
     from l2l_fast import _native
 
-    result, here = run(PRINT, L2L_FAST_CPU_ISA="bf16"), _native.extension.cpu_bf16_isas()
+    result, here = run(WARN + PRINT, L2L_FAST_CPU_ISA="bf16"), _native.extension.cpu_bf16_isas()
     if here:
         assert f"'cpu_isa': '{here[0]}'" in result.stdout
     else:
-        assert "this machine has no instructions for products in bfloat16" in result.stderr
+        assert_another_runs(result, "bf16")
 
 
 def test_facts_of_the_cuda_build_agree():
@@ -53,21 +72,18 @@ def test_facts_of_the_cuda_build_agree():
 
 
 def test_unknown_instruction_set():
-    result = run(PRINT, L2L_FAST_CPU_ISA="sse9")
-    assert result.returncode != 0
-    assert "unknown instruction set 'sse9'; this build has" in result.stderr
+    assert_another_runs(run(WARN + PRINT, L2L_FAST_CPU_ISA="sse9"), "sse9")
 
 
 def test_a_build_that_cannot_be_loaded_warns_and_falls_back():
     # An entry of None in sys.modules makes the import fail as a missing shared library would.
     broken = """
-import importlib.util, sys, torch, warnings
+import importlib.util, sys, torch
 sys.modules["l2l_fast._C"] = None
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: name == "l2l_fast._C" or find_spec(name, *rest)
-warnings.simplefilter("always")
 """
-    result = run(broken + PRINT)
+    result = run(broken + WARN + PRINT)
     assert "'native': False" in result.stdout
     assert "built, but cannot be loaded" in result.stdout
     assert "runs on plain PyTorch, many times slower" in result.stderr

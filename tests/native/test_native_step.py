@@ -249,35 +249,3 @@ def test_threads_do_not_matter():
         results.append((param, state))
     torch.set_num_threads(before)
     assert all(torch.equal(r[0], results[0][0]) and torch.equal(r[1], results[0][1]) for r in results)
-
-
-GOOD = dict(
-    params=lambda: [torch.zeros(3)], grads=lambda: [torch.zeros(3)], states=lambda: [make_state(3, PAPER)],
-    weights=lambda: make_weights(PAPER), lr=lambda: torch.tensor(1.0), steps=lambda: [torch.tensor(1.0)],
-    config=lambda: PAPER,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"grads": lambda: [torch.zeros(4)]}, r"a gradient has shape \[4\], its parameter \[3\]"),
-        ({"grads": lambda: []}, "one gradient, state and step for each of the 1 parameters, got 0"),
-        ({"states": lambda: [torch.zeros(3, 79)]}, r"a state has shape \[3, 79\].*must add one dimension of 80"),
-        ({"states": lambda: [make_state(3, PAPER).half()]}, "state must be float32, bfloat16 or float64, not float16"),
-        ({"weights": lambda: torch.zeros(7)}, r"weights must be a vector of 5301 for this network, got shape \[7\]"),
-        ({"weights": lambda: make_weights(PAPER).bfloat16()}, "weights must be float32 or float64"),
-        ({"params": lambda: [torch.zeros(3, dtype=torch.int32)]}, "a parameter must be float32, bfloat16"),
-        ({"params": lambda: [torch.zeros(1).expand(3)]}, "a parameter of shape .* is expanded"),
-        ({"lr": lambda: torch.zeros(2)}, r"lr must be a single number, got shape \[2\]"),
-        ({"steps": lambda: [torch.tensor(True)]}, "a step must be float32, float64, int32 or int64"),
-        ({"config": lambda: PAPER._replace(features="sign")}, "features must be .* or both, got 'sign'"),
-        ({"config": lambda: PAPER._replace(output="relu")}, "output must be linear or tanh, got 'relu'"),
-        ({"config": lambda: PAPER._replace(hidden_size=0)}, "hidden_size must be from 1"),
-        ({"config": lambda: PAPER._replace(num_layers=0)}, "num_layers must be from 1"),
-    ],
-)  # fmt: skip
-def test_errors_say_what_is_wrong(change, message):
-    values = {name: make() for name, make in (GOOD | change).items()}
-    with pytest.raises(RuntimeError, match=message):
-        ops.lstm_step_(*values.values())

@@ -204,25 +204,3 @@ def test_opcheck(op):
     else:
         args = (torch.randn(3, 6), None, grads, state, weights, torch.tensor(1.0), *PAPER, True, True, True)
     torch.library.opcheck(getattr(torch.ops.l2l_fast, op).default, args)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"grads": torch.zeros(3)}, r"grads must be \[T, N\], got shape \[3\]"),
-        ({"grads": torch.zeros(2, 3).double()}, "grads must have the dtype of the weights"),
-        ({"state": torch.zeros(3, 5)}, r"state must be \[3, 80\], got shape \[3, 5\]"),
-        ({"state": torch.zeros(3, 80).half()}, "state must be float32, bfloat16 or float64"),
-        ({"weights": torch.zeros(4)}, "weights must be a vector of 5301"),
-        ({"step": torch.zeros(2)}, "step must be a single number"),
-    ],
-)
-def test_errors_say_what_is_wrong(change, message):
-    good = {
-        "grads": torch.zeros(2, 3),
-        "state": torch.zeros(3, 80),
-        "weights": make_weights(PAPER),
-        "step": torch.tensor(1.0),
-    }
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.l2l_fast.lstm_unroll(*(good | change).values(), *PAPER)

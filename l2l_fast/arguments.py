@@ -1,0 +1,111 @@
+"""What the ops take: the checks of ``csrc/arguments.h``, in front of the reference.
+
+Each raises a RuntimeError that names the argument, before anything is changed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from l2l_fast import reference
+from l2l_fast.reference import Config
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_STATE = (torch.float32, torch.bfloat16, torch.float64)
+_WEIGHTS = (torch.float32, torch.float64)
+_NUMBERS = (torch.float32, torch.float64, torch.int32, torch.int64)
+_MAX_DIMS = 64
+
+
+def _check(tensor: Tensor, name: str, weights: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.device != weights.device:
+        raise RuntimeError(f"{name} must be on the device of the weights, {weights.device}, got {tensor.device}")
+    if tensor.dtype not in dtypes:
+        *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise RuntimeError(f"{name} must be {', '.join(others)} or {last}, got {tensor.dtype}")
+
+
+def _check_number(tensor: Tensor, name: str, weights: Tensor) -> None:
+    _check(tensor, name, weights, _NUMBERS)
+    if tensor.numel() != 1:
+        raise RuntimeError(f"{name} must be a single number, got shape {list(tensor.shape)}")
+
+
+def _check_series(tensor: Tensor, name: str, weights: Tensor, *shape: int) -> None:
+    _check(tensor, name, weights, _FLOATING)
+    if tensor.shape != shape:
+        raise RuntimeError(f"{name} must be {list(shape)}, got shape {list(tensor.shape)}")
+    if tensor.dtype != weights.dtype:
+        raise RuntimeError(f"{name} must have the dtype of the weights, {weights.dtype}, got {tensor.dtype}")
+
+
+def _check_state(tensor: Tensor, name: str, weights: Tensor, *shape: int) -> None:
+    _check(tensor, name, weights, _STATE)
+    if tensor.shape != shape:
+        raise RuntimeError(f"{name} must be {list(shape)}, got shape {list(tensor.shape)}")
+
+
+def _check_own_memory(tensor: Tensor, name: str) -> None:
+    if tensor.numel() and any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise RuntimeError(
+            f"{name} of shape {list(tensor.shape)} is expanded: several coordinates share one place in memory"
+        )
+
+
+def _check_network(weights: Tensor, config: Config) -> None:
+    for name, known in (("features", reference.FEATURES), ("output", reference.OUTPUTS)):
+        if getattr(config, name) not in known:
+            raise RuntimeError(f"{name} must be {' or '.join(known)}, got {getattr(config, name)!r}")
+    for name, most in (("hidden_size", 4096), ("num_layers", 64)):
+        if not 1 <= getattr(config, name) <= most:
+            raise RuntimeError(f"{name} must be from 1 to {most}, got {getattr(config, name)}")
+    _check(weights, "weights", weights, _WEIGHTS)
+    count = reference.num_weights(config)
+    if weights.shape != (count,):
+        raise RuntimeError(f"weights must be a vector of {count} for this network, got shape {list(weights.shape)}")
+
+
+def check_step(params, grads, states, weights, lr, steps, *args) -> None:
+    config = Config(*args[:-2])
+    _check_network(weights, config)
+    if not len(params) == len(grads) == len(states) == len(steps):
+        raise RuntimeError(
+            f"lstm_step_ needs one gradient, state and step for each of the {len(params)} parameters, got "
+            f"{len(grads)}, {len(states)} and {len(steps)}"
+        )
+    size = reference.state_size(config)
+    for param, grad, state, step in zip(params, grads, states, steps, strict=True):
+        _check(param, "a parameter", weights, _FLOATING)
+        _check(grad, "a gradient", weights, _FLOATING)
+        _check(state, "a state", weights, _STATE)
+        shape = list(param.shape)
+        if grad.shape != param.shape:
+            raise RuntimeError(f"a gradient has shape {list(grad.shape)}, its parameter {shape}")
+        if state.shape != (*shape, size):
+            raise RuntimeError(
+                f"a state has shape {list(state.shape)}, its parameter {shape}: it must add one dimension of {size}"
+            )
+        if len(shape) > _MAX_DIMS:
+            raise RuntimeError(f"a parameter has {len(shape)} dimensions; at most {_MAX_DIMS} are supported")
+        _check_own_memory(param, "a parameter")
+        _check_own_memory(state, "a state")
+        _check_number(step, "a step", weights)
+    _check_number(lr, "lr", weights)
+
+
+def check_unroll(grads, state, weights, step, *args) -> None:
+    config = Config(*args)
+    _check_network(weights, config)
+    if grads.dim() != 2:
+        raise RuntimeError(f"grads must be [T, N], got shape {list(grads.shape)}")
+    _check_number(step, "step", weights)
+    _check_series(grads, "grads", weights, *grads.shape)
+    _check_state(state, "state", weights, grads.shape[1], reference.state_size(config))
+
+
+def check_unroll_backward(d_updates, d_last, grads, state, weights, step, *args) -> None:
+    check_unroll(grads, state, weights, step, *args[:-3])
+    _check_series(d_updates, "d_updates", weights, *grads.shape)
+    if d_last is not None:
+        _check_state(d_last, "d_last", weights, *state.shape)
