@@ -48,7 +48,8 @@ def step(
     found = run(torch.ops.l2l_fast.lstm_step_, device, torch.float32, state_dtype)
     if cases.count(params) <= 100_000:
         expected = run(reference.lstm_step_, "cpu", torch.float64, torch.float64)
-        compare(f"step, {name} network, {network.config.hidden_size} units, {state_dtype} state", found, expected, TOLERANCE[state_dtype])
+        what = f"step, {name} network, {config.hidden_size} units, {state_dtype} state"
+        compare(what, found, expected, TOLERANCE[state_dtype])
 
 
 def unroll(name: str, size: int, device: str, **options) -> None:

@@ -162,13 +162,14 @@ class LSTMOptimizer(Optimizer):
                 loss = closure()
         # Everything is looked at before anything is changed.
         work = [(group, self._with_gradient(group)) for group in self.param_groups]
-        calls = []
+        calls, known = [], len(self.state)
         for group, params in work:
             devices = {param.device for param in params}
             for device in devices:
                 here = params if len(devices) == 1 else [param for param in params if param.device == device]
                 calls.append(self._arguments(group, device, here))
-        if len(calls) > 1:  # one call looks at its arguments itself
+        # A call looks at its arguments itself, but the one before has changed its parameters by then.
+        if len(calls) > 1 and len(self.state) > known:
             for call in calls:
                 arguments.check_step(*call)
         op = ops.REFERENCE["lstm_step_"] if self.fused is False else torch.ops.l2l_fast.lstm_step_

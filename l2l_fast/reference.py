@@ -131,8 +131,8 @@ def cell(
 ):
     """One step of the optimizer for a block of coordinates.
 
-    (u, state') = m(grad, state; weights). A coordinate whose gradient is not finite gets u = 0 and keeps its state. With
-    moments one that never had a gradient but 0 gets u = 0, too: its v is 0.
+    (u, state') = m(grad, state; weights). A coordinate whose gradient is not finite gets u = 0 and keeps its state. One
+    that never had a gradient but 0, which v = 0 shows, gets u = 0.
 
     Args:
         grad: [n].

@@ -116,7 +116,8 @@ def test_factors_beyond_float16(device, size, count):
     torch.testing.assert_close(found[1][0].cpu().double(), expected[1][0], rtol=1e-3, atol=3e-4)
     rows *= size * 1e6
     found, _ = step_both(device, params, grads, states, config, weights=weights)
-    assert found[0][0].isfinite().all() and found[1][0].isfinite().all()
+    assert found[0][0].isfinite().all()
+    assert found[1][0].isfinite().all()
 
 
 def test_a_coordinate_does_not_depend_on_its_place(device):
