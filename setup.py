@@ -77,7 +77,7 @@ def extension(cuda: toolkit.Toolkit | None, cuda_reason: str | None) -> Extensio
         "l2l_fast._C",
         [*files, *sources("cuda", ".cpp", ".cu")],
         include_dirs=[str(cuda.home / "include")],
-        library_dirs=[str(cuda.home / "lib64")],
+        library_dirs=[str(cuda.home / folder) for folder in ("lib64", "lib")],  # the second in a toolkit from pip
         libraries=["cudart_static", "dl", "rt", "pthread"],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
     )

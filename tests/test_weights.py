@@ -52,6 +52,28 @@ def test_the_default_network_trains_a_network():
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.parametrize(("name", "weight_decay", "furthest"), [
+    ("l2l-base", 0, 2.8), ("l2l-small", 0, 2.8), ("l2l-paper", 0, 1.8), ("l2l-quadratic", 0, 1.5),
+    ("l2l-base", 0.01, 0.7), ("l2l-small", 0.01, 0.7), ("l2l-paper", 0.01, 0.7), ("l2l-quadratic", 0.01, 0.7),
+])  # fmt: skip
+def test_how_far_parameters_go_without_a_gradient(name, weight_decay, furthest):
+    """One that never had any, and two that had one in the first step; what the README and the cards say."""
+    theta = torch.nn.Parameter(torch.zeros(3))
+    optimizer, path = LSTMOptimizer([theta], name, weight_decay=weight_decay), []
+    for step in range(3000):
+        theta.grad = torch.tensor([0.0, 0.01, -0.01]) * (step == 0)
+        optimizer.step()
+        path.append(theta.detach().clone())
+    path = torch.stack(path)
+    assert path.abs().max() < furthest
+    if weight_decay:
+        return
+    assert path.abs().max() > 0.9 * furthest
+    with_moments = name in ("l2l-base", "l2l-small")
+    assert path[:, 0].eq(0).all() == with_moments
+    assert path[2000:].diff(dim=0).eq(0).all() == with_moments
+
+
 @pytest.mark.parametrize("name", ["l2l-base", "l2l-small"])
 def test_digits_are_learned_faster_than_by_tuned_baselines(name):
     found = compare("digits-mlp", name, horizon=100, seeds=4, tuning_seeds=4, baselines=["adam", "nesterov"])
