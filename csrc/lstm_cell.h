@@ -66,7 +66,7 @@ L2L_HOST_DEVICE Moments<V> advance(Moments<V> old, V grad, const MomentScale<V>&
 // designed by hand; its state goes on. The bound is float32's smallest normal number: v falls below it again some
 // 1,700 steps after the last gradient.
 template <class V>
-L2L_HOST_DEVICE auto unmoved(V v) {
+L2L_HOST_DEVICE decltype(less(V(), V())) unmoved(V v) {
   return less(v, V(0x1p-126));
 }
 
