@@ -4,6 +4,8 @@ import doctest
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,17 @@ def test_readme_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
     code = "\n".join(blocks).replace("meta_steps=1000", "meta_steps=2").replace("seeds=10", "seeds=2")
     exec(compile(code, "README.md", "exec"), {})
     assert Path("runs/mine/comparison.png").stat().st_size > 5000
+
+
+@pytest.mark.mnist
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_run(path):
+    command = [sys.executable, path, "--steps", "60", "--seeds", "2", "--activation", "relu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^(.*?)  +[\d.]+ +([\d.]+)% +[\d.]+$", done.stdout, re.MULTILINE))
+    assert len(rows) == 8
+    assert float(rows["l2l-base"]) > 70
 
 
 def test_readme_names_only_commands_that_exist():
