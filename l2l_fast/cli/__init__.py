@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -14,6 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"l2l-fast: {error.name} is missing: pip install 'l2l_fast[all]'")
     from l2l_fast.cli.app import app
 
+    warnings.showwarning = lambda message, *where, **how: _complain(f"warning: {message}", 0)
     usage_error = typer.BadParameter.__bases__[0]  # typer brings its own click, whose names are not public
     click_error = usage_error.__bases__[0]
     try:

@@ -204,9 +204,12 @@ def test_a_command_to_paste_names_the_task_that_was_trained_on(run, tmp_path):
     assert text.splitlines()[-1] == "try it:  l2l-fast compare mnist-mlp --network mine/network"
 
 
-def test_what_diverged_is_null_in_json(run, tmp_path):
-    code, text, _ = run("meta-train", "quadratic", "--meta-lr", "1e30", "--meta-steps", 3, "--json", "--out", "a")
+@pytest.mark.filterwarnings("default:the network is as it was")
+def test_what_diverged_is_null_in_json_and_said(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("warnings.showwarning", None)  # puts back what the command sets
+    code, text, said = run("meta-train", "quadratic", "--meta-lr", "1e30", "--meta-steps", 3, "--json", "--out", "a")
     assert code == 0
+    assert "\nl2l-fast: warning: the network is as it was before training: none of 1 validations was finite" in said
     history = (tmp_path / "a" / "history.json").read_text()
     assert _strict(text)["best_score"] is _strict(history)["best_score"] is None
     assert _strict(history)["validations"] == [[3, None]]
