@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_fast import ops, reference
+from l2l_fast.checks import is_whole, require
 from l2l_fast.reference import FEATURES, OUTPUTS, Config
 
 MAX_HIDDEN = 64
@@ -62,17 +63,17 @@ class CoordinatewiseLSTM(nn.Module):
         eps: float = 1e-8,
     ) -> None:
         super().__init__()
-        _check(features in FEATURES, "features", features, f"one of {', '.join(map(repr, FEATURES))}")
-        _check(
-            _is_int(hidden_size) and 1 <= hidden_size <= MAX_HIDDEN, "hidden_size", hidden_size, "an int from 1 to 64"
+        require(features in FEATURES, "features", features, f"one of {', '.join(map(repr, FEATURES))}")
+        require(
+            is_whole(hidden_size, 1) and hidden_size <= MAX_HIDDEN, "hidden_size", hidden_size, "an int from 1 to 64"
         )
-        _check(_is_int(num_layers) and num_layers >= 1, "num_layers", num_layers, "an int of at least 1")
-        _check(isinstance(projection, bool), "projection", projection, "True or False")
-        _check(output in OUTPUTS, "output", output, f"one of {', '.join(map(repr, OUTPUTS))}")
-        _check(0 < output_scale < math.inf, "output_scale", output_scale, "a positive number")
-        _check(0 < preprocess_p <= 80, "preprocess_p", preprocess_p, "a number in (0, 80]")
-        _check(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
-        _check(0 < eps < math.inf, "eps", eps, "a positive number")
+        require(is_whole(num_layers, 1), "num_layers", num_layers, "an int of at least 1")
+        require(isinstance(projection, bool), "projection", projection, "True or False")
+        require(output in OUTPUTS, "output", output, f"one of {', '.join(map(repr, OUTPUTS))}")
+        require(0 < output_scale < math.inf, "output_scale", output_scale, "a positive number")
+        require(0 < preprocess_p <= 80, "preprocess_p", preprocess_p, "a number in (0, 80]")
+        require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
+        require(0 < eps < math.inf, "eps", eps, "a positive number")
         self.config = Config(
             features, hidden_size, num_layers, projection, output, float(output_scale), float(preprocess_p),
             float(betas[0]), float(betas[1]), float(eps),
@@ -132,7 +133,7 @@ class CoordinatewiseLSTM(nn.Module):
             AttributeError: a weight is parametrized, so it is computed and cannot be written; nothing is changed then.
         """
         shape = (reference.num_weights(self.config),)
-        _check(flat.shape == shape, "shape of flat", tuple(flat.shape), str(shape))
+        require(flat.shape == shape, "shape of flat", tuple(flat.shape), str(shape))
         named = reference.split_weights(flat, self.config)
         parameters = [self.get_parameter(name) for name in named]
         for parameter, piece in zip(parameters, named.values(), strict=True):
@@ -162,17 +163,17 @@ class CoordinatewiseLSTM(nn.Module):
             >>> import l2l_fast as l2l
             >>> network = l2l.CoordinatewiseLSTM.from_torch(nn.LSTM(2, 20, 2), nn.Linear(20, 1))
         """
-        _check(not lstm.bidirectional, "lstm.bidirectional", True, "False")
-        _check(lstm.bias, "lstm.bias", False, "True")
-        _check(lstm.proj_size == 0, "lstm.proj_size", lstm.proj_size, "0")
-        _check(lstm.dropout == 0, "lstm.dropout", lstm.dropout, "0")
-        _check(head.bias is not None, "head.bias", None, "a bias")
+        require(not lstm.bidirectional, "lstm.bidirectional", True, "False")
+        require(lstm.bias, "lstm.bias", False, "True")
+        require(lstm.proj_size == 0, "lstm.proj_size", lstm.proj_size, "0")
+        require(lstm.dropout == 0, "lstm.dropout", lstm.dropout, "0")
+        require(head.bias is not None, "head.bias", None, "a bias")
         network = cls(hidden_size=lstm.hidden_size, num_layers=lstm.num_layers, **options)
         tensors = lstm.state_dict() | {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
         for name, shape in reference.weight_shapes(network.config).items():
             if name.startswith("projection."):
                 raise ValueError("projection must be False: from_torch takes an nn.LSTM and a head alone")
-            _check(tuple(tensors[name].shape) == shape, f"shape of {name}", tuple(tensors[name].shape), str(shape))
+            require(tuple(tensors[name].shape) == shape, f"shape of {name}", tuple(tensors[name].shape), str(shape))
         network.load_state_dict(tensors)
         return network.to(lstm.weight_ih_l0.dtype)
 
@@ -202,12 +203,3 @@ class CoordinatewiseLSTM(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-def _check(good: bool, option: str, value, allowed: str) -> None:
-    if not good:
-        raise ValueError(f"{option} must be {allowed}, got {value!r}")
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

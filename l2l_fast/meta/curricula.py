@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from l2l_fast.meta.checks import is_whole, require
+from l2l_fast.checks import is_whole, require
 
 
 class Horizon:

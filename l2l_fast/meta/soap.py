@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from l2l_fast.meta.checks import is_number, is_whole, require
+from l2l_fast.checks import is_number, is_whole, require
 
 MAX_WEIGHTS = 8192  # an eigendecomposition of that size takes minutes, and the matrices a quarter of a gigabyte each
 

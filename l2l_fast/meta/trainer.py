@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from l2l_fast import tasks as task_names
+from l2l_fast.checks import is_number, is_whole, require
 from l2l_fast.meta import progress as bars
 from l2l_fast.meta import ranks
-from l2l_fast.meta.checks import is_number, is_whole, require
 from l2l_fast.meta.curricula import Horizon
 from l2l_fast.meta.graphs import CudaCapture, Graphs
 from l2l_fast.meta.identity import describe, differences
