@@ -162,16 +162,17 @@ class LSTMOptimizer(Optimizer):
                 loss = closure()
         # Everything is looked at before anything is changed.
         work = [(group, self._with_gradient(group)) for group in self.param_groups]
-        calls, known = [], len(self.state)
+        calls, new_states = [], {}
         for group, params in work:
             devices = {param.device for param in params}
             for device in devices:
                 here = params if len(devices) == 1 else [param for param in params if param.device == device]
-                calls.append(self._arguments(group, device, here))
+                calls.append(self._arguments(group, device, here, new_states))
         # A call looks at its arguments itself, but the one before has changed its parameters by then.
-        if len(calls) > 1 and len(self.state) > known:
+        if len(calls) > 1 and new_states:
             for call in calls:
                 arguments.check_step(*call)
+        self.state.update(new_states)
         op = ops.REFERENCE["lstm_step_"] if self.fused is False else torch.ops.l2l_fast.lstm_step_
         for call in calls:
             steps = call[5]
@@ -198,18 +199,20 @@ class LSTMOptimizer(Optimizer):
                 )
         return params
 
-    def _arguments(self, group: dict, device: torch.device, params: list[Tensor]) -> tuple:
-        """Those of ``lstm_step_`` for a group's parameters on one device; state is made where there is none."""
+    def _arguments(
+        self, group: dict, device: torch.device, params: list[Tensor], new_states: dict[Tensor, dict]
+    ) -> tuple:
+        """Those of ``lstm_step_`` for a group's parameters on one device; ``new_states`` takes those there were not."""
         config, _ = self._networks[group["network"]]
         weights, lr = self._weights(group["network"], device), self._lr(group["lr"], device)
         tensors, grads, states, steps = [], [], [], []
         for param in params:
             tensors.append(_real(_local(param)))
             grads.append(_real(_local(param.grad).resolve_conj()).resolve_neg())
-            state = self.state[param]
+            state = self.state.get(param)
             if not state:
-                lstm = _new_state(param, config, self.state_dtype)
-                state.update(step=torch.zeros((), dtype=torch.float32, device=device), lstm=lstm)
+                step = torch.zeros((), dtype=torch.float32, device=device)
+                state = new_states[param] = {"step": step, "lstm": _new_state(param, config, self.state_dtype)}
             states.append(_local(state["lstm"]))
             steps.append(state["step"])
         options = float(group["weight_decay"]), bool(group["maximize"])

@@ -383,8 +383,9 @@ def test_what_stops_one_parameter_stops_all_before_anything_changes(network, fus
     bad.grad = torch.ones(2)
     spoil(bad, optimizer.param_groups[-1])
     before = good.detach().clone(), optimizer.state[good]["lstm"].clone()
-    with pytest.raises((RuntimeError, TypeError, KeyError)):
-        optimizer.step()
+    for _ in range(2):  # what was refused leaves no trace that would let it pass
+        with pytest.raises((RuntimeError, TypeError, KeyError)):
+            optimizer.step()
     assert torch.equal(good, before[0])
     assert torch.equal(optimizer.state[good]["lstm"], before[1])
     assert optimizer.state[good]["step"] == 1
