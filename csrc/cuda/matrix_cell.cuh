@@ -41,8 +41,9 @@ struct Chunk {
   uint32_t both[2][4];  // in float16: the pair of low, then the pair of the whole
 };
 
-L2L_DEVICE Chunk chunk(const Four& first, const Four& second, bool first_below, bool second_below) {
-  const float scale[2] = {scale_of(first_below), scale_of(second_below)};
+// below: as fragment has it.
+L2L_DEVICE Chunk chunk(const Four& first, const Four& second, int below) {
+  const float scale[2] = {scale_of(below > 0), scale_of(below > 1)};
   Chunk made;
 #pragma unroll
   for (int n = 0; n < kOwn; ++n) {
@@ -87,8 +88,7 @@ struct Operand {
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) slots[kInputs + j] = h(j);
 #pragma unroll
-    for (int m = 0; m < kChunks; ++m)
-      parts[m] = chunk(slots[2 * m], slots[2 * m + 1], 2 * m < kInputs, 2 * m + 1 < kInputs);
+    for (int m = 0; m < kChunks; ++m) parts[m] = chunk(slots[2 * m], slots[2 * m + 1], kInputs - 2 * m);
   }
 };
 
@@ -236,6 +236,10 @@ L2L_DEVICE void preprocess(
   }
 }
 
+L2L_DEVICE bool unmoved(const Network& net, const Moments<V>& moments) {
+  return net.has_moments() && unmoved(moments.v);
+}
+
 // y of the lane's own coordinate; features: of that coordinate. memory.begin(layer) and memory.end() enclose a layer,
 // memory.put_below(i, x) leaves what the first one finds below.
 template <int kSlots, class Memory>
@@ -243,7 +247,7 @@ L2L_DEVICE float run_network(const Network& net, const float4* weights, const fl
   const Four input = feature_slot(features, net.inputs());
   int layer = 0;
   if (net.projection) {
-    const Chunk operand = chunk(input, Four{}, true, false);
+    const Chunk operand = chunk(input, Four{}, 1);
 #pragma unroll
     for (int p = 0; p < kSlots; p += 2) project_two<kSlots>(p, operand, PackedProjection(weights, kSlots), memory);
     weights += projection_size(kSlots);

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(threads(kSlots), 1)
     next_own = load_own<T>(next_entry, next, net);
     stream.advance(part<T>(next_entry, next, net), Changes::of(changes));
 
-    const bool still = net.has_moments() && unmoved(moments.v);
+    const bool still = unmoved(net, moments);
     float y = run_network<kSlots>(net, weights, features, stream);
     if (still) y = 0;
     if (changes) store(entry.param, entry.param_dtype, at, moved(theta, y, lr, call));

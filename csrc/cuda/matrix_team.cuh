@@ -79,8 +79,7 @@ L2L_DEVICE void run_part(
   run_slot(
       operand.parts, needed.bias,
       [&](int m, int half) {
-        return fragment(
-            needed.weights[half][2 * m], needed.weights[half][2 * m + 1], 2 * m < kInputs, 2 * m + 1 < kInputs);
+        return fragment(needed.weights[half][2 * m], needed.weights[half][2 * m + 1], kInputs - 2 * m);
       },
       c_old, c, h);
   exchange.put_below(warp(), h);
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
   Exchange<kSlots> exchange(reinterpret_cast<float4*>(device::shared_memory()));
   if (net.projection) {
     const ProjectionWeights<kSlots> projection(at, cell.weights);
-    if (warp() % 2 == 0) project_two<kSlots>(warp(), chunk(input, Four{}, true, false), projection, exchange);
+    if (warp() % 2 == 0) project_two<kSlots>(warp(), chunk(input, Four{}, 1), projection, exchange);
     exchange.meet();
   } else {
     run_part(lowest, [&](int) { return input; }, 0, state, changes, exchange);
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
   const float lr = float(read(call.lr));
   float y = head<kSlots>(net, cell.weights + at.head_weight(), exchange);
   if (!changed) return;
-  if (net.has_moments() && unmoved(moments.v)) y = 0;
+  if (unmoved(net, moments)) y = 0;
   store(entry.param, entry.param_dtype, own_at, moved(theta, y, lr, call));
   if (net.has_moments()) store_moments<T>(entry, own_at, moments);
 }

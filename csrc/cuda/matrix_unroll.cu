@@ -26,7 +26,7 @@ struct Shared {
   float4* c;         // [layers]
   float4* inputs;    // [2]: the features' slot, or those of the projected features
   uint32_t* finite;  // [2]: bit l: lane l's gradient is finite
-  uint32_t* moves;   // [2]: and it is not unmoved
+  uint32_t* moves;   // [2]: the same, and its u is not 0 for want of any
   int layers;
 
   static constexpr int kTeam = team(kSlots);
@@ -141,14 +141,14 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
       if (gradient.live) moments = moved;
       const Four input = feature_slot(features, net.inputs());
       const uint32_t finite = device::ballot(gradient.live);
-      const uint32_t moves = device::ballot(gradient.live && !(net.has_moments() && unmoved(moved.v)));
+      const uint32_t moves = device::ballot(gradient.live && !unmoved(net, moved));
       if (device::lane() == 0) {
         shared.finite[t & 1] = finite;
         shared.moves[t & 1] = moves;
       }
       const Slots inputs = {shared.inputs_of(t)};
       if (!net.projection) return inputs.put_below(0, input);
-      const Chunk operand = chunk(input, Four{}, true, false);
+      const Chunk operand = chunk(input, Four{}, 1);
 #pragma unroll
       for (int p = 0; p < kSlots; p += 2) project_two<kSlots>(p, operand, PackedProjection(weights, kSlots), inputs);
     };

@@ -46,12 +46,12 @@ L2L_DEVICE float high(float x) {
 constexpr float kBelow = 0x1p-8f;
 L2L_HOST_DEVICE constexpr float scale_of(bool below) { return below ? kBelow : 1; }
 
-// first_below, second_below: of the slots that they meet.
-L2L_DEVICE float4 fragment(float first, float second, bool first_below, bool second_below) {
+// below: how many of the two slots that it meets, the first before the second, come from below; 0 or less: none.
+L2L_DEVICE float4 fragment(float first, float second, int below) {
   const float a = high(first), b = high(second);
   const uint32_t whole = device::floats_float16(first, second);
-  const uint32_t low = device::floats_float16(
-      (first - a) * (1 / scale_of(first_below)), (second - b) * (1 / scale_of(second_below)));
+  const uint32_t low =
+      device::floats_float16((first - a) * (1 / scale_of(below > 0)), (second - b) * (1 / scale_of(below > 1)));
   return make_float4(a, b, device::bits_float(whole), device::bits_float(low));
 }
 
@@ -100,8 +100,7 @@ class ProjectionWeights {
 
   L2L_DEVICE float4 fragment(int p, int lane) const {
     const int q = lane % 4, r = lane / 4, unit = 8 * p + 4 * (r % 2) + r / 2;
-    return matrix::fragment(
-        unit < 4 * kSlots && q < inputs_ ? weight_[unit * inputs_ + q] : 0.0f, 0.0f, true, false);
+    return matrix::fragment(unit < 4 * kSlots && q < inputs_ ? weight_[unit * inputs_ + q] : 0.0f, 0.0f, 1);
   }
 
   L2L_DEVICE float bias(int unit) const { return bias_[unit]; }
@@ -163,9 +162,8 @@ class Packer {
     const LayerWeights<kSlots, kInputs> from(at_, weights_, layer);
     each(layer_fragments(kInputs, kSlots), [&](int i) {
       const int q = i % 4, r = i / 4 % 8, half = i / 32 % 2, m = i / 64 % kChunks, j = i / 64 / kChunks;
-      to_[i] = fragment(
-          from.weight(j, half, r, 2 * m, q), from.weight(j, half, r, 2 * m + 1, q), 2 * m < kInputs,
-          2 * m + 1 < kInputs);
+      const float first = from.weight(j, half, r, 2 * m, q), second = from.weight(j, half, r, 2 * m + 1, q);
+      to_[i] = fragment(first, second, kInputs - 2 * m);
     });
     to_ += layer_fragments(kInputs, kSlots);
     each(4 * kHidden, [&](int i) { reinterpret_cast<float*>(to_)[i] = from.bias(i / kGates, i % kGates); });

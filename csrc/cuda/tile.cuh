@@ -199,11 +199,11 @@ L2L_DEVICE bool unmoved(const Network& net, const StepRows<T>& rows) {
 template <class T>
 L2L_DEVICE T forward_head(const Cell<T>& cell, const StepRows<T>& rows) {
   const Network& net = cell.net;
-  if (unmoved(net, rows)) return T(0);
   const WeightLayout at = cell.layout();
   T y[1] = {__ldg(cell.weights + at.head_bias())};
   add_products(y, cell.weights + at.head_weight(), 0, rows.new_state + net.h_row(net.layers - 1) * kStride, net.hidden);
-  return net.tanh_output ? tanh_of(Real<T>(y[0])).v : y[0];
+  if (net.tanh_output) y[0] = tanh_of(Real<T>(y[0])).v;
+  return unmoved(net, rows) ? T(0) : y[0];
 }
 
 // From rows.state to rows.new_state. The threads must have met since others than forward wrote the state; all of them
