@@ -229,13 +229,14 @@ def test_more_tiles_than_blocks(device):
 
 
 def unroll_both(device, config, horizon, count, *, d_last=True, number=2, grads=None, dtype=torch.float32,
-                state_dtype=None, seed=0):  # fmt: skip
+                state_dtype=None, seed=0, fresh=True):  # fmt: skip
     """(updates, last, d_grads, d_state, d_weights) of the kernels and of the float64 reference."""
     weights = make_weights(config, seed, dtype)
     grads = make_grads(horizon, count, seed=seed, dtype=dtype).clamp(-1, 1) if grads is None else grads
-    state = make_state(count, config, seed, state_dtype or dtype)
-    d_updates = torch.randn(horizon, count, dtype=dtype)
-    d_last = torch.randn(state.shape).to(state.dtype) if d_last else None
+    state = make_state(count, config, seed, state_dtype or dtype, fresh=fresh)
+    generator = torch.Generator().manual_seed(seed)
+    d_updates = torch.randn(horizon, count, generator=generator, dtype=dtype)
+    d_last = torch.randn(state.shape, generator=generator).to(state.dtype) if d_last else None
     step = torch.tensor(float(number))
     there = [None if t is None else placed(t, device) for t in (d_updates, d_last, grads, state, weights, step)]
     actual = (
@@ -375,14 +376,15 @@ def test_unroll_is_steps(device):
 )
 def test_any_network(device, features, hidden, layers, projection, output, horizon, sizes, d_last, number, seed):
     config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.9, 0.95, 1e-8)
+    torch.manual_seed(seed)  # an example that fails does so again
     params = [torch.randn(size) for size in sizes]
     grads = [make_grads(size, seed=seed + i).clamp(-1, 1) for i, size in enumerate(sizes)]
     states = [make_state(size, config, seed=seed + i) for i, size in enumerate(sizes)]
     check_step(device, params, grads, states, config, number=number)
-    results = unroll_both(device, config, horizon, sizes[0], d_last=d_last, seed=seed, number=number)
+    results = unroll_both(device, config, horizon, sizes[0], d_last=d_last, seed=seed, number=number, fresh=False)
     for actual, expected in zip(*results, strict=True):
         assert actual.shape == expected.shape
-        close_scaled(actual, expected, 1e-3)
+        close_scaled(actual, expected, 5e-4)
 
 
 # ---------------------------------------------------------------- as PyTorch sees them

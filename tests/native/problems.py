@@ -23,12 +23,19 @@ def make_grads(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -
     return (magnitude * sign).to(dtype)
 
 
-def make_state(count: int, config: Config, seed: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A state [count, S] such as a run might have reached, laid out as new_state does."""
+def make_state(
+    count: int, config: Config, seed: int = 2, dtype: torch.dtype = torch.float32, *, fresh: bool = True
+) -> torch.Tensor:
+    """A state [count, S] such as a run might have reached, laid out as new_state does.
+
+    Where ``fresh``, every fifth coordinate had no gradient so far. Its first one, g, enters as g / |g|, so the terms
+    of the derivatives in g and v cancel, by factors of up to 1e8 and by more in some directions than in others.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = ops.new_state(torch.empty(count), config, dtype)
     state.copy_(torch.empty(state.shape).uniform_(-0.9, 0.9, generator=generator))
     if reference.has_moments(config):
         state[:, 1].abs_()
-        state[::5, :2] = 0  # no gradient so far
+        if fresh:
+            state[::5, :2] = 0
     return state

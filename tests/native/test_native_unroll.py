@@ -19,11 +19,12 @@ def close(actual, expected, tolerance=5e-5):
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance * scale + 1e-12)
 
 
-def both(config, horizon, count, *, d_last=True, seed=0, number=2, grads=None, dtype=torch.float32, state_dtype=None):
+def both(config, horizon, count, *, d_last=True, seed=0, number=2, grads=None, dtype=torch.float32, state_dtype=None,
+         fresh=True):  # fmt: skip
     """(updates, last, d_grads, d_state, d_weights) of the kernel and of the float64 reference."""
     weights = make_weights(config, seed, dtype)
     grads = make_grads(horizon, count, seed=seed, dtype=dtype).clamp(-1, 1) if grads is None else grads
-    state = make_state(count, config, seed, state_dtype or dtype)
+    state = make_state(count, config, seed, state_dtype or dtype, fresh=fresh)
     generator = torch.Generator().manual_seed(seed)
     d_updates = torch.randn(horizon, count, generator=generator, dtype=dtype)
     d_last = torch.randn(state.shape, generator=generator).to(state.dtype) if d_last else None
@@ -92,10 +93,10 @@ def test_options(isa, config):
 )
 def test_any_network_and_truncation(features, hidden, layers, projection, output, horizon, count, d_last, number, seed):
     config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.9, 0.95, 1e-8)
-    results = both(config, horizon, count, d_last=d_last, seed=seed, number=number)
+    results = both(config, horizon, count, d_last=d_last, seed=seed, number=number, fresh=False)
     for actual, expected in zip(*results, strict=True):
         assert actual.shape == expected.shape
-        close(actual, expected, 1e-3)
+        close(actual, expected, 5e-4)
 
 
 @pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
