@@ -22,26 +22,36 @@ def _load():
     switch = os.environ.get("L2L_FAST_NATIVE", "")
     if switch.lower() in ("0", "false", "no", "off"):
         return None, f"switched off by L2L_FAST_NATIVE={switch}"
-    if importlib.util.find_spec("l2l_fast._C") is None:
-        return None, "not built: install with a C++ compiler and pip's --no-build-isolation"
-    try:
-        from l2l_fast import _C
-    except ImportError as error:
-        reason = f"built, but cannot be loaded: {error}"
-        warnings.warn(f"l2l_fast runs on plain PyTorch, many times slower. Its kernels are {reason}", stacklevel=3)
-        return None, reason
+    reason = "not built: install with a C++ compiler and pip's --no-build-isolation"
+    if importlib.util.find_spec("l2l_fast._C") is not None:
+        try:
+            from l2l_fast import _C
+        except ImportError as error:
+            reason = f"built, but cannot be loaded: {error}"
+        else:
+            _choose_isa(_C)
+            return _C, None
+    # Said here, as pip keeps a build's own warning to itself.
+    warnings.warn(
+        f"l2l_fast runs on plain PyTorch, many times slower. Its kernels are {reason}; "
+        "or set L2L_FAST_NATIVE=0 if this is meant",
+        stacklevel=3,
+    )
+    return None, reason
+
+
+def _choose_isa(extension) -> None:
     wanted = os.environ.get("L2L_FAST_CPU_ISA")
     try:
         if wanted:
-            _C.use_cpu_isa(wanted)
+            extension.use_cpu_isa(wanted)
     except (RuntimeError, ValueError):  # not to raise lets `l2l-fast info` say what runs
-        bf16 = _C.cpu_bf16_isas()
-        here = ", ".join([*_C.cpu_isas(), *bf16, *["bf16"] * bool(bf16)])
+        bf16 = extension.cpu_bf16_isas()
+        here = ", ".join([*extension.cpu_isas(), *bf16, *["bf16"] * bool(bf16)])
         warnings.warn(
-            f"L2L_FAST_CPU_ISA={wanted} does not run here, so {_C.cpu_isa()} does; this machine can run {here}",
-            stacklevel=3,
+            f"L2L_FAST_CPU_ISA={wanted} does not run here, so {extension.cpu_isa()} does; this machine can run {here}",
+            stacklevel=4,
         )
-    return _C, None
 
 
 extension, _reason = _load()

@@ -46,8 +46,8 @@ def from_pretrained(name_or_folder: str | PathLike, *, revision: str | None = No
     """A trained network.
 
     Args:
-        name_or_folder: a folder written by ``save_pretrained``, a shipped name (:func:`shipped`), or a hub id
-            ``owner/name``, which is downloaded with huggingface_hub.
+        name_or_folder: a shipped name (:func:`shipped`), a folder written by ``save_pretrained`` (``./NAME`` where NAME
+            is a shipped one), or a hub id ``owner/name``, which is downloaded with huggingface_hub.
         revision: of the hub id: a branch, tag or commit.
 
     Raises:
@@ -56,10 +56,11 @@ def from_pretrained(name_or_folder: str | PathLike, *, revision: str | None = No
         ValueError: the folder's files are damaged, or of a later format.
     """
     name = os.fspath(name_or_folder)
+    # First, so that what a name means does not depend on the folder in which a program was started.
+    if isinstance(name_or_folder, str) and name in shipped():
+        return _load(WEIGHTS / name)
     if Path(name).is_dir():
         return _load(Path(name))
-    if name in shipped():
-        return _load(WEIGHTS / name)
     if isinstance(name_or_folder, str) and _HUB_ID.fullmatch(name):
         return _load(_download(name, revision))
     raise FileNotFoundError(
@@ -106,7 +107,7 @@ def _load(folder: Path) -> CoordinatewiseLSTM:
             f"{FORMAT_VERSION}: upgrade l2l_fast"
         )
     try:
-        network = CoordinatewiseLSTM(**options)
+        network = CoordinatewiseLSTM._blank(**options)
     except TypeError as error:
         raise ValueError(f"{path}: {error}; upgrade l2l_fast or save the network again") from None
     weights = folder / "model.safetensors"

@@ -14,6 +14,7 @@ from l2l_fast.checks import is_whole, require
 from l2l_fast.reference import FEATURES, OUTPUTS, Config
 
 MAX_HIDDEN = 64
+MAX_LAYERS = 64
 
 
 class CoordinatewiseLSTM(nn.Module):
@@ -67,7 +68,7 @@ class CoordinatewiseLSTM(nn.Module):
         require(
             is_whole(hidden_size, 1) and hidden_size <= MAX_HIDDEN, "hidden_size", hidden_size, "an int from 1 to 64"
         )
-        require(is_whole(num_layers, 1), "num_layers", num_layers, "an int of at least 1")
+        require(is_whole(num_layers, 1) and num_layers <= MAX_LAYERS, "num_layers", num_layers, "an int from 1 to 64")
         require(isinstance(projection, bool), "projection", projection, "True or False")
         require(output in OUTPUTS, "output", output, f"one of {', '.join(map(repr, OUTPUTS))}")
         require(0 < output_scale < math.inf, "output_scale", output_scale, "a positive number")
@@ -147,6 +148,13 @@ class CoordinatewiseLSTM(nn.Module):
         return options
 
     @classmethod
+    def _blank(cls, **options) -> CoordinatewiseLSTM:
+        """A network on the CPU whose weights are still to be loaded; draws no random numbers."""
+        with torch.device("meta"):
+            network = cls(**options)
+        return network.to_empty(device="cpu")
+
+    @classmethod
     def from_torch(cls, lstm: nn.LSTM, head: nn.Linear, **options) -> CoordinatewiseLSTM:
         """The same optimizer from weights made with ``nn.LSTM`` and ``nn.Linear``.
 
@@ -168,7 +176,7 @@ class CoordinatewiseLSTM(nn.Module):
         require(lstm.proj_size == 0, "lstm.proj_size", lstm.proj_size, "0")
         require(lstm.dropout == 0, "lstm.dropout", lstm.dropout, "0")
         require(head.bias is not None, "head.bias", None, "a bias")
-        network = cls(hidden_size=lstm.hidden_size, num_layers=lstm.num_layers, **options)
+        network = cls._blank(hidden_size=lstm.hidden_size, num_layers=lstm.num_layers, **options)
         tensors = lstm.state_dict() | {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
         for name, shape in reference.weight_shapes(network.config).items():
             if name.startswith("projection."):
@@ -189,7 +197,7 @@ class CoordinatewiseLSTM(nn.Module):
 
         Args:
             name_or_folder: a shipped name (:func:`l2l_fast.checkpoint.shipped`), a folder written by
-                :meth:`save_pretrained`, or a hub id ``owner/name``.
+                :meth:`save_pretrained` (``./NAME`` where NAME is a shipped one), or a hub id ``owner/name``.
             revision: of the hub id: a branch, tag or commit.
 
         Raises:

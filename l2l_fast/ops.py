@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from l2l_fast import arguments, reference
 from l2l_fast.reference import Config
@@ -95,6 +96,13 @@ def lstm_step_(
         Andrychowicz et al. 2016, https://arxiv.org/abs/1606.04474
     """
     torch.ops.l2l_fast.lstm_step_(params, grads, states, weights, lr, steps, *config, weight_decay, maximize)
+    count_versions([*params, *states])
+
+
+def count_versions(overwritten: Sequence[Tensor]) -> None:
+    """Tell autograd, which does not see what a kernel writes: it refuses graphs that saved what was there before."""
+    if not torch.compiler.is_compiling():  # in a compiled graph the compiler writes, and autograd sees it
+        increment_version([tensor for tensor in overwritten if not tensor.is_inference()])
 
 
 # ---------------------------------------------------------------- lstm_unroll
@@ -155,7 +163,7 @@ def lstm_unroll(
 
 
 def _as_tensor(step: Tensor | int, like: Tensor) -> Tensor:
-    return step if isinstance(step, Tensor) else torch.full((), float(step), device=like.device)
+    return step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.float32, device=like.device)
 
 
 # ---------------------------------------------------------------- lstm_unroll_backward

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from l2l_fast import _native, arguments, ops, reference
 from l2l_fast.checkpoint import from_pretrained
+from l2l_fast.checks import require
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.reference import Config
 
@@ -38,14 +39,17 @@ class LSTMOptimizer(Optimizer):
         weight_decay: decoupled weight decay, per unit of lr.
         maximize: ascend instead of descend.
         state_dtype: float32, or bfloat16: half the memory, but a step may be slower where the CPU has only AVX2; the
-            arithmetic stays float32. float64 computes in float64.
+            arithmetic stays float32. float64 computes in float64. A gradient that is not finite in the dtype of the
+            arithmetic counts as one that is not.
         fused: None: the compiled kernel where there is one; False: always the plain PyTorch reference; True: the
             compiled kernel, or an error that says why there is none for a parameter's device.
         error_if_nonfinite: raise on a gradient that is not finite, before anything is changed.
 
+    Parameters may be sharded, as DTensors (``fully_shard``, tensor parallelism): their state then shards with them.
+
     Raises:
         ValueError: an option out of its range, or a state_dict that belongs to another network.
-        TypeError: a parameter of an unsupported dtype, or a ``network`` that is none.
+        TypeError: a parameter of an unsupported dtype or kind, or a ``network`` that is none.
         FileNotFoundError: no network of that name.
         RuntimeError: ``fused=True`` without compiled kernels.
 
@@ -74,6 +78,8 @@ class LSTMOptimizer(Optimizer):
     ) -> None:
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"state_dtype must be one of {', '.join(map(str, STATE_DTYPES))}, got {state_dtype}")
+        require(fused in (None, True, False), "fused", fused, "True, False or None")
+        require(error_if_nonfinite in (True, False), "error_if_nonfinite", error_if_nonfinite, "True or False")
         self.state_dtype, self.fused, self.error_if_nonfinite = state_dtype, fused, error_if_nonfinite
         self._networks: dict[str, tuple[Config, Tensor]] = {}  # by the name that param groups and state_dicts carry
         self._constants: dict[tuple, Tensor] = {}  # lr and weights by device
@@ -92,6 +98,8 @@ class LSTMOptimizer(Optimizer):
         Raises:
             As the constructor does; no group is added then.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = dict(param_group)
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
@@ -105,6 +113,11 @@ class LSTMOptimizer(Optimizer):
             if param.dtype not in PARAM_DTYPES:
                 raise TypeError(
                     f"parameter {label} is {param.dtype}; LSTMOptimizer takes floating and complex parameters"
+                )
+            if type(param).__name__ == "FlatParameter":
+                raise TypeError(
+                    f"parameter {label} is FSDP1's FlatParameter, whose state_dict cannot hold a state for each of its "
+                    "coordinates: shard with FSDP2's fully_shard"
                 )
             if not is_lazy(param) and (param.is_conj() or param.is_neg()):
                 raise ValueError(
@@ -155,6 +168,7 @@ class LSTMOptimizer(Optimizer):
         Raises:
             RuntimeError: a gradient that is sparse, or not finite with ``error_if_nonfinite``; or no compiled kernel
                 for a parameter's device with ``fused=True``. Nothing is changed then.
+            ValueError: a group's ``network`` was replaced. Nothing is changed then.
         """
         loss = None
         if closure is not None:
@@ -167,14 +181,15 @@ class LSTMOptimizer(Optimizer):
             devices = {param.device for param in params}
             for device in devices:
                 here = params if len(devices) == 1 else [param for param in params if param.device == device]
-                calls.append(self._arguments(group, device, here, new_states))
+                calls.append((here, self._arguments(group, device, here, new_states)))
         # A call looks at its arguments itself, but the one before has changed its parameters by then.
-        if len(calls) > 1 and new_states:
-            for call in calls:
-                arguments.check_step(*call)
+        if len(calls) > 1:
+            for _, call in calls:
+                if new_states or not _fit(*call[:3]):
+                    arguments.check_step(*call)
         self.state.update(new_states)
         op = ops.REFERENCE["lstm_step_"] if self.fused is False else torch.ops.l2l_fast.lstm_step_
-        for call in calls:
+        for params, call in calls:
             steps = call[5]
             torch._foreach_add_(steps, 1)
             try:
@@ -182,9 +197,15 @@ class LSTMOptimizer(Optimizer):
             except RuntimeError:
                 torch._foreach_sub_(steps, 1)
                 raise
+            ops.count_versions(params)
         return loss
 
     def _with_gradient(self, group: dict) -> list[Tensor]:
+        if group["network"] not in self._networks:
+            raise ValueError(
+                f"network of a param group must be one that it was added with, got {group['network']!r}: a group keeps "
+                "its network; make a new optimizer, or give it with add_param_group"
+            )
         params = [param for param in group["params"] if param.grad is not None]
         for param in params:
             grad = param.grad
@@ -193,22 +214,31 @@ class LSTMOptimizer(Optimizer):
                     f"{self._label(group, param)} has a {grad.layout} gradient; LSTMOptimizer needs dense ones "
                     "(for nn.Embedding: sparse=False)"
                 )
-            if self.error_if_nonfinite and not grad.isfinite().all():
+            if self.error_if_nonfinite and not self._is_finite(param):
                 raise RuntimeError(
                     f"{self._label(group, param)} has a gradient that is not finite (error_if_nonfinite=True)"
                 )
         return params
+
+    def _is_finite(self, param: Tensor) -> bool:
+        """Whether the gradient is, in the dtype of the arithmetic; of a sharded one, whether it is on every rank."""
+        grad = _beside(param.grad, param)
+        if self.state_dtype != torch.float64 and grad.dtype in (torch.float64, torch.complex128):
+            grad = grad.to(torch.complex64 if grad.is_complex() else torch.float32)
+        finite = grad.isfinite().all()
+        return bool(finite.full_tensor() if hasattr(finite, "full_tensor") else finite)
 
     def _arguments(
         self, group: dict, device: torch.device, params: list[Tensor], new_states: dict[Tensor, dict]
     ) -> tuple:
         """Those of ``lstm_step_`` for a group's parameters on one device; ``new_states`` takes those there were not."""
         config, _ = self._networks[group["network"]]
-        weights, lr = self._weights(group["network"], device), self._lr(group["lr"], device)
+        weights = self._weights(group["network"], device)
+        lr = self._lr(group["lr"], device, weights.dtype)
         tensors, grads, states, steps = [], [], [], []
         for param in params:
             tensors.append(_real(_local(param)))
-            grads.append(_real(_local(param.grad).resolve_conj()).resolve_neg())
+            grads.append(_real(_local(_beside(param.grad, param)).resolve_conj()).resolve_neg())
             state = self.state.get(param)
             if not state:
                 step = torch.zeros((), dtype=torch.float32, device=device)
@@ -225,13 +255,13 @@ class LSTMOptimizer(Optimizer):
             self._constants[key] = self._networks[name][1].to(device)
         return self._constants[key]
 
-    def _lr(self, lr: float | Tensor, device: torch.device) -> Tensor:
+    def _lr(self, lr: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         if isinstance(lr, Tensor):
-            return lr.to(device, torch.float32)  # what a float becomes, too
+            return lr.to(device, dtype)  # what a float becomes, too
         key = ("lr", device)
         held = self._constants.get(key)
         if held is None or held[0] != lr:  # schedulers change it, so only the last value is kept
-            held = self._constants[key] = (lr, torch.full((), lr, dtype=torch.float32, device=device))
+            held = self._constants[key] = (lr, torch.full((), lr, dtype=dtype, device=device))
         return held[1]
 
     def _label(self, group: dict, param: Tensor) -> str:
@@ -325,6 +355,7 @@ def _check_options(options: dict, where: str = "") -> None:
             )
         if not _is_number(value):
             raise ValueError(f"{where}{name} must be finite and not negative, got {value!r}")
+    require(options["maximize"] in (True, False), f"{where}maximize", options["maximize"], "True or False")
 
 
 def _real(tensor: Tensor) -> Tensor:
@@ -332,9 +363,24 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def _fit(params: list[Tensor], grads: list[Tensor], states: list[Tensor]) -> bool:
+    """Whether all are still of the shapes and on the devices that they had when the states were made."""
+    return all(
+        param.shape == grad.shape == state.shape[:-1] and param.device == grad.device == state.device
+        for param, grad, state in zip(params, grads, states, strict=True)
+    )
+
+
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor: a learned step is coordinatewise, so ranks need nothing of each other."""
     return tensor if type(tensor) in _PLAIN or not hasattr(tensor, "to_local") else tensor.to_local()
+
+
+def _beside(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient placed as its parameter is: one that every rank has a summand of is summed here."""
+    if type(grad) in _PLAIN or not hasattr(grad, "placements") or grad.placements == param.placements:
+        return grad
+    return grad.redistribute(param.device_mesh, param.placements)
 
 
 def _new_state(param: Tensor, config: Config, dtype: torch.dtype) -> Tensor:

@@ -91,3 +91,13 @@ def test_damage_is_named(network, tmp_path, damage, error, message):
     damage(tmp_path)
     with pytest.raises(error, match=message):
         CoordinatewiseLSTM.from_pretrained(tmp_path)
+
+
+def test_a_shipped_name_means_the_same_in_every_folder(network, tmp_path, monkeypatch):
+    name = checkpoint.shipped()[0]
+    expected = CoordinatewiseLSTM.from_pretrained(name).config
+    network.save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert CoordinatewiseLSTM.from_pretrained(name).config == expected
+    for folder in (f"./{name}", tmp_path / name):
+        assert CoordinatewiseLSTM.from_pretrained(folder).config == network.config

@@ -12,7 +12,8 @@ from l2l_fast import CoordinatewiseLSTM
         ({"hidden_size": 0}, "hidden_size must be an int from 1 to 64, got 0"),
         ({"hidden_size": 65}, "hidden_size must be an int from 1 to 64, got 65"),
         ({"hidden_size": 20.0}, "hidden_size must be an int from 1 to 64, got 20.0"),
-        ({"num_layers": 0}, "num_layers must be an int of at least 1, got 0"),
+        ({"num_layers": 0}, "num_layers must be an int from 1 to 64, got 0"),
+        ({"num_layers": 65}, "num_layers must be an int from 1 to 64, got 65"),
         ({"projection": 1}, "projection must be True or False, got 1"),
         ({"output": "sigmoid"}, "output must be one of 'linear', 'tanh', got 'sigmoid'"),
         ({"output_scale": 0.0}, "output_scale must be a positive number, got 0.0"),
@@ -111,3 +112,13 @@ def test_forward_carries_state(network):
     second, end = network(grads[4:], middle, step=5)
     torch.testing.assert_close(torch.cat([first, second]), whole)
     torch.testing.assert_close(end, last)
+
+
+def test_steps_are_numbered_whatever_the_default_dtype(network):
+    expected, _ = network(torch.ones(1, 3))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found, _ = network(torch.ones(1, 3, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

@@ -352,6 +352,15 @@ def test_error_if_nonfinite_raises_before_anything_changes(network):
     assert not optimizer.state
 
 
+def test_finite_is_what_the_arithmetic_can_hold(network):
+    theta = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    theta.grad = torch.full((1,), 1e60, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="not finite"):
+        LSTMOptimizer([theta], network, error_if_nonfinite=True).step()
+    LSTMOptimizer([theta], network, error_if_nonfinite=True, state_dtype=torch.float64).step()
+    assert theta.item() != 0
+
+
 def test_sparse_gradients_are_refused_before_anything_changes(network):
     dense, embedding = nn.Parameter(torch.ones(2)), nn.Embedding(4, 2, sparse=True)
     optimizer = LSTMOptimizer([dense, embedding.weight], network)
@@ -384,11 +393,64 @@ def test_what_stops_one_parameter_stops_all_before_anything_changes(network, fus
     spoil(bad, optimizer.param_groups[-1])
     before = good.detach().clone(), optimizer.state[good]["lstm"].clone()
     for _ in range(2):  # what was refused leaves no trace that would let it pass
-        with pytest.raises((RuntimeError, TypeError, KeyError)):
+        with pytest.raises((RuntimeError, TypeError, ValueError)):
             optimizer.step()
     assert torch.equal(good, before[0])
     assert torch.equal(optimizer.state[good]["lstm"], before[1])
     assert optimizer.state[good]["step"] == 1
+
+
+@pytest.mark.parametrize("what", ["param", "grad"])
+def test_what_changes_its_shape_later_stops_all_before_anything_changes(network, what):
+    good, bad = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = LSTMOptimizer([{"params": [good]}, {"params": [bad]}], network)
+    good.grad, bad.grad = torch.ones(2), torch.ones(2)
+    optimizer.step()
+    before = good.detach().clone()
+    (bad if what == "param" else bad.grad).data = torch.ones(3)
+    with pytest.raises(RuntimeError, match="shape"):
+        optimizer.step()
+    assert torch.equal(good, before)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_autograd_refuses_a_graph_whose_parameters_have_moved(network, fused):
+    theta = nn.Parameter(torch.ones(2))
+    first, second = (theta * theta).sum(), (theta**3).sum()
+    first.backward(retain_graph=True)
+    LSTMOptimizer([theta], network, fused=fused).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+
+
+def test_steps_under_inference_mode(network):
+    one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer, other = LSTMOptimizer([one], network), LSTMOptimizer([two], network)
+    for _ in range(2):
+        one.grad, two.grad = torch.ones(2), torch.ones(2)
+        other.step()
+        with torch.inference_mode():
+            optimizer.step()
+    assert torch.equal(one, two)
+
+
+def test_lr_is_exact_in_float64(network):
+    moves = {}
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64), 1.0):
+        theta = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        theta.grad = torch.ones_like(theta)
+        LSTMOptimizer([theta], network, lr=lr, state_dtype=torch.float64).step()
+        moves[lr] = theta.item()
+    assert list(moves.values())[:2] == pytest.approx([0.1 * moves[1.0]] * 2, rel=1e-14)
+
+
+def test_making_an_optimizer_draws_nothing():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        LSTMOptimizer([nn.Parameter(torch.ones(1, device="cpu"))], "l2l-base")
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_fused_is_the_compiled_kernel_or_an_error(network):
@@ -424,6 +486,9 @@ def test_fused_is_the_compiled_kernel_or_an_error(network):
         ({"weight_decay": -0.1}, ValueError, "weight_decay must be finite and not negative, got -0.1"),
         ({"state_dtype": torch.float16}, ValueError, "state_dtype must be one of torch.float32, torch.bfloat16"),
         ({"network": "no-such-network"}, FileNotFoundError, "no network 'no-such-network'"),
+        ({"maximize": "no"}, ValueError, "maximize must be True or False, got 'no'"),
+        ({"fused": "yes"}, ValueError, "fused must be True, False or None, got 'yes'"),
+        ({"error_if_nonfinite": "raise"}, ValueError, "error_if_nonfinite must be True or False, got 'raise'"),
     ],
 )
 def test_bad_options_are_named(network, arguments, error, message):
@@ -446,6 +511,22 @@ def test_a_group_that_is_refused_is_not_added(network):
     with pytest.raises(ValueError, match="lr must be finite"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": -1.0})
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_group_that_is_no_dict_is_refused(network):
+    optimizer = LSTMOptimizer([nn.Parameter(torch.ones(1))], network)
+    with pytest.raises(TypeError, match="param_group must be a dict, got list"):
+        optimizer.add_param_group([nn.Parameter(torch.ones(1))])
+
+
+def test_a_network_is_not_replaced(network):
+    theta = nn.Parameter(torch.ones(1))
+    theta.grad = torch.ones(1)
+    optimizer = LSTMOptimizer([theta], network)
+    optimizer.param_groups[0]["network"] = "l2l-small"
+    with pytest.raises(ValueError, match=r"network of a param group must be one .* added with, got 'l2l-small'"):
+        optimizer.step()
+    assert theta.item() == 1
 
 
 def test_sets_of_parameters_are_refused_by_torch(network):

@@ -1,4 +1,7 @@
-"""Sharded parameters: state shards as its parameter does, and the steps are those of the whole."""
+"""Sharded parameters: state shards as its parameter does, and the steps are those of the whole.
+
+Each case is the code of one of two ranks, which asserts what it holds.
+"""
 
 import subprocess
 import sys
@@ -6,24 +9,28 @@ import sys
 import pytest
 import torch
 
-_RANK = """
+_BEGIN = """
 import os, sys, torch, torch.distributed as dist
 import l2l_fast as l2l
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+network = l2l.CoordinatewiseLSTM("moments", 4, 2)
+network.load_flat_weights_(torch.linspace(-1, 1, len(network.flat_weights())))
+"""
+
+_FULLY_SHARDED = """
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
 
 def make():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))  # five rows over two ranks: uneven
 
-network = l2l.CoordinatewiseLSTM("moments", 4, 2)
-network.load_flat_weights_(torch.linspace(-1, 1, len(network.flat_weights())))
 whole, sharded = make(), make()
-mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
 fully_shard(sharded, mesh=mesh)
 pairs = [(model, l2l.LSTMOptimizer(model.parameters(), network)) for model in (whole, sharded)]
 
@@ -48,6 +55,50 @@ set_optimizer_state_dict(sharded, pairs[1][1], saved)
 train(3, first=3)
 for ours, theirs in zip(whole.parameters(), sharded.parameters(), strict=True):
     torch.testing.assert_close(theirs.full_tensor(), ours)
+"""
+
+# What SequenceParallel gives a norm: parameters that every rank has whole, and gradients that each has a summand of.
+_SUMMANDS = """
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+
+whole, parallel = nn.Sequential(nn.LayerNorm(4)), nn.Sequential(nn.LayerNorm(4))
+parallelize_module(parallel, mesh, {"0": SequenceParallel()})
+optimizers = [l2l.LSTMOptimizer(model.parameters(), network) for model in (whole, parallel)]
+for t in range(3):
+    inputs = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(t))
+    whole(inputs).sin().sum().backward()
+    parallel(distribute_tensor(inputs, mesh, [Shard(1)])).sin().sum().backward()
+    assert parallel[0].weight.grad.placements != parallel[0].weight.placements
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+for ours, theirs in zip(whole.parameters(), parallel.parameters(), strict=True):
+    torch.testing.assert_close(theirs.to_local(), ours)
+"""
+
+_OTHERWISE_SHARDED = """
+theta, grad = torch.ones(4, 6), torch.linspace(-1, 1, 24).view(4, 6)
+sharded = nn.Parameter(distribute_tensor(theta, mesh, [Shard(0)]))
+sharded.grad = distribute_tensor(grad, mesh, [Shard(1)])
+whole = nn.Parameter(theta.clone())
+whole.grad = grad
+for param in (whole, sharded):
+    l2l.LSTMOptimizer([param], network).step()
+torch.testing.assert_close(sharded.full_tensor(), whole)
+"""
+
+_NOT_FINITE_ON_ONE_RANK = """
+sharded = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+sharded.grad = distribute_tensor(torch.tensor([1.0, float("nan"), 1.0, 1.0]), mesh, [Shard(0)])
+try:
+    l2l.LSTMOptimizer([sharded], network, error_if_nonfinite=True).step()
+    raise AssertionError("no error")
+except RuntimeError as error:
+    assert "not finite" in str(error)
+assert sharded.full_tensor().eq(1).all()
+"""
+
+_END = """
 dist.barrier()
 os._exit(0)  # all is checked; gloo's threads sometimes abort an interpreter that ends by itself
 """
@@ -55,8 +106,9 @@ os._exit(0)  # all is checked; gloo's threads sometimes abort an interpreter tha
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-def test_fully_sharded_steps_are_the_steps_of_the_whole(tmp_path):
-    command = [sys.executable, "-c", _RANK]
+@pytest.mark.parametrize("case", ["fully_sharded", "summands", "otherwise_sharded", "not_finite_on_one_rank"])
+def test_two_ranks_make_the_steps_of_the_whole(tmp_path, case):
+    command = [sys.executable, "-c", _BEGIN + globals()[f"_{case.upper()}"] + _END]
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in (0, 1)]
     errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)

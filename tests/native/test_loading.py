@@ -75,6 +75,18 @@ def test_unknown_instruction_set():
     assert_another_runs(run(WARN + PRINT, L2L_FAST_CPU_ISA="sse9"), "sse9")
 
 
+def test_a_package_without_kernels_warns_and_falls_back():
+    hidden = """
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "l2l_fast._C" else find_spec(name, *rest)
+"""
+    result = run(hidden + WARN + PRINT)
+    assert "'native': False" in result.stdout
+    assert "runs on plain PyTorch, many times slower. Its kernels are not built: install with a" in result.stderr
+    assert not run(hidden + WARN + PRINT, L2L_FAST_NATIVE="0").stderr
+
+
 def test_a_build_that_cannot_be_loaded_warns_and_falls_back():
     # An entry of None in sys.modules makes the import fail as a missing shared library would.
     broken = """
