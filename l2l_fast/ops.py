@@ -95,14 +95,17 @@ def lstm_step_(
     References:
         Andrychowicz et al. 2016, https://arxiv.org/abs/1606.04474
     """
-    torch.ops.l2l_fast.lstm_step_(params, grads, states, weights, lr, steps, *config, weight_decay, maximize)
     count_versions([*params, *states])
+    torch.ops.l2l_fast.lstm_step_(params, grads, states, weights, lr, steps, *config, weight_decay, maximize)
 
 
 def count_versions(overwritten: Sequence[Tensor]) -> None:
     """Tell autograd, which does not see what a kernel writes: it refuses graphs that saved what was there before."""
-    if not torch.compiler.is_compiling():  # in a compiled graph the compiler writes, and autograd sees it
-        increment_version([tensor for tensor in overwritten if not tensor.is_inference()])
+    if torch.compiler.is_compiling():
+        return  # the compiler makes of it what autograd sees
+    if torch.is_inference_mode_enabled():  # whose own tensors have no versions
+        overwritten = [tensor for tensor in overwritten if not tensor.is_inference()]
+    increment_version(overwritten)
 
 
 # ---------------------------------------------------------------- lstm_unroll

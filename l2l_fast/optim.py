@@ -183,21 +183,20 @@ class LSTMOptimizer(Optimizer):
                 here = params if len(devices) == 1 else [param for param in params if param.device == device]
                 calls.append((here, self._arguments(group, device, here, new_states)))
         # A call looks at its arguments itself, but the one before has changed its parameters by then.
-        if len(calls) > 1:
+        if len(calls) > 1 and new_states:
             for _, call in calls:
-                if new_states or not _fit(*call[:3]):
-                    arguments.check_step(*call)
+                arguments.check_step(*call)
         self.state.update(new_states)
         op = ops.REFERENCE["lstm_step_"] if self.fused is False else torch.ops.l2l_fast.lstm_step_
         for params, call in calls:
             steps = call[5]
+            ops.count_versions(params)
             torch._foreach_add_(steps, 1)
             try:
                 op(*call)
             except RuntimeError:
                 torch._foreach_sub_(steps, 1)
                 raise
-            ops.count_versions(params)
         return loss
 
     def _with_gradient(self, group: dict) -> list[Tensor]:
@@ -238,7 +237,10 @@ class LSTMOptimizer(Optimizer):
         tensors, grads, states, steps = [], [], [], []
         for param in params:
             tensors.append(_real(_local(param)))
-            grads.append(_real(_local(_beside(param.grad, param)).resolve_conj()).resolve_neg())
+            grad = param.grad
+            if type(grad) not in _PLAIN:
+                grad = _local(_beside(grad, param))
+            grads.append(_real(grad.resolve_conj()).resolve_neg())
             state = self.state.get(param)
             if not state:
                 step = torch.zeros((), dtype=torch.float32, device=device)
@@ -363,14 +365,6 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _fit(params: list[Tensor], grads: list[Tensor], states: list[Tensor]) -> bool:
-    """Whether all are still of the shapes and on the devices that they had when the states were made."""
-    return all(
-        param.shape == grad.shape == state.shape[:-1] and param.device == grad.device == state.device
-        for param, grad, state in zip(params, grads, states, strict=True)
-    )
-
-
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor: a learned step is coordinatewise, so ranks need nothing of each other."""
     return tensor if type(tensor) in _PLAIN or not hasattr(tensor, "to_local") else tensor.to_local()
@@ -378,7 +372,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _beside(grad: Tensor, param: Tensor) -> Tensor:
     """The gradient placed as its parameter is: one that every rank has a summand of is summed here."""
-    if type(grad) in _PLAIN or not hasattr(grad, "placements") or grad.placements == param.placements:
+    if not hasattr(grad, "placements") or grad.placements == param.placements:
         return grad
     return grad.redistribute(param.device_mesh, param.placements)
 
