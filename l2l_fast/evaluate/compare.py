@@ -22,7 +22,7 @@ from l2l_fast import __version__
 from l2l_fast.evaluate.baselines import BASELINES, USUAL, Baseline, final_loss, find_baseline, mean_loss
 from l2l_fast.evaluate.comparison import Comparison, Result
 from l2l_fast.evaluate.store import Store, stored_trajectories, stored_tuning
-from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress
+from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress, smoothed
 from l2l_fast.tasks.base import Instances, Task
 
 TIMED_STEPS, WARM_UP_STEPS = 40, 5
@@ -243,6 +243,7 @@ def _result(label: str, losses: Tensor, losses_final: Tensor, horizon: int, *, s
     """Numbers of losses [B, T + 1], at the rate for the mean and at the rate for the final loss."""
     losses, losses_final = losses.double(), losses_final.double()
     several = len(losses) > 1
+    finals = smoothed(losses_final, horizon)[:, -1]
     return Result(
         label=label,
         mean_loss=mean_loss(losses),
@@ -252,6 +253,8 @@ def _result(label: str, losses: Tensor, losses_final: Tensor, horizon: int, *, s
         curve=losses.mean(0).tolist(),
         curve_std=(losses.std(0) if several else torch.zeros_like(losses[0])).tolist(),
         curve_final=losses_final.mean(0).tolist(),
+        seed_means=losses[:, 1:].mean(1).tolist(),
+        seed_finals=finals.tolist(),
         **rates,
     )
 

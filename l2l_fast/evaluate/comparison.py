@@ -33,6 +33,8 @@ class Result:
         curve_final: the same mean for the run tuned for the final loss.
         on_edge: True where tuning ended at the edge of the widest grid.
         tied: True where the second best rate was within a standard error of the best, by either measure.
+        seed_means: mean loss of each held-out seed.
+        seed_finals: final loss of each, of the run tuned for it.
     """
 
     label: str
@@ -47,6 +49,8 @@ class Result:
     curve_final: list[float]
     on_edge: bool = False
     tied: bool = False
+    seed_means: list[float] = field(default_factory=list)
+    seed_finals: list[float] = field(default_factory=list)
 
     @property
     def diverged(self) -> bool:
@@ -126,6 +130,18 @@ class Comparison:
             "ratio_seconds": None if steps is None or seconds is None else steps * seconds,
         }
 
+    def errors(self, name: str) -> dict[str, float | None]:
+        """Standard errors over the held-out seeds of ``ratio_mean`` and ``ratio_final``, None where there is none.
+
+        By the jackknife, which keeps the seeds paired: se^2 = (n - 1) / n sum_i (r_i - mean r)^2, r_i without seed i.
+        """
+        mine, best = self.optimizers[name], self.optimizers[self.best_baseline]
+        best_final = self.optimizers[self.best_baseline_final]
+        return {
+            "ratio_mean": _jackknife(mine.seed_means, best.seed_means),
+            "ratio_final": _jackknife(mine.seed_finals, best_final.seed_finals),
+        }
+
     ratio_mean = property(lambda self: self.ratios(self.network)["ratio_mean"])
     ratio_final = property(lambda self: self.ratios(self.network)["ratio_final"])
     ratio_steps = property(lambda self: self.ratios(self.network)["ratio_steps"])
@@ -142,7 +158,9 @@ class Comparison:
         """Write every number and the ratios; numbers that are not finite become null."""
         results = {}
         for name, result in self.optimizers.items():
-            results[name] = dataclasses.asdict(result) | (self.ratios(name) if name in self.learned else {})
+            results[name] = dataclasses.asdict(result)
+            if name in self.learned:
+                results[name] |= self.ratios(name) | {"errors": self.errors(name)}
         content = {
             "task": self.task,
             "horizon": self.horizon,
@@ -201,20 +219,22 @@ class Comparison:
             lines.append("* best at the edge of the widest grid tried: not fully tuned")
         if any(result.tied for result in self.optimizers.values()):
             lines.append("~ the second best rate is within a standard error: other seeds may choose it")
+        if any(self.optimizers[name].diverged for name in self.baselines):
+            lines.append("diverged: on a held-out seed, at the rate that was best on the tuning seeds")
         return "\n".join(line[:80].rstrip() for line in lines)
 
     def _verdict(self, name: str) -> str:
         label = self.optimizers[name].label
         if self.optimizers[name].diverged:
             return f"{label} diverged."
-        ratios = self.ratios(name)
+        ratios, errors = self.ratios(name), self.errors(name)
         best = self.optimizers[self.best_baseline].label
         best_final = self.optimizers[self.best_baseline_final].label
         parts = []
         if ratios["ratio_mean"] is not None:
-            parts.append(f"mean loss {ratios['ratio_mean']:.2f} of {best}'s")
+            parts.append(f"mean loss {with_error(ratios['ratio_mean'], errors['ratio_mean'])} of {best}'s")
         if ratios["ratio_final"] is not None:
-            parts.append(f"final loss {ratios['ratio_final']:.2f} of {best_final}'s")
+            parts.append(f"final loss {with_error(ratios['ratio_final'], errors['ratio_final'])} of {best_final}'s")
         if ratios["ratio_steps"] is not None:
             reached = f"{best_final}'s last loss in {ratios['ratio_steps']:.2f} of its steps"
             if ratios["ratio_seconds"] is not None:
@@ -229,6 +249,20 @@ def _divide(a: float | None, b: float | None) -> float | None:
     if a is None or b is None or not math.isfinite(a) or not math.isfinite(b) or b == 0:
         return None
     return a / b
+
+
+def _jackknife(mine: list[float], best: list[float]) -> float | None:
+    """Standard error of mean(mine) / mean(best), paired."""
+    a, b = torch.tensor(mine).double(), torch.tensor(best).double()
+    if len(a) < 2 or len(a) != len(b) or not (a.isfinite().all() and b.isfinite().all()):
+        return None
+    ratios = (a.sum() - a) / (b.sum() - b)
+    return math.sqrt((len(a) - 1) * ratios.var(correction=0).item())
+
+
+def with_error(ratio: float, error: float | None) -> str:
+    """Such as 0.82 ± 0.01."""
+    return f"{ratio:.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
 def json_text(value) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
-from l2l_fast.evaluate.comparison import Comparison, json_text
+from l2l_fast.evaluate.comparison import Comparison, json_text, with_error
 from l2l_fast.evaluate.rows import METRICS
 
 MEDIAN = "median"
@@ -25,6 +25,7 @@ class Entry:
         figures: network -> metric -> figure; None where a loss was not reached or not finite, which is no success.
         bars: metric -> the largest figure allowed.
         rivals: the best tuned baselines, by mean and by final loss.
+        errors: network -> metric -> standard error over the held-out seeds, of the ratios that have one.
         files: names of what was written about it, in the row's folder.
     """
 
@@ -32,6 +33,7 @@ class Entry:
     figures: dict[str, dict[str, float | None]]
     bars: dict[str, float] = field(default_factory=dict)
     rivals: str = ""
+    errors: dict[str, dict[str, float | None]] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
 
     @classmethod
@@ -44,7 +46,8 @@ class Entry:
             figures[name] = {metric: ratios[metric] for metric in metrics}
         best = dict.fromkeys([comparison.best_baseline, comparison.best_baseline_final])
         rivals = " / ".join(comparison.optimizers[name].label for name in best)
-        return cls(label, figures, dict(bars), rivals)
+        errors = {name: comparison.errors(name) for name in comparison.learned}
+        return cls(label, figures, dict(bars), rivals, errors)
 
     @property
     def metrics(self) -> list[str]:
@@ -98,12 +101,13 @@ class Findings:
         """One for every bar: met or not."""
         return [entry.met(metric) for entry in self.entries for metric in entry.bars]
 
-    def lines(self, entry: Entry) -> Iterator[tuple[str, list[float | None]]]:
-        """Networks of an entry, and their median where it says something, with their figures."""
+    def lines(self, entry: Entry) -> Iterator[tuple[str, list[str]]]:
+        """Networks of an entry, and their median where it says something, with their figures as tables write them."""
         for name, figures in entry.figures.items():
-            yield name, [figures.get(metric) for metric in entry.metrics]
+            errors = entry.errors.get(name, {})
+            yield name, [number(figures.get(metric), metric, errors.get(metric)) for metric in entry.metrics]
         if self.alike and len(entry.figures) > 1:
-            yield MEDIAN, [entry.median(metric) for metric in entry.metrics]
+            yield MEDIAN, [number(entry.median(metric), metric) for metric in entry.metrics]
 
     # ------------------------------------------------------------ JSON
 
@@ -130,8 +134,7 @@ class Findings:
             rows = [("", [METRICS[metric] for metric in entry.metrics])]
             if entry.bars:
                 rows.append(("bar", [bar(entry, metric) for metric in entry.metrics]))
-            for name, values in self.lines(entry):
-                rows.append((name, [number(*pair) for pair in zip(values, entry.metrics, strict=True)]))
+            rows += self.lines(entry)
             verdicts = [verdict(entry.met(metric)) for metric in entry.metrics]
             rows[-1] = rows[-1][0], [" ".join(pair).strip() for pair in zip(rows[-1][1], verdicts, strict=True)]
             columns = zip(*(cells for _, cells in rows), strict=True)
@@ -145,12 +148,12 @@ class Findings:
         return "\n".join(lines)
 
 
-def number(value: float | None, metric: str) -> str:
-    """A figure as tables write it."""
+def number(value: float | None, metric: str, error: float | None = None) -> str:
+    """A figure as tables write it, with its standard error if it has one."""
     if value is None:
         return "not reached" if metric in ("ratio_steps", "ratio_seconds") else "diverged"
     if metric.startswith("ratio_"):
-        return f"{value:.2f}"
+        return with_error(value, error)
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"  # 1,296 rather than 1.3e+03
 
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from l2l_fast.evaluate.figures import Entry, Findings, bar, number, verdict
+from l2l_fast.evaluate.figures import Entry, Findings, bar, verdict
 from l2l_fast.evaluate.rows import METRICS
 
 PROTOCOL = (
     "Ratios below 1 favour the learned optimizer. They are to the best of SGD, Nesterov, RMSprop and Adam, each tuned "
     "for that horizon and that measure on seeds of its own; all run from the same starts on the same minibatches of "
     "the held-out half of the data. Steps: to the best baseline's smoothed loss at the horizon, over its own; seconds: "
-    "those steps in wall-clock time."
+    "those steps in wall-clock time. ± is the standard error over the held-out seeds."
 )
 BARS = "Bars are those for MNIST."
 
@@ -91,7 +91,7 @@ def _cells(findings: Findings, entry: Entry, metrics: list[str]) -> list[tuple[s
         (
             name,
             [
-                (number(figures[metric], metric), bar(entry, metric), verdict(entry.met(metric)) if k == 1 else "")
+                (figures[metric], bar(entry, metric), verdict(entry.met(metric)) if k == 1 else "")
                 if metric in figures
                 else ("", "", "")
                 for metric in metrics

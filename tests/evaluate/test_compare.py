@@ -280,3 +280,16 @@ def test_table_fits_80_columns_at_its_widest():
 def test_wrong_arguments(optimizers, options, message):
     with pytest.raises(ValueError, match=message):
         compare(TASK, optimizers, **options)
+
+
+def test_errors_are_those_of_paired_seeds():
+    mine = dataclasses.replace(result("mine", 2.0, [1.0]), seed_means=[1.0, 2.0, 3.0], seed_finals=[1.0, 2.0, 3.0])
+    rival = dataclasses.replace(result("rival", 4.0, [1.0]), seed_means=[2.0, 4.0, 6.0], seed_finals=[1.0, 3.0, 2.0])
+    found = Comparison("task", 0, 3, ["mine"], {"mine": mine, "rival": rival})
+    assert found.errors("mine")["ratio_mean"] == pytest.approx(0, abs=1e-12)  # each seed is half as bad
+    left_out = torch.tensor([5 / 5, 4 / 3, 3 / 4])  # by hand: sums without one seed
+    expected = ((left_out - left_out.mean()).square().sum() * 2 / 3).sqrt()
+    assert found.errors("mine")["ratio_final"] == pytest.approx(expected.item())
+    assert "mean loss 0.50 ± 0.00 of rival's" in found.table()
+    mine.seed_means[0] = math.inf
+    assert found.errors("mine")["ratio_mean"] is None

@@ -214,7 +214,7 @@ def test_json_has_what_the_table_shows(tmp_path):
     assert set(content) == {"row", "title", "question", "dataset", "networks", "alike", "seeds", "entries", "pictures",
                             "command", "environment", "bars", "bars_met"}  # fmt: skip
     (entry,) = content["entries"]
-    assert set(entry) == {"label", "figures", "bars", "rivals", "files", "median", "met"}
+    assert set(entry) == {"label", "figures", "bars", "rivals", "errors", "files", "median", "met"}
     assert entry["median"] == {"ratio_mean": 0.7, "ratio_steps": None}
     assert entry["met"] == {"ratio_mean": True, "ratio_steps": False}
     assert (content["bars"], content["bars_met"]) == (2, 1)
