@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, distributed
 
 
+def require_group() -> None:
+    """Refuse to be one of several processes that know nothing of each other.
+
+    Raises:
+        RuntimeError: the environment has a ``WORLD_SIZE`` above 1, and there is no process group.
+    """
+    size = os.environ.get("WORLD_SIZE", "")
+    if size.isdecimal() and int(size) > 1 and not _grouped():
+        raise RuntimeError(
+            f"WORLD_SIZE is {size} and torch.distributed has no process group, so that every process would train the "
+            "same run: call torch.distributed.init_process_group() before MetaTrainer, or start one process alone, "
+            "without torchrun or with WORLD_SIZE unset, as commands of l2l-fast must be"
+        )
+
+
 def rank() -> int:
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return distributed.get_rank() if _grouped() else 0
 
 
 def world() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return distributed.get_world_size() if _grouped() else 1
 
 
 def average_(*tensors: Tensor) -> None:
@@ -46,3 +63,7 @@ def gather(value) -> list:
 def wait_for_all() -> None:
     if world() > 1:
         distributed.barrier()
+
+
+def _grouped() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

@@ -80,8 +80,9 @@ class MetaTrainer:
 
     phi <- phi - meta_optimizer(d/dphi sum_{t in window} w[t] f_t(theta[t])),   theta[t+1] = theta[t] + u[t](phi)
 
-    One meta-step is one window of ``unroll`` steps on each of ``parallel`` trajectories. Under ``torchrun`` every rank
-    runs its own ``instances`` of each trajectory and the gradients are averaged: W ranks of B equal one of W * B.
+    One meta-step is one window of ``unroll`` steps on each of ``parallel`` trajectories. Under ``torchrun``, where the
+    script has called ``torch.distributed.init_process_group()``, every rank runs its own ``instances`` of each
+    trajectory and the gradients are averaged: W ranks of B equal one of W * B.
 
     Args:
         network: the :class:`CoordinatewiseLSTM`, float32; trained in place.
@@ -132,6 +133,7 @@ class MetaTrainer:
 
     Raises:
         ValueError: an option out of its range, or a checkpoint of a run with other options; the message names it.
+        RuntimeError: ``WORLD_SIZE`` is above 1 and there is no process group.
 
     Example:
         >>> import l2l_fast as l2l
@@ -223,6 +225,7 @@ class MetaTrainer:
         device = torch.device(device)
         graphs = device.type == "cuda" if graphs is None else graphs
         require(not graphs or device.type == "cuda", "graphs", graphs, f"False or None on {device}")
+        ranks.require_group()
         # NumPy's numbers could be saved in a checkpoint, but not loaded from it.
         meta_lr, average, scaling, lr, weight_decay = map(float, (meta_lr, average, scaling, lr, weight_decay))
         clip, clip_windows = (None if value is None else float(value) for value in (clip, clip_windows))

@@ -213,6 +213,14 @@ def test_meta_train_keeps_the_best_network_of_a_run_that_fails(run, monkeypatch)
     assert torch.equal(CoordinatewiseLSTM.from_pretrained("a/network").flat_weights(), found[0]._best)
 
 
+def test_meta_train_under_torchrun_says_that_it_runs_alone(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = run("meta-train", "quadratic", "--out", "a")
+    assert (code, out) == (1, "")
+    assert "start one process alone, without torchrun" in err
+    assert not list((tmp_path / "a").iterdir())
+
+
 def test_a_command_to_paste_is_quoted(run):
     _, text, _ = run("meta-train", "quadratic", "--horizon", 5, "--meta-steps", 1, "--out", "two words")
     assert text.splitlines()[-1] == "try it:  l2l-fast compare quadratic --network 'two words/network'"

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch import distributed
 
 import l2l_fast as l2l
 from l2l_fast.meta import Horizon, LogUniform, MetaTrainer, Staged
@@ -531,6 +532,20 @@ def test_two_ranks_equal_one_with_twice_the_instances(tmp_path):
     alone = torch.load(tmp_path / "weights-1-0")
     for rank in (0, 1):
         torch.testing.assert_close(torch.load(tmp_path / f"weights-2-{rank}"), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_torchrun_without_a_process_group_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"WORLD_SIZE is 2 .* call torch\.distributed\.init_process_group\(\)"):
+        make_trainer()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        make_trainer()
+    finally:
+        distributed.destroy_process_group()
+    for size in ("1", "", "two"):  # that of somebody else is not ours to judge
+        monkeypatch.setenv("WORLD_SIZE", size)
+        make_trainer()
 
 
 def test_horizon_object_and_int_are_the_same():
