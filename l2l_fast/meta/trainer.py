@@ -123,7 +123,7 @@ class MetaTrainer:
         checkpoint_every: meta-steps between checkpoints.
         log_dir: folder for TensorBoard.
         seed: of everything random.
-        device: where to train.
+        device: where to train; for each rank a GPU of its own.
         graphs: capture each window and the meta-update in CUDA graphs and replay them; None does where the device is a
             GPU. A small problem waits for launches, hundreds a window; a graph is one. A task whose loss waits for the
             device or copies to it needs False. Eager all the same: imitation, second derivatives, windows of rare
@@ -337,7 +337,7 @@ class MetaTrainer:
             if self._due(meta_steps):  # one that an exception has prevented
                 self._validate()
             while self.meta_step < meta_steps:
-                if ranks.any_rank(interrupt.requested or time.monotonic() > deadline):
+                if ranks.any_rank(interrupt.requested or time.monotonic() > deadline, self.device):
                     break
                 try:
                     self._step()
@@ -569,10 +569,10 @@ class MetaTrainer:
             }
             for stream in self.streams
         ]  # fmt: skip
-        every_rank = ranks.gather(streams)
+        every_rank = ranks.gather(streams, self.device)
         if ranks.rank() == 0:
             self._write(every_rank)
-        ranks.wait_for_all()  # no rank goes on before the checkpoint is there
+        ranks.wait_for_all(self.device)  # no rank goes on before the checkpoint is there
 
     def _write(self, every_rank: list) -> None:
         self.checkpoint.mkdir(parents=True, exist_ok=True)
