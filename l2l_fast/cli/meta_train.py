@@ -126,7 +126,8 @@ def meta_train(
             left = 60 * max_minutes - (time.monotonic() - begun)
             history = trainer.fit(steps, max_seconds=max(1.0, left))  # a stage of no meta-steps has nothing to draw
         finally:
-            learned.save_pretrained(folder / "network")  # the best weights so far, after Ctrl-C too
+            if trainer.meta_step:  # a checkpoint that was refused has a network of its own there
+                learned.save_pretrained(folder / "network")  # the best weights so far, after an exception too
         _record(history, trainer, folder, title)
         note(f"network, history and picture are in {folder}")
         if trainer.meta_step < steps:

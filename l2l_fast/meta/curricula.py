@@ -37,6 +37,9 @@ class Horizon:
         """Told every validation score; True asks for the best weights so far and a new standard to be best at."""
         return False
 
+    def forget(self) -> None:
+        """Told that other weights are trained from now on: the scores so far are no standard for them."""
+
     def state_dict(self) -> dict:
         """Numbers that a resumed run needs; here, and with a cap that follows from the progress, none."""
         return {}
@@ -123,8 +126,12 @@ class Staged(Horizon):
         self.best = min(score, self.best)
         if self.waited < self.patience or self.stage == len(self.stages) - 1:
             return False
-        self.stage, self.best, self.waited = self.stage + 1, math.inf, 0
+        self.stage += 1
+        self.forget()
         return True
+
+    def forget(self) -> None:
+        self.best, self.waited = math.inf, 0
 
     def state_dict(self) -> dict:
         return {"stage": self.stage, "best": self.best, "waited": self.waited}

@@ -1,17 +1,40 @@
-"""The processes of a data-parallel run, as ``torchrun`` starts them; without one there is a single rank."""
+"""The processes of a data-parallel run, as ``torchrun`` starts them; without one there is a single rank.
+
+NCCL, which may be all that a group has, knows the tensors of a GPU alone, and each rank's on a GPU of its own: what is
+sent says from which device.
+"""
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, distributed
+from torch.utils._pytree import tree_map_only
+
+
+def require_group() -> None:
+    """Refuse to be one of several processes that know nothing of each other.
+
+    Raises:
+        RuntimeError: the environment has a ``WORLD_SIZE`` above 1, and there is no process group.
+    """
+    size = os.environ.get("WORLD_SIZE", "")
+    if size.isdecimal() and int(size) > 1 and not _grouped():
+        raise RuntimeError(
+            f"WORLD_SIZE is {size} and torch.distributed has no process group, so that every process would train the "
+            "same run: call torch.distributed.init_process_group() before MetaTrainer, or start one process alone, "
+            "without torchrun or with WORLD_SIZE unset, as commands of l2l-fast must be"
+        )
 
 
 def rank() -> int:
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return distributed.get_rank() if _grouped() else 0
 
 
 def world() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return distributed.get_world_size() if _grouped() else 1
 
 
 def average_(*tensors: Tensor) -> None:
@@ -25,24 +48,30 @@ def average_(*tensors: Tensor) -> None:
         tensor.copy_(piece.view_as(tensor))
 
 
-def any_rank(flag: bool) -> bool:
+def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether any rank says so: all stop together."""
     if world() == 1:
         return flag
-    flags = torch.tensor(float(flag))
+    flags = torch.tensor(float(flag), device=device)
     distributed.all_reduce(flags)
     return flags.item() > 0
 
 
-def gather(value) -> list:
-    """Every rank's value, on rank 0."""
+def gather(value, device: torch.device) -> list:
+    """Every rank's value, on rank 0; the tensors in it come on the CPU."""
     if world() == 1:
         return [value]
     values = [None] * world() if rank() == 0 else None
-    distributed.gather_object(value, values)
+    value = tree_map_only(Tensor, Tensor.cpu, value)  # rank 0 may not see the GPU that they are on
+    # Torch sends objects by the current GPU, which is the first one unless the script has set it.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        distributed.gather_object(value, values)
     return values
 
 
-def wait_for_all() -> None:
-    if world() > 1:
-        distributed.barrier()
+def wait_for_all(device: torch.device) -> None:
+    any_rank(False, device)  # unlike a barrier, which would choose a GPU itself
+
+
+def _grouped() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

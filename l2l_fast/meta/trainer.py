@@ -80,8 +80,9 @@ class MetaTrainer:
 
     phi <- phi - meta_optimizer(d/dphi sum_{t in window} w[t] f_t(theta[t])),   theta[t+1] = theta[t] + u[t](phi)
 
-    One meta-step is one window of ``unroll`` steps on each of ``parallel`` trajectories. Under ``torchrun`` every rank
-    runs its own ``instances`` of each trajectory and the gradients are averaged: W ranks of B equal one of W * B.
+    One meta-step is one window of ``unroll`` steps on each of ``parallel`` trajectories. Under ``torchrun``, where the
+    script has called ``torch.distributed.init_process_group()``, every rank runs its own ``instances`` of each
+    trajectory and the gradients are averaged: W ranks of B equal one of W * B.
 
     Args:
         network: the :class:`CoordinatewiseLSTM`, float32; trained in place.
@@ -122,7 +123,7 @@ class MetaTrainer:
         checkpoint_every: meta-steps between checkpoints.
         log_dir: folder for TensorBoard.
         seed: of everything random.
-        device: where to train.
+        device: where to train; for each rank a GPU of its own.
         graphs: capture each window and the meta-update in CUDA graphs and replay them; None does where the device is a
             GPU. A small problem waits for launches, hundreds a window; a graph is one. A task whose loss waits for the
             device or copies to it needs False. Eager all the same: imitation, second derivatives, windows of rare
@@ -132,6 +133,7 @@ class MetaTrainer:
 
     Raises:
         ValueError: an option out of its range, or a checkpoint of a run with other options; the message names it.
+        RuntimeError: ``WORLD_SIZE`` is above 1 and there is no process group.
 
     Example:
         >>> import l2l_fast as l2l
@@ -223,6 +225,7 @@ class MetaTrainer:
         device = torch.device(device)
         graphs = device.type == "cuda" if graphs is None else graphs
         require(not graphs or device.type == "cuda", "graphs", graphs, f"False or None on {device}")
+        ranks.require_group()
         # NumPy's numbers could be saved in a checkpoint, but not loaded from it.
         meta_lr, average, scaling, lr, weight_decay = map(float, (meta_lr, average, scaling, lr, weight_decay))
         clip, clip_windows = (None if value is None else float(value) for value in (clip, clip_windows))
@@ -258,7 +261,7 @@ class MetaTrainer:
         self.streams: list[_Stream | None] = [None] * parallel
         self._best = self._weights()
         self._averaged = self._weights()
-        self._current: Tensor | None = None  # the weights under training, while the network holds the best ones
+        self._current = self._weights()  # under training, while the network holds the best ones between two fits
         self._total = 1
 
     # ------------------------------------------------------------ the loop
@@ -273,7 +276,9 @@ class MetaTrainer:
         """Train until ``meta_steps`` meta-steps have been made in all, and leave the best weights in the network.
 
         Ctrl-C stops after the meta-step in progress; with a ``checkpoint`` folder nothing is lost, and the same call
-        goes on from there.
+        goes on from there. After an exception too the network holds the best weights and the next call goes on from
+        the last; a meta-step that failed is made again, on new trajectories. Other weights loaded into the network
+        between two calls are trained from there: the average, the best and the trajectories begin anew with them.
 
         Args:
             meta_steps: in all, those of earlier calls and of a resumed checkpoint included.
@@ -290,8 +295,38 @@ class MetaTrainer:
         """
         require(is_whole(meta_steps, 1), "meta_steps", meta_steps, "an int of at least 1")
         require(max_seconds == math.inf or is_number(max_seconds), "max_seconds", max_seconds, "a number")
-        if self._current is not None:
+        self._take_up()
+        try:
+            interrupted = self._run(meta_steps, max_seconds, on_step)
+        finally:  # whatever a task, on_step or a second Ctrl-C raises
+            self._current = self._weights()
+            self.network.load_flat_weights_(self._best)
+        if interrupted:
+            where = f"saved to {self.checkpoint}; run the same command again to go on" if self.checkpoint else (
+                "the network holds the best weights so far; give checkpoint=FOLDER to be able to go on"
+            )  # fmt: skip
+            raise KeyboardInterrupt(f"stopped at meta-step {self.meta_step} of {meta_steps}: {where}")
+        self._warn()
+        return self.history
+
+    def _take_up(self) -> None:
+        """The weights under training into the network, unless it holds others than the best by now: then those."""
+        found = self._weights()
+        if torch.equal(found, self._best):
             self.network.load_flat_weights_(self._current)
+        else:
+            self._begin_from(found)
+
+    def _begin_from(self, weights: Tensor) -> None:
+        """Train these from now on: the average starts from them, and no score or trajectory of others counts."""
+        self.network.load_flat_weights_(weights)
+        self._averaged.copy_(weights)
+        self._best, self.history.best_score = weights, math.inf
+        self.horizon.forget()
+        self._end_all()
+
+    def _run(self, meta_steps: int, max_seconds: float, on_step: Callable[[int], None] | None) -> bool:
+        """The loop of :meth:`fit`; says whether Ctrl-C has ended it."""
         self._total = meta_steps
         if self.checkpoint is not None and self.meta_step == 0:
             self._make_folder()
@@ -299,11 +334,17 @@ class MetaTrainer:
         deadline, writer = time.monotonic() + max_seconds, self._writer()
         shown = self.progress and ranks.rank() == 0
         with _DeferredInterrupt() as interrupt, bars.meta_training(shown, meta_steps) as bar:
+            if self._due(meta_steps):  # one that an exception has prevented
+                self._validate()
             while self.meta_step < meta_steps:
-                if ranks.any_rank(interrupt.requested or time.monotonic() > deadline):
+                if ranks.any_rank(interrupt.requested or time.monotonic() > deadline, self.device):
                     break
-                self._step()
-                if self.meta_step % self.validate_every == 0 or self.meta_step == meta_steps:
+                try:
+                    self._step()
+                except BaseException:
+                    self._end_all()  # some of the trajectories have gone on, one of them stands within its window
+                    raise
+                if self._due(meta_steps):
                     self._validate()
                 if writer:
                     self._log(writer)
@@ -314,20 +355,16 @@ class MetaTrainer:
                     on_step(self.meta_step)
         if writer:
             writer.close()
-        stopped = self.meta_step < meta_steps
         if self.checkpoint is not None:
             self._save()
-        if stopped and not interrupt.requested:
+        if self.meta_step < meta_steps and not interrupt.requested:
             self._validate()  # after saving: a run that goes on later is the same as one never stopped
-        self._current = self._weights()
-        self.network.load_flat_weights_(self._best)
-        if interrupt.requested:
-            where = f"saved to {self.checkpoint}; run the same command again to go on" if self.checkpoint else (
-                "the network holds the best weights so far; give checkpoint=FOLDER to be able to go on"
-            )  # fmt: skip
-            raise KeyboardInterrupt(f"stopped at meta-step {self.meta_step} of {meta_steps}: {where}")
-        self._warn()
-        return self.history
+        return interrupt.requested
+
+    def _due(self, meta_steps: int) -> bool:
+        """Whether there should be a validation of this meta-step, and is none."""
+        last = self.history.validations[-1][0] if self.history.validations else 0
+        return self.meta_step > last and (self.meta_step % self.validate_every == 0 or self.meta_step == meta_steps)
 
     def _warn(self) -> None:
         """If training has left the network as it was, which the losses alone do not show."""
@@ -467,6 +504,10 @@ class MetaTrainer:
         if stream is not None:
             self._leave(("training", stream.task_index), stream.trajectory)
 
+    def _end_all(self) -> None:
+        for slot in range(self.parallel):
+            self._end(slot)
+
     def _validate(self) -> None:
         """Mean of f_t / f_0 over the horizon, the instances and the tasks; keeps the best weights."""
         self._update.weights.copy_(self._averaged)
@@ -477,11 +518,7 @@ class MetaTrainer:
         if score < self.history.best_score:
             self.history.best_score, self._best = score, self._averaged.clone()
         if self.horizon.validated(score):
-            self.network.load_flat_weights_(self._best)
-            self._averaged.copy_(self._best)
-            self.history.best_score = math.inf
-            for slot in range(self.parallel):
-                self._end(slot)
+            self._begin_from(self._best)
 
     def _score(self, index: int) -> float:
         """Of one task."""
@@ -532,10 +569,10 @@ class MetaTrainer:
             }
             for stream in self.streams
         ]  # fmt: skip
-        every_rank = ranks.gather(streams)
+        every_rank = ranks.gather(streams, self.device)
         if ranks.rank() == 0:
             self._write(every_rank)
-        ranks.wait_for_all()  # no rank goes on before the checkpoint is there
+        ranks.wait_for_all(self.device)  # no rank goes on before the checkpoint is there
 
     def _write(self, every_rank: list) -> None:
         self.checkpoint.mkdir(parents=True, exist_ok=True)

@@ -31,8 +31,9 @@ class ModuleTask:
         resample: True draws new rows at every step; False draws them once a trajectory.
 
     Raises:
-        ValueError: if the module has no trainable parameters or some that its loss does not depend on (freeze them), is
-            random or changes its buffers in its forward pass, the data do not share M, or the loss is not a scalar.
+        ValueError: if the module has no trainable parameters, some that are not float32 or some that its loss does not
+            depend on (freeze them), is random or changes its buffers in its forward pass, the data do not share M, or
+            the loss is not a scalar.
 
     Example:
         >>> import torch, l2l_fast as l2l
@@ -74,7 +75,7 @@ class ModuleTask:
             generator: of the CPU; seeds torch's global one for the call.
 
         Returns:
-            by the module's names, in its shapes and dtypes.
+            by the module's names, in its shapes, float32.
 
         Raises:
             ValueError: if ``make_module`` gives something else than a module.
@@ -193,5 +194,11 @@ def _check_module(module: nn.Module) -> None:
             )
         if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
             raise ValueError(f"{where} is random, and a task's loss is not: set p=0 or put it into eval() mode")
-    if not _trainable(module):
+    trainable = _trainable(module)
+    if not trainable:
         raise ValueError("the module has no trainable parameters, so that there is nothing to optimize")
+    if others := [name for name, param in trainable.items() if param.dtype != torch.float32]:
+        raise ValueError(
+            f"the module's trainable parameters must be float32, as a task's are, got {trainable[others[0]].dtype} for "
+            f"{_listed(others)}: make the module float32 in make_module, as float() does, and the data to suit it"
+        )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import l2l_fast
-from l2l_fast import CoordinatewiseLSTM, tasks
+from l2l_fast import CoordinatewiseLSTM, MetaTrainer, tasks
 
 COMMANDS = ["demo", "meta-train", "compare", "sweep", "reproduce", "bench", "tasks", "info"]
 
@@ -185,9 +185,40 @@ def test_meta_train_goes_on_where_it_stopped(run, tmp_path):
     code, text, _ = run(*arguments, "--meta-steps", 4, "--out", "a")
     assert (code, json.loads(text)["meta_steps"]) == (0, 4)
     assert list((tmp_path / "a" / "tensorboard").iterdir())
+    trained = CoordinatewiseLSTM.from_pretrained(tmp_path / "a" / "network").flat_weights()
     code, _, err = run(*arguments, "--meta-steps", 4, "--out", "a", "--seed", 1)
     assert code == 2
     assert "seed=0 (now 1)" in err
+    assert torch.equal(CoordinatewiseLSTM.from_pretrained(tmp_path / "a" / "network").flat_weights(), trained)
+
+
+def test_meta_train_keeps_the_best_network_of_a_run_that_fails(run, monkeypatch):
+    found, loss = [], tasks.Quadratic.loss
+
+    class Watched(MetaTrainer):
+        def fit(self, *arguments, **options):
+            found.append(self)
+            return super().fit(*arguments, **options)
+
+    def fail_later(self, params, batch):
+        if found and found[0].meta_step == 110:  # validated at 100
+            raise RuntimeError("no more of it")
+        return loss(self, params, batch)
+
+    monkeypatch.setattr("l2l_fast.cli.meta_train.MetaTrainer", Watched)
+    monkeypatch.setattr(tasks.Quadratic, "loss", fail_later)
+    code, _, err = run("meta-train", "quadratic", "--horizon", 5, "--meta-steps", 120, "--out", "a")
+    assert (code, "no more of it" in err) == (1, True)
+    assert found[0].history.best_score < 1
+    assert torch.equal(CoordinatewiseLSTM.from_pretrained("a/network").flat_weights(), found[0]._best)
+
+
+def test_meta_train_under_torchrun_says_that_it_runs_alone(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = run("meta-train", "quadratic", "--out", "a")
+    assert (code, out) == (1, "")
+    assert "start one process alone, without torchrun" in err
+    assert not list((tmp_path / "a").iterdir())
 
 
 def test_a_command_to_paste_is_quoted(run):

@@ -34,6 +34,14 @@ def test_stages_advance_when_validation_stops_improving():
     assert not any(staged.validated(9.0) for _ in range(5))  # nowhere further to go
 
 
+def test_stages_wait_anew_for_other_weights():
+    staged = Staged((10, 20), patience=2)
+    staged.validated(1.0)
+    staged.validated(2.0)
+    staged.forget()
+    assert [staged.validated(score) for score in (9.0, 9.0, 9.0)] == [False, False, True]
+
+
 def test_stages_resume():
     staged, other = Staged((10, 20), patience=1), Staged((10, 20), patience=1)
     staged.validated(1.0)

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch import distributed
 
 import l2l_fast as l2l
 from l2l_fast.meta import Horizon, LogUniform, MetaTrainer, Staged
@@ -43,6 +44,108 @@ def test_the_best_weights_stay_in_the_network_and_training_goes_on_from_the_last
     unbroken = make_trainer(meta_lr=0.5)
     trainer.fit(60)
     assert trainer.history.meta_losses == unbroken.fit(60).meta_losses
+
+
+class Stop(Exception):
+    pass
+
+
+def raising(call, error=Stop):
+    """Of a function called with anything, the call that raises."""
+    left = iter(range(call - 1, -1, -1))
+
+    def fail(*_):
+        if next(left, None) == 0:
+            raise error
+
+    return fail
+
+
+OFTEN = {"meta_lr": 0.1, "average": 0.5, "parallel": 2}  # the last weights are not the best, nor their average
+
+
+def test_an_exception_leaves_the_best_weights_and_changes_nothing_of_what_follows():
+    trainer, unbroken = make_trainer(**OFTEN), make_trainer(**OFTEN)
+    for one in (trainer, unbroken):
+        one.fit(5)
+    with pytest.raises(Stop):
+        trainer.fit(30, on_step=raising(10))
+    assert trainer.meta_step == 15
+    assert torch.equal(trainer.network.flat_weights().detach(), trainer._best)
+    assert trainer.fit(30) == unbroken.fit(30)
+    assert torch.equal(trainer._current, unbroken._current)
+    assert torch.equal(trainer._best, unbroken._best)
+
+
+@pytest.mark.parametrize("number", [3, 4])  # the last is at the end of the run
+def test_a_validation_that_failed_is_made_up_for(monkeypatch, number):
+    trainer, fail = make_trainer(**OFTEN), raising(number)
+    score = trainer._score
+    monkeypatch.setattr(trainer, "_score", lambda index: fail() or score(index))
+    with pytest.raises(Stop):
+        trainer.fit(16)
+    assert trainer.meta_step == 4 * number
+    assert trainer.fit(16) == make_trainer(**OFTEN).fit(16)
+
+
+class Failing(Quadratic):
+    """Its loss calls a function first."""
+
+    def __init__(self):
+        super().__init__(3)
+        self.first = lambda: None
+
+    def loss(self, params, batch):
+        self.first()
+        return super().loss(params, batch)
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+def test_a_meta_step_that_failed_is_made_again_on_new_trajectories(error):
+    task = Failing()
+    trainer, twin = make_trainer(tasks=task, **OFTEN), make_trainer(tasks=Quadratic(3), **OFTEN)
+
+    def in_the_tenth(step):
+        if step == 9:
+            task.first = raising(8, error)  # within the second of its two windows
+
+    with pytest.raises(error):
+        trainer.fit(30, on_step=in_the_tenth)
+    assert trainer.meta_step == len(trainer.history.meta_losses) == 9
+    assert torch.equal(trainer.network.flat_weights().detach(), trainer._best)
+    with pytest.raises(Stop):
+        twin.fit(30, on_step=raising(9))
+    twin.streams, twin.started = [None, None], trainer.started
+    assert trainer.fit(30) == twin.fit(30)
+    assert torch.equal(trainer._current, twin._current)
+
+
+def test_weights_loaded_between_two_fits_are_trained_from_there(monkeypatch):
+    trainer = make_trainer(average=0.9, parallel=2, horizon=Staged((20, 40), patience=9))
+    trainer.fit(6)
+    torch.manual_seed(1)
+    mine = l2l.CoordinatewiseLSTM("identity", 4, 1).flat_weights().detach()
+    trainer.network.load_flat_weights_(mine)
+    seen = []
+    monkeypatch.setattr(trainer, "_score", lambda index: 100.0)  # worse than what the others had
+    trainer.fit(8, on_step=lambda _: seen.append((trainer._rule.weights.clone(), trainer._averaged.clone())))
+    assert torch.equal(seen[0][0], mine)  # the first meta-step's
+    assert all((averaged - mine).abs().max() < 3 * trainer.meta_lr for _, averaged in seen)
+    assert trainer.history.best_score == trainer.horizon.best == 100.0
+    assert torch.equal(trainer.network.flat_weights().detach(), seen[-1][1])
+    assert [stream.trajectory.steps_done for stream in trainer.streams] == [10, 10]  # of their own trajectories
+    trainer.network.load_flat_weights_(mine)
+    trainer.fit(8)  # of which none is left
+    assert torch.equal(trainer.network.flat_weights().detach(), mine)
+
+
+def test_weights_loaded_before_the_first_fit_are_what_is_trained():
+    torch.manual_seed(1)
+    mine = l2l.CoordinatewiseLSTM("identity", 4, 1)
+    trainer = make_trainer(average=0.9)
+    trainer.network.load_state_dict(mine.state_dict())
+    assert trainer.fit(6) == (other := make_trainer(mine, average=0.9)).fit(6)
+    assert torch.equal(trainer.network.flat_weights(), other.network.flat_weights())
 
 
 def test_one_meta_step_is_one_adam_step_on_the_unrolls_gradient():
@@ -109,7 +212,7 @@ def test_tasks_take_turns():
         seen.append(trainer.started)
     assert [trainer._make_stream(n, n % 2, 5, False).trajectory.theta.shape[1] for n in range(4)] == [3, 5, 3, 5]
     assert seen == [1, 2, 3, 4]
-    assert len(trainer.fit(8).validations) == 1  # at meta-step 8: one score over both tasks
+    assert [step for step, _ in trainer.fit(8).validations] == [4, 8]  # one score over both tasks
 
 
 @pytest.mark.parametrize(
@@ -429,6 +532,20 @@ def test_two_ranks_equal_one_with_twice_the_instances(tmp_path):
     alone = torch.load(tmp_path / "weights-1-0")
     for rank in (0, 1):
         torch.testing.assert_close(torch.load(tmp_path / f"weights-2-{rank}"), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_torchrun_without_a_process_group_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"WORLD_SIZE is 2 .* call torch\.distributed\.init_process_group\(\)"):
+        make_trainer()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        make_trainer()
+    finally:
+        distributed.destroy_process_group()
+    for size in ("1", "", "two"):  # that of somebody else is not ours to judge
+        monkeypatch.setenv("WORLD_SIZE", size)
+        make_trainer()
 
 
 def test_horizon_object_and_int_are_the_same():

@@ -131,6 +131,24 @@ def test_refuses_modules(make_module, why):
         ModuleTask(make_module, (X, Y), F.mse_loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_refuses_parameters_that_are_not_float32(dtype):
+    data = X.to(dtype), Y.to(dtype)  # with which the module itself would run
+    with pytest.raises(ValueError, match=rf"must be float32, .* got {dtype} for 0\.weight, .* as float\(\) does"):
+        ModuleTask(lambda: make().to(dtype), data, F.mse_loss)
+
+    class Shifted(nn.Linear):
+        def __init__(self):
+            super().__init__(1, 1)
+            self.register_buffer("shift", torch.ones((), dtype=dtype))
+
+        def forward(self, x):
+            return super().forward(x.float()) + self.shift
+
+    task = ModuleTask(Shifted, data, F.mse_loss)  # constants and data may be what they like
+    assert {param.dtype for param in task.init(torch.Generator()).values()} == {torch.float32}
+
+
 def frozen_spare():
     module = Spare()
     module.spare.requires_grad_(False)

@@ -1,0 +1,73 @@
+"""What goes from rank to rank, by a group that carries the tensors of one kind of device alone, as NCCL does."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import l2l_fast as l2l
+from l2l_fast.meta import ranks
+
+META = torch.device("meta")
+
+
+class Sent(Exception):
+    pass
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """Two ranks in the place of torch.distributed: the other one says what we say. Takes tensors of ``device``."""
+
+    def all_reduce(tensor):
+        assert tensor.device == group.device
+        if tensor.device == META:
+            raise Sent  # it has no values to go on with
+        tensor.mul_(2)
+
+    def gather_object(value, values):
+        group.sent.append((value, group.current))
+        values[:] = [value, value]
+
+    @contextmanager
+    def current(device):
+        group.current = device
+        yield
+        group.current = None
+
+    group = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, get_rank=lambda: 0, get_world_size=lambda: 2,
+        all_reduce=all_reduce, gather_object=gather_object, device=META, current=None, sent=[],
+    )  # fmt: skip
+    monkeypatch.setattr(ranks, "distributed", group)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    return group
+
+
+@pytest.mark.parametrize("send", [lambda: ranks.any_rank(False, META), lambda: ranks.wait_for_all(META)])
+def test_flags_are_on_the_device_that_is_named(group, send):
+    with pytest.raises(Sent):
+        send()
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "cpu"])
+def test_objects_go_by_the_device_that_is_named(group, name):
+    device = torch.device(name)
+    value = {"a": [None, torch.ones(2)], "b": 3}
+    assert ranks.gather(value, device) == [value, value]
+    assert group.sent == [(value, device if name == "cuda:1" else None)]
+    assert group.current is None
+
+
+def test_a_trainer_sends_from_its_own_device(group, monkeypatch, tmp_path):
+    group.device = torch.device("cpu")
+    seen = {"any_rank": set(), "gather": set(), "wait_for_all": set()}
+    for name in seen:
+        call = getattr(ranks, name)
+        spy = lambda *arguments, name=name, call=call: seen[name].add(arguments[-1]) or call(*arguments)  # noqa: E731
+        monkeypatch.setattr(ranks, name, spy)
+    network = l2l.CoordinatewiseLSTM("moments", 4, 1)
+    trainer = l2l.MetaTrainer(network, "quadratic", horizon=12, unroll=5, checkpoint=tmp_path, progress=False)
+    assert len(trainer.fit(3).meta_losses) == 3
+    assert seen == {name: {trainer.device} for name in seen}
