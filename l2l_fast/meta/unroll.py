@@ -300,9 +300,10 @@ def unroll_second_derivatives(
 def imitate(
     trajectory: Trajectory, rule: Rule, length: int, teacher: torch.optim.Optimizer
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Let a hand-designed optimizer lead, and fit its updates.
+    """Let a hand-designed optimizer lead, and fit its moves.
 
-    L = 1 / (2 n) * sum_t ||u[t] - u_teacher[t]||^2 over n = B * N coordinates (Chen et al. 2020).
+    L = 1 / (2 n) * sum_t ||lr * u[t] - lr * weight_decay * theta[t] - move_teacher[t]||^2 over n = B * N coordinates
+    (Chen et al. 2020).
 
     Args:
         trajectory: moved on in place, by the teacher.
@@ -322,7 +323,7 @@ def imitate(
         before = theta.clone()
         theta.grad = grads[t]
         teacher.step()
-        moves[t] = theta - before
+        moves[t] = theta - before + rule.lr * rule.weight_decay * before  # what lr * u should be
         losses.append(evaluate(_at(batches, t), grads[t + 1]))
     trajectory.grad.copy_(grads[length])
     trajectory.losses.copy_(losses[-1])
@@ -330,8 +331,9 @@ def imitate(
         step = trajectory.step + 1
         first_state, flat = trajectory.state.view(size, -1), grads[:length].view(length, size)
         updates, last_state = ops.lstm_unroll(flat, first_state, rule.weights, rule.config, step)
-        error = updates - moves.view(length, size)
-        *_, d_weights = ops.lstm_unroll_backward(error / size, None, flat, first_state, rule.weights, rule.config, step)
+        error = rule.lr * updates - moves.view(length, size)
+        d_updates = rule.lr * error / size
+        *_, d_weights = ops.lstm_unroll_backward(d_updates, None, flat, first_state, rule.weights, rule.config, step)
         first_state.copy_(last_state)
         trajectory.step += length
     return torch.stack(losses), error.square().sum() / (2 * size), d_weights

@@ -283,8 +283,12 @@ def test_wrong_arguments(optimizers, options, message):
 
 
 def test_errors_are_those_of_paired_seeds():
-    mine = dataclasses.replace(result("mine", 2.0, [1.0]), seed_means=[1.0, 2.0, 3.0], seed_finals=[1.0, 2.0, 3.0])
-    rival = dataclasses.replace(result("rival", 4.0, [1.0]), seed_means=[2.0, 4.0, 6.0], seed_finals=[1.0, 3.0, 2.0])
+    mine = dataclasses.replace(
+        result([1.0], mean=2.0, label="mine"), seed_means=[1.0, 2.0, 3.0], seed_finals=[1.0, 2.0, 3.0]
+    )
+    rival = dataclasses.replace(
+        result([1.0], mean=4.0, label="rival"), seed_means=[2.0, 4.0, 6.0], seed_finals=[1.0, 3.0, 2.0]
+    )
     found = Comparison("task", 0, 3, ["mine"], {"mine": mine, "rival": rival})
     assert found.errors("mine")["ratio_mean"] == pytest.approx(0, abs=1e-12)  # each seed is half as bad
     left_out = torch.tensor([5 / 5, 4 / 3, 3 / 4])  # by hand: sums without one seed

@@ -1,5 +1,7 @@
 """The meta-gradient against plain autograd through the trajectory, in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -122,20 +124,23 @@ def test_suffix_sums_by_hand():
     torch.testing.assert_close(suffix_sums(grads, d_losses, lr, decay).view(-1), torch.tensor(expected))
 
 
-def test_imitation_gradient_is_autograds():
+@pytest.mark.parametrize(("lr", "decay"), [(1.0, 0.0), (0.5, 0.2)])
+def test_imitation_gradient_is_autograds(lr, decay):
     rule, trajectory = make("moments")
+    rule = dataclasses.replace(rule, lr=lr, weight_decay=decay)
     teacher = torch.optim.Adam([trajectory.theta], lr=0.01)
     start, grad = trajectory.theta.clone(), trajectory.grad.clone()
     state = trajectory.state.reshape(18, -1).clone()
     losses, meta_loss, d_weights = imitate(trajectory, rule, 5, teacher)
     # A second run of the teacher alone gives the moves to imitate.
     _, twin = make("moments")
-    teacher, grads, moves = torch.optim.Adam([twin.theta], lr=0.01), [], []
+    teacher, grads, thetas, moves = torch.optim.Adam([twin.theta], lr=0.01), [], [], []
     torch.testing.assert_close((twin.theta, twin.grad), (start, grad))
     for _ in range(5):
         before = twin.theta.clone()
         twin.theta.grad = twin.grad
         grads.append(twin.grad.reshape(-1))
+        thetas.append(before.reshape(-1))
         teacher.step()
         moves.append((twin.theta - before).reshape(-1))
         twin.losses, twin.grad = twin.evaluate(twin.theta)
@@ -143,7 +148,8 @@ def test_imitation_gradient_is_autograds():
     torch.testing.assert_close(losses[-1], twin.losses)
     phi = rule.weights.clone().requires_grad_()
     updates, last = reference.lstm_unroll(torch.stack(grads), state, phi, torch.tensor(1.0), *rule.config)
-    expected = 0.5 * (updates - torch.stack(moves)).square().sum() / 18
+    learned = lr * updates - lr * decay * torch.stack(thetas)
+    expected = 0.5 * (learned - torch.stack(moves)).square().sum() / 18
     assert_same((meta_loss, d_weights), (expected, torch.autograd.grad(expected, phi)[0]))
     torch.testing.assert_close(trajectory.state.reshape(18, -1), last.detach())
 
