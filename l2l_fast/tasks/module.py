@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -29,11 +30,13 @@ class ModuleTask:
         batch_size: rows of a minibatch.
         name: what tables call it.
         resample: True draws new rows at every step; False draws them once a trajectory.
+        test_data: as ``data``, for comparisons, so that optimizers are judged on rows they did not learn on. None: on
+            those of ``data``, from other starts and in other minibatches.
 
     Raises:
         ValueError: if the module has no trainable parameters, some that are not float32 or some that its loss does not
-            depend on (freeze them), is random or changes its buffers in its forward pass, the data do not share M, or
-            the loss is not a scalar.
+            depend on (freeze them), is random or changes its buffers in its forward pass, the data do not share M, the
+            test data are of another kind, or the loss is not a scalar.
 
     Example:
         >>> import torch, l2l_fast as l2l
@@ -56,9 +59,14 @@ class ModuleTask:
         batch_size: int = 128,
         name: str = "module",
         resample: bool = True,
+        test_data: Tensor | tuple[Tensor, ...] | None = None,
     ) -> None:
-        self.data = (data,) if isinstance(data, Tensor) else tuple(data)
-        _check_data(self.data)
+        self.data = _as_tuple(data)
+        _check_data(self.data, "data")
+        self._halves = {"meta-train": self.data, "meta-test": self.data}
+        if test_data is not None:
+            self._halves["meta-test"] = _as_tuple(test_data)
+            _check_test_data(self._halves["meta-test"], self.data)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.make_module, self.loss_fn = make_module, loss_fn
@@ -67,6 +75,15 @@ class ModuleTask:
         _check_module(self._module)
         self._data, self._constants = Resident(self.data), Resident(_constants(self._module))
         self._try()
+
+    def with_half(self, half: str) -> ModuleTask:
+        """The same task on ``data`` ("meta-train") or on ``test_data`` ("meta-test"), if it was given."""
+        if half not in self._halves:
+            raise ValueError(f"half must be one of {', '.join(map(repr, self._halves))}, got {half!r}")
+        other = copy.copy(self)
+        other.data = self._halves[half]
+        other._data = Resident(other.data)
+        return other
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Trainable parameters of a freshly made module.
@@ -175,12 +192,23 @@ def _listed(names: list[str], most: int = 5) -> str:
     return f"{', '.join(names[:most])}{more}"
 
 
-def _check_data(data: tuple[Tensor, ...]) -> None:
+def _as_tuple(data: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (data,) if isinstance(data, Tensor) else tuple(data)
+
+
+def _check_data(data: tuple[Tensor, ...], name: str) -> None:
     if not data or not all(isinstance(tensor, Tensor) and tensor.ndim > 0 for tensor in data):
-        raise ValueError("data must be a tensor or a tuple of tensors, each of at least one dimension")
+        raise ValueError(f"{name} must be a tensor or a tuple of tensors, each of at least one dimension")
     lengths = [len(tensor) for tensor in data]
     if len(set(lengths)) > 1 or lengths[0] == 0:
-        raise ValueError(f"data must share a first dimension of at least 1, got lengths {lengths}")
+        raise ValueError(f"{name} must share a first dimension of at least 1, got lengths {lengths}")
+
+
+def _check_test_data(test_data: tuple[Tensor, ...], data: tuple[Tensor, ...]) -> None:
+    _check_data(test_data, "test_data")
+    found, needed = ([(list(tensor.shape[1:]), tensor.dtype) for tensor in tensors] for tensors in (test_data, data))
+    if found != needed:
+        raise ValueError(f"test_data must have rows like those of data, {needed}, got {found}")
 
 
 def _check_module(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from l2l_fast.evaluate.compare import held_out
 from l2l_fast.tasks import Instances, ModuleTask, Task
 
 X = torch.linspace(-1, 1, 50).unsqueeze(1)
@@ -200,3 +201,25 @@ def test_refuses_sparse_gradients():
 def test_can_be_made_where_gradients_are_off():
     with torch.no_grad():
         ModuleTask(make, (X, Y), F.mse_loss)
+
+
+def test_comparisons_are_on_the_test_data():
+    task = ModuleTask(make, (X, Y), F.mse_loss, batch_size=4, test_data=(X + 5, Y))
+    there = held_out(task)
+    batch, params = torch.tensor([0, 7, 49]), task.init(torch.Generator().manual_seed(0))
+    expected = F.mse_loss(torch.func.functional_call(make(), params, (X[batch] + 5,)), Y[batch])
+    torch.testing.assert_close(there.loss(params, batch), expected)
+    assert not torch.equal(task.loss(params, batch), expected)
+    back = there.with_half("meta-train")
+    torch.testing.assert_close(back.loss(params, batch), task.loss(params, batch))
+    alone = ModuleTask(make, (X, Y), F.mse_loss)
+    assert torch.equal(held_out(alone).loss(params, batch), alone.loss(params, batch))
+
+
+def test_test_data_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match="test_data must have rows like those of data"):
+        ModuleTask(make, (X, Y), F.mse_loss, test_data=(X, Y.double()))
+    with pytest.raises(ValueError, match="test_data must share a first dimension"):
+        ModuleTask(make, (X, Y), F.mse_loss, test_data=(X, Y[1:]))
+    with pytest.raises(ValueError, match="half must be one of 'meta-train', 'meta-test', got 'test'"):
+        ModuleTask(make, (X, Y), F.mse_loss).with_half("test")
