@@ -17,9 +17,9 @@ def compare(
     network: Annotated[str, typer.Option(help="A network: shipped name, folder or hub id.")] = "l2l-base",
     horizon: Annotated[int, typer.Option(help="Steps a trajectory.", min=1)] = 100,
     seeds: Annotated[int, typer.Option(help="Held-out seeds.", min=1)] = 10,
-    baselines: Annotated[str, typer.Option(help="Which, separated by commas; adam-fused is one more.")] = ",".join(
-        evaluate.USUAL
-    ),
+    baselines: Annotated[
+        str, typer.Option(help="Which, separated by commas; also adam-fused, and NAME-linear, whose rate falls to 0.")
+    ] = ",".join(evaluate.USUAL),
     device: Device = "cpu",
     seed: Seed = 0,
     out: Out = None,

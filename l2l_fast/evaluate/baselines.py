@@ -55,6 +55,7 @@ BASELINES: dict[str, Baseline] = {
 }
 # What people compare with unless they say otherwise: fused Adam takes the steps that Adam does, in less time.
 USUAL = ("sgd", "nesterov", "rmsprop", "adam", "adamw")
+LINEAR = "-linear"  # of a baseline's name: the same, with its rate falling to 0 over the horizon
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,50 @@ class Tuned:
     tied: bool = False  # as tunings kept before there was this field say
 
 
-def find_baseline(baseline: str | Baseline) -> Baseline:
-    """The baseline of that name; a :class:`Baseline` is returned as it is."""
+def find_baseline(baseline: str | Baseline, horizons: Sequence[int] = ()) -> Baseline:
+    """The baseline of that name, NAME-linear being NAME with linear decay; a :class:`Baseline` is returned as it is.
+
+    Args:
+        baseline: name or baseline.
+        horizons: what it is to run for; NAME-linear needs exactly one.
+
+    Raises:
+        ValueError: no such name, or not one horizon for a rate that decays over it.
+    """
     if isinstance(baseline, Baseline):
         return baseline
-    if baseline not in BASELINES:
-        raise ValueError(f"baselines must be among {', '.join(BASELINES)} (or be a Baseline), got {baseline!r}")
-    return BASELINES[baseline]
+    name = baseline.removesuffix(LINEAR)
+    if name not in BASELINES:
+        raise ValueError(
+            f"baselines must be among {', '.join(BASELINES)}, one of these with {LINEAR} behind it, or a Baseline, "
+            f"got {baseline!r}"
+        )
+    if name == baseline:
+        return BASELINES[name]
+    if len(horizons) != 1:
+        raise ValueError(
+            f"{baseline} decays over the horizon, so its run for one says nothing of another: use one horizon, "
+            f"got {list(horizons)}"
+        )
+    return decaying(BASELINES[name], horizons[0])
+
+
+def decaying(baseline: Baseline, horizon: int) -> Baseline:
+    """The same optimizer with lr[t] = lr * (1 - t / horizon) at updates t = 0, 1, ...
+
+    Example:
+        >>> from l2l_fast.evaluate.baselines import BASELINES, decaying
+        >>> decaying(BASELINES["adam"], 100).label
+        'Adam, lr to 0'
+    """
+
+    def make(params, lr):
+        optimizer = baseline.factory(params, lr)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: max(0.0, 1 - done / horizon))
+        optimizer.register_step_post_hook(lambda *_: schedule.step())
+        return optimizer
+
+    return Baseline(f"{baseline.name}{LINEAR}", f"{baseline.label}, lr to 0", make, baseline.exponents)
 
 
 def tune(
@@ -151,7 +189,8 @@ def tune_horizons(
         >>> tuned[10].lr >= tuned[20].lr
         True
     """
-    baseline, seeds, horizons = find_baseline(baseline), list(seeds), sorted(set(horizons))
+    seeds, horizons = list(seeds), sorted(set(horizons))
+    baseline = find_baseline(baseline, horizons)
     if not horizons or horizons[0] < 1:
         raise ValueError(f"horizon must be at least 1, got {horizons[0] if horizons else 'none'}")
     if not seeds:

@@ -60,7 +60,8 @@ def compare(
             must work without a closure.
         horizon: number of updates.
         seeds: number of held-out instances.
-        baselines: what to compare with.
+        baselines: what to compare with: names, ``-linear`` behind one for a rate that falls to 0 over the horizon, or a
+            :class:`Baseline` of your own.
         tuning_seeds: number of instances to tune baselines on.
         seed: shifts both sets of instances, 0 to 9999.
         device: where to run.
@@ -122,7 +123,8 @@ def compare_horizons(
     if not 0 <= seed <= 9999:
         raise ValueError(f"seed must be from 0 to 9999, got {seed}")
     learned = learned_lanes(optimizers, state_dtype)
-    baselines = [find_baseline(baseline) for baseline in ([baselines] if isinstance(baselines, str) else baselines)]
+    baselines = [baselines] if isinstance(baselines, str) else baselines
+    baselines = [find_baseline(baseline, horizons) for baseline in baselines]
     if not baselines:
         raise ValueError(f"baselines must name at least one of {', '.join(BASELINES)}, got none")
     names = [*learned, *(baseline.name for baseline in baselines)]

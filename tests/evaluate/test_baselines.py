@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from l2l_fast.evaluate import BASELINES, Baseline, baselines, tune
-from l2l_fast.evaluate.baselines import EXTENSION, MAX_EXTENSIONS
+from l2l_fast.evaluate import BASELINES, Baseline, baselines, compare, compare_horizons, tune
+from l2l_fast.evaluate.baselines import EXTENSION, MAX_EXTENSIONS, find_baseline
 from l2l_fast.evaluate.trajectories import Lane, smoothed, trajectories
 from l2l_fast.tasks import Quadratic
 
@@ -162,3 +162,25 @@ def test_smoothed_is_a_trailing_mean():
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         tune(Quadratic(), **{"baseline": "sgd", "horizon": 5, "seeds": [1]} | options)
+
+
+def test_a_linear_decay_ends_at_zero():
+    baseline = find_baseline("nesterov-linear", [10])
+    theta = torch.nn.Parameter(torch.ones(1))
+    optimizer, rates = baseline.factory([theta], 0.5), []
+    for _ in range(12):
+        rates.append(optimizer.param_groups[0]["lr"])
+        theta.grad = torch.ones(1)
+        optimizer.step()
+    assert rates == pytest.approx([0.5 * (1 - t / 10) for t in range(10)] + [0, 0])
+
+
+def test_a_linear_decay_is_tuned_and_compared_at_one_horizon():
+    task = Quadratic(dimension=4)
+    found = compare(task, "l2l-quadratic", horizon=20, seeds=2, tuning_seeds=2, baselines=["sgd", "sgd-linear"])
+    assert found.baselines == ["sgd", "sgd-linear"]
+    assert found.optimizers["sgd-linear"].label == "SGD, lr to 0"
+    with pytest.raises(ValueError, match=r"sgd-linear decays over the horizon.*use one horizon, got \[10, 20\]"):
+        compare_horizons(task, "l2l-quadratic", (10, 20), seeds=2, baselines=["sgd-linear"])
+    with pytest.raises(ValueError, match=r"baselines must be among .* got 'lion-linear'"):
+        tune(task, "lion-linear")
