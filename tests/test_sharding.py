@@ -1,6 +1,6 @@
 """Sharded parameters: state shards as its parameter does, and the steps are those of the whole.
 
-Each case is the code of one of two ranks, which asserts what it holds.
+Each case is code that two ranks run, and which asserts what it holds; one pair of processes runs all of them.
 """
 
 import subprocess
@@ -106,9 +106,9 @@ os._exit(0)  # all is checked; gloo's threads sometimes abort an interpreter tha
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("case", ["fully_sharded", "summands", "otherwise_sharded", "not_finite_on_one_rank"])
-def test_two_ranks_make_the_steps_of_the_whole(tmp_path, case):
-    command = [sys.executable, "-c", _BEGIN + globals()[f"_{case.upper()}"] + _END]
+def test_two_ranks_make_the_steps_of_the_whole(tmp_path):
+    cases = [_FULLY_SHARDED, _SUMMANDS, _OTHERWISE_SHARDED, _NOT_FINITE_ON_ONE_RANK]
+    command = [sys.executable, "-c", "".join([_BEGIN, *cases, _END])]
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in (0, 1)]
     errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
