@@ -35,8 +35,8 @@ CLASSIFIER = Recipe(
 # The optimizee is an optimizer's weights, whose gradients have any scale and the noise of a few inner instances.
 META_TRAINING = Recipe(
     network={"features": "moments", "hidden_size": 16, "num_layers": 1},
-    training={"instances": 8, "meta_lr": 1e-2, "schedule": "cosine", "average": 0.98},
-    meta_steps=300,
+    training={"instances": 16, "meta_lr": 1e-2, "schedule": "cosine", "average": 0.98},
+    meta_steps=200,
 )
 
 # What the demo trains: sees raw gradients and their moments, so what it learns on quadratics carries over to networks.
