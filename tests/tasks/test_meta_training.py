@@ -8,6 +8,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import l2l_fast as l2l
+from l2l_fast.meta.identity import describe, differences
 from l2l_fast.tasks import Classifier, Instances, MetaTraining, Quadratic, Task
 
 TINY = {"hidden": 3, "unroll": 4, "instances": 2}
@@ -125,17 +126,22 @@ def test_halves_are_the_inner_task_s():
     assert MetaTraining(Quadratic(3)).with_half("meta-test").task.dimension == 3
 
 
+def test_a_checkpoint_tells_inner_tasks_apart():
+    first, *others = (describe(MetaTraining(inner, **TINY)) for inner in (Quadratic(3), Quadratic(4), Quadratic(3)))
+    assert [differences(first, other) != [] for other in others] == [True, False]
+
+
 def test_an_lstm_learns_to_train_it_and_stands_beside_tuned_adam():
-    task = MetaTraining(Quadratic(3), **TINY)
+    task = MetaTraining(Quadratic(3), **TINY | {"unroll": 3})
     network = l2l.CoordinatewiseLSTM("moments", hidden_size=8, num_layers=1)
     options = {"unroll": 10, "horizon": 20, "instances": 8, "meta_lr": 0.03, "objective": "relative"}
-    trainer = l2l.MetaTrainer(network, task, validate_every=10, progress=False, **options)
+    trainer = l2l.MetaTrainer(network, task, validate_every=15, progress=False, **options)
     untrained = copy.deepcopy(network)
-    history = trainer.fit(40)
+    history = trainer.fit(30)
     assert history.skipped == 0
     assert sum(history.meta_losses[-10:]) < 0.9 * sum(history.meta_losses[:10])
 
-    found = l2l.compare(task, {"LSTM": network, "untrained": untrained}, horizon=20, seeds=10, baselines=["adam"],
+    found = l2l.compare(task, {"LSTM": network, "untrained": untrained}, horizon=15, seeds=10, baselines=["adam"],
                         tuning_seeds=2)  # fmt: skip
     assert set(found.optimizers) == {"LSTM", "untrained", "adam"}
     assert found.optimizers["LSTM"].mean_loss < 0.9 * found.optimizers["untrained"].mean_loss
