@@ -92,7 +92,8 @@ def split_state(state: Tensor, config: Config) -> list[Tensor]:
 # ---------------------------------------------------------------- one step of one block
 
 
-def _log_sign(grad: Tensor, p: float) -> list[Tensor]:
+def log_sign(grad: Tensor, p: float) -> list[Tensor]:
+    """log|d|/p and sign d of gradient coordinates d, or -1 and e^p d where ``|d| < e^-p``."""
     magnitude, threshold = grad.abs(), math.exp(-p)
     large = magnitude >= threshold
     log = magnitude.clamp(min=threshold).log() / p
@@ -155,7 +156,7 @@ def cell(
         rows = rows[2:]
         moves = finite & ~(v < SMALLEST)
     if config.features in ("log_sign", "both"):
-        inputs = inputs + _log_sign(grad, config.preprocess_p)
+        inputs = inputs + log_sign(grad, config.preprocess_p)
     if config.features == "identity":
         inputs = [grad]
     x = torch.stack(inputs)

@@ -99,9 +99,10 @@ def meta_train(
         tasks = [task.name for task in prepared[-1][1]]
     else:
         overrides = {} if init_scale is None else {"init_scale": _init_scale(init_scale)}
-        if overrides and set(tasks) == {"quadratic"}:
-            raise typer.BadParameter("--init-scale is for classifiers; quadratic starts in its own way: leave it out")
-        mixture = [library.get(name, **({} if name == "quadratic" else overrides)) for name in tasks]
+        scaled = {name for name in tasks if hasattr(library.get(name), "init_scale")}
+        if overrides and not scaled:
+            raise typer.BadParameter(f"--init-scale is for classifiers; {tasks[0]} starts in its own way: leave it out")
+        mixture = [library.get(name, **(overrides if name in scaled else {})) for name in tasks]
         known = recipes.for_task(mixture[0])
         torch.manual_seed(seed)
         learned, title = CoordinatewiseLSTM(**known.network | shape), "-".join(tasks)

@@ -22,6 +22,8 @@ def tasks(as_json: Json = False) -> None:
 def _describe(task: library.Task) -> str:
     if isinstance(task, library.Quadratic):
         return f"||W x - y||^2 in {task.dimension} dimensions"
+    if isinstance(task, library.MetaTraining):
+        return f"weights of an MLP of {task.hidden} units that optimizes {task.task.name}, {task.unroll} steps"
     units = "-".join(map(str, task.hidden))
     kind = "convolutions with channels" if task.kind == "conv" else "hidden layers of units"
     return f"classifier, {kind} {units}, {task.activation}, minibatch {task.batch_size}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from l2l_fast.tasks import Quadratic, Task
+from l2l_fast.tasks import MetaTraining, Quadratic, Task
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,13 @@ CLASSIFIER = Recipe(
     meta_steps=800,
 )
 
+# The optimizee is an optimizer's weights, whose gradients have any scale and the noise of a few inner instances.
+META_TRAINING = Recipe(
+    network={"features": "moments", "hidden_size": 16, "num_layers": 1},
+    training={"instances": 16, "meta_lr": 1e-2, "schedule": "cosine", "average": 0.98},
+    meta_steps=200,
+)
+
 # What the demo trains: sees raw gradients and their moments, so what it learns on quadratics carries over to networks.
 DEMO = Recipe(
     network={"features": "both", "hidden_size": 20, "num_layers": 1},
@@ -42,4 +49,6 @@ DEMO = Recipe(
 
 def for_task(task: Task) -> Recipe:
     """The recipe for a kind of task."""
+    if isinstance(task, MetaTraining):
+        return META_TRAINING
     return QUADRATIC if isinstance(task, Quadratic) else CLASSIFIER

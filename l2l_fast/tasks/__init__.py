@@ -6,10 +6,11 @@ import difflib
 
 from l2l_fast.tasks.base import Instances, Task
 from l2l_fast.tasks.classifier import Classifier
+from l2l_fast.tasks.meta_training import MetaTraining
 from l2l_fast.tasks.module import ModuleTask
 from l2l_fast.tasks.quadratic import Quadratic
 
-__all__ = ["Classifier", "Instances", "ModuleTask", "Quadratic", "Task", "get", "names"]
+__all__ = ["Classifier", "Instances", "MetaTraining", "ModuleTask", "Quadratic", "Task", "get", "names"]
 
 _VARIATIONS = {
     "mlp": {},  # the deck's: one hidden layer of 20 sigmoid units
@@ -22,6 +23,11 @@ _TABLE = {"quadratic": (Quadratic, {})} | {
     f"{dataset}-{variation}": (Classifier, {"dataset": dataset} | options)
     for dataset in ("digits", "mnist")
     for variation, options in _VARIATIONS.items()
+}
+# The deck's proposal: an optimizer's own training, with an LSTM in Adam's place. Of the digits one instance is enough.
+_TABLE |= {
+    "meta-quadratic": (MetaTraining, {"task": "quadratic"}),
+    "meta-digits-mlp": (MetaTraining, {"task": "digits-mlp", "instances": 1}),
 }
 
 
@@ -44,7 +50,8 @@ def get(name: str, /, **overrides) -> Task:
 
     Args:
         name: one of ``names()``.
-        **overrides: options of its class, :class:`Quadratic` or :class:`Classifier`, in place of the name's.
+        **overrides: options of its class, :class:`Quadratic`, :class:`Classifier` or :class:`MetaTraining`, in place of
+            the name's.
 
     Raises:
         ValueError: if there is no such name, listing those there are.

@@ -76,6 +76,14 @@ def look_up(table: Tensor, rows: Tensor) -> Tensor:
     return F.embedding(rows, table.flatten(1)).view(*rows.shape, *table.shape[1:])
 
 
+def unflatten(theta: Tensor, shapes: dict[str, torch.Size]) -> Params:
+    """Views of flat parameters [B, N] as a dictionary of [B, *shape], for shapes by name."""
+    pieces = theta.split([math.prod(shape) for shape in shapes.values()], dim=1)
+    return {
+        name: piece.view(theta.shape[0], *shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+    }
+
+
 class Instances:
     """B instances of a task, side by side: one row of coordinates and one generator each.
 
@@ -124,11 +132,7 @@ class Instances:
 
     def unflatten(self, theta: Tensor) -> Params:
         """Views of flat parameters [B, N] as a dictionary of [B, *shape]."""
-        pieces = theta.split([math.prod(shape) for shape in self.shapes.values()], dim=1)
-        return {
-            name: piece.view(theta.shape[0], *shape)
-            for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
-        }
+        return unflatten(theta, self.shapes)
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
         """Loss of every instance, for stacked parameters.

@@ -288,6 +288,7 @@ def test_demo_tells_the_whole_story(run, tmp_path):
         (["meta-train", "quadratic", "--features", "loud"], "features must be one of"),
         (["meta-train", "digits-mlp", "--init-scale", "big"], "--init-scale 'big'"),
         (["meta-train", "quadratic", "--init-scale", "0.1"], "--init-scale is for classifiers"),
+        (["meta-train", "meta-quadratic", "--init-scale", "0.1"], "meta-quadratic starts in its own way"),
         (["sweep", "quadratic", "--meta-lr", "a,b"], "--meta-lr 'a,b'"),
         (["sweep", "quadratic", "--meta-lr", "0.01,0.010"], "give different positive numbers"),
         (["sweep", "quadratic", "--meta-lr", "0.01,-1"], "give different positive numbers"),
