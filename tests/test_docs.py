@@ -61,3 +61,15 @@ def test_readme_names_only_commands_that_exist():
     used = set(re.findall(r"^\s*l2l-fast ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert used
     assert used <= known
+
+
+def test_the_recipe_of_the_docs_is_one(tmp_path):
+    from l2l_fast.cli.training import prepare, read_recipe, stages
+
+    (block,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)
+    (tmp_path / "my.json").write_text(block)
+    parts = stages(read_recipe(str(tmp_path / "my.json")))
+    assert len(parts) == 2
+    for part in parts:
+        network, tasks, training = prepare(part, "digits", 0)
+        l2l_fast.MetaTrainer(network, tasks, progress=False, **training)
