@@ -261,8 +261,8 @@ def _jackknife(mine: list[float], best: list[float]) -> float | None:
 
 
 def with_error(ratio: float, error: float | None) -> str:
-    """Such as 0.82 ± 0.01."""
-    return f"{ratio:.2f}" + ("" if error is None else f" ± {error:.2f}")
+    """Such as 0.82 ± 0.01, with a digit more of an error that would vanish."""
+    return f"{ratio:.2f}" + ("" if error is None else f" ± {error:.{2 if error >= 0.005 else 3}f}")
 
 
 def json_text(value) -> str:

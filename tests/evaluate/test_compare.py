@@ -294,6 +294,6 @@ def test_errors_are_those_of_paired_seeds():
     left_out = torch.tensor([5 / 5, 4 / 3, 3 / 4])  # by hand: sums without one seed
     expected = ((left_out - left_out.mean()).square().sum() * 2 / 3).sqrt()
     assert found.errors("mine")["ratio_final"] == pytest.approx(expected.item())
-    assert "mean loss 0.50 ± 0.00 of rival's" in found.table()
+    assert "mean loss 0.50 ± 0.000 of rival's" in found.table()
     mine.seed_means[0] = math.inf
     assert found.errors("mine")["ratio_mean"] is None
