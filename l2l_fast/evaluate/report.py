@@ -14,8 +14,8 @@ from l2l_fast.evaluate.rows import METRICS
 PROTOCOL = (
     "Ratios below 1 favour the learned optimizer. They are to the best of SGD, Nesterov, RMSprop and Adam, each at a "
     "constant rate tuned for that horizon and that measure on seeds of its own; all run from the same starts on the "
-    "same minibatches of the held-out half of the data. Steps: to the best baseline's smoothed loss at the horizon, over its own; seconds: "
-    "those steps in wall-clock time. ± is the standard error over the held-out seeds."
+    "same minibatches of the held-out half of the data. Steps: to the best baseline's smoothed loss at the horizon, "
+    "over its own; seconds: those steps in wall-clock time. ± is the standard error over the held-out seeds."
 )
 BARS = "Bars are those for MNIST."
 
