@@ -269,7 +269,7 @@ def test_table_fits_80_columns_at_its_widest():
         (momentum, {"tuning_seeds": 0}, "tuning_seeds must be at least 1, got 0"),
         (momentum, {"seeds": 100_001}, "at most 100000"),
         (momentum, {"seed": -1}, "seed must be from 0 to 9999"),
-        (momentum, {"baselines": ["adam", "lion"]}, "sgd, nesterov, rmsprop, adam, adamw, adam-fused .*'lion'"),
+        (momentum, {"baselines": ["adam", "lion"]}, "sgd, nesterov, rmsprop, adam, adamw, adam-fused, one .*'lion'"),
         (momentum, {"baselines": []}, "baselines must name at least one"),
         (momentum, {"baselines": ["adam", "adam"]}, "got adam twice"),
         ({"adam": momentum}, {}, "got adam twice; rename one"),
