@@ -244,19 +244,18 @@ def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
 def _result(label: str, losses: Tensor, losses_final: Tensor, horizon: int, *, seconds: float, **rates) -> Result:
     """Numbers of losses [B, T + 1], at the rate for the mean and at the rate for the final loss."""
     losses, losses_final = losses.double(), losses_final.double()
-    several = len(losses) > 1
-    finals = smoothed(losses_final, horizon)[:, -1]
+    several, means = len(losses) > 1, losses[:, 1:].mean(1)
     return Result(
         label=label,
         mean_loss=mean_loss(losses),
-        mean_loss_std=losses[:, 1:].mean(1).std().item() if several else 0.0,
+        mean_loss_std=means.std().item() if several else 0.0,
         final_loss=final_loss(losses_final, horizon),
         seconds_per_step=seconds,
         curve=losses.mean(0).tolist(),
         curve_std=(losses.std(0) if several else torch.zeros_like(losses[0])).tolist(),
         curve_final=losses_final.mean(0).tolist(),
-        seed_means=losses[:, 1:].mean(1).tolist(),
-        seed_finals=finals.tolist(),
+        seed_means=means.tolist(),
+        seed_finals=smoothed(losses_final, horizon)[:, -1].tolist(),
         **rates,
     )
 

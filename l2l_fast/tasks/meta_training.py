@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 from torch.utils._pytree import tree_map
 
+from l2l_fast.checks import require
 from l2l_fast.reference import log_sign
 from l2l_fast.tasks.base import Batch, Instances, Params, Task, unflatten
 
@@ -72,13 +73,10 @@ class MetaTraining:
             from l2l_fast import tasks  # which has this task's name
 
             task = tasks.get(task)
-        if not isinstance(task, Task):
-            raise ValueError(f"task must be a task or the name of one, got {task!r}")
+        require(isinstance(task, Task), "task", task, "a task or the name of one")
         for option, value in {"hidden": hidden, "unroll": unroll, "instances": instances}.items():
-            if value < 1:
-                raise ValueError(f"{option} must be at least 1, got {value}")
-        if not 0 < output_scale < math.inf:
-            raise ValueError(f"output_scale must be a positive number, got {output_scale}")
+            require(value >= 1, option, value, "at least 1")
+        require(0 < output_scale < math.inf, "output_scale", output_scale, "a positive number")
         self.task, self.hidden, self.unroll, self.instances = task, hidden, unroll, instances
         self.output_scale, self.second_derivatives = output_scale, second_derivatives
         self.name = name or f"meta-{task.name}"

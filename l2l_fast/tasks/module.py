@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from l2l_fast.checks import require
 from l2l_fast.tasks.base import Resident, look_up
 
 
@@ -78,8 +79,7 @@ class ModuleTask:
 
     def with_half(self, half: str) -> ModuleTask:
         """The same task on ``data`` ("meta-train") or on ``test_data`` ("meta-test"), if it was given."""
-        if half not in self._halves:
-            raise ValueError(f"half must be one of {', '.join(map(repr, self._halves))}, got {half!r}")
+        require(half in self._halves, "half", half, f"one of {', '.join(map(repr, self._halves))}")
         other = copy.copy(self)
         other.data = self._halves[half]
         other._data = Resident(other.data)
