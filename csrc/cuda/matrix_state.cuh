@@ -9,6 +9,7 @@ namespace matrix {
 
 struct StepCall {
   Cell<float> cell;
+  Starts starts;
   Scalar lr;
   float weight_decay;
   bool maximize;

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(threads(kSlots), 1)
   Tile next = find(index);
   Own next_own = load_own<T>(table.entries[next.entry], next, net);
   float4* const rest = weights + weights_size(net);
-  Packer<kSlots>(net, cell.weights, weights, reinterpret_cast<float*>(rest));
+  Packer<kSlots>(net, call.starts, cell.weights, weights, reinterpret_cast<float*>(rest));
   __syncthreads();
   Stream<kSlots, T> stream(net.layers, rest, part<T>(table.entries[next.entry], next, net));
 
@@ -220,7 +220,8 @@ bool matrix_step_supports(const DenseEntry& entry) {
 void matrix_step(const StepArguments& arguments, const std::vector<DenseEntry>& entries, void* stream) {
   const Network& net = arguments.net;
   const matrix::StepCall call = {
-      Cell<float>::of(net, arguments.weights), arguments.lr, float(arguments.weight_decay), arguments.maximize};
+      Cell<float>::of(net, arguments.weights), matrix::Starts::of(net), arguments.lr, float(arguments.weight_decay),
+      arguments.maximize};
   for (DType dtype : {DType::float32, DType::bfloat16}) {
     std::vector<DenseEntry> of_dtype;
     std::copy_if(entries.begin(), entries.end(), std::back_inserter(of_dtype), [&](const DenseEntry& entry) {
