@@ -264,8 +264,8 @@ def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32)
     """Zero state of a parameter: shape ``(*param.shape, S)``, each of the S rows contiguous over the coordinates.
 
     The shape is canonical, so the state slices and shards as its parameter does; the layout is only strides. The
-    coordinates stand in the parameter's own memory order, and a row is padded to an odd number of 64-byte lines, so
-    that the rows of a power-of-two parameter do not all fall on one cache set.
+    coordinates stand in the parameter's own memory order, and a row is padded to an odd number of lines of cache (64
+    bytes, on a GPU 128), so that the rows of a power-of-two parameter do not all fall on one cache set.
 
     Args:
         param: of any shape and strides, real.
@@ -278,7 +278,7 @@ def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32)
         >>> l2l.ops.new_state(torch.empty(3, 5), network.config).shape
         torch.Size([3, 5, 80])
     """
-    size, line = reference.state_size(config), 64 // dtype.itemsize
+    size, line = reference.state_size(config), (128 if param.device.type == "cuda" else 64) // dtype.itemsize
     row = (-(-param.numel() // line) | 1) * line
     strides = torch.empty_like(param, device="meta").stride()
     storage = torch.zeros(size * row, dtype=dtype, device=param.device)
