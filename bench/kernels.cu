@@ -127,12 +127,14 @@ void line(const char* what, const char* how, int64_t coordinates, double us, dou
 
 // ---------------------------------------------------------------- the step's memory, without its arithmetic
 
-// Reads and writes again `rows` rows of 32-coordinate pieces, as the kernels do: a warp a tile, a lane 16 bytes.
+// Reads and writes again kRows rows of 32-coordinate pieces, as the kernels do: a warp a tile, a lane 16 bytes; kAhead
+// loads of a lane are under way at a time. together: the warps of a block take neighbouring tiles.
 template <int kRows, int kAhead>
-__global__ void __launch_bounds__(256) pattern(float4* state, int64_t row, int64_t tile_stride, int64_t tiles) {
-  const int lane = threadIdx.x % 32, r = lane / 4, q = lane % 4;
-  const int64_t warps = int64_t(gridDim.x) * (blockDim.x / 32);
-  for (int64_t tile = int64_t(threadIdx.x / 32) * gridDim.x + blockIdx.x; tile < tiles; tile += warps) {
+__global__ void __launch_bounds__(256)
+    pattern(float4* state, int64_t row, int64_t tile_stride, int64_t tiles, bool together) {
+  const int lane = threadIdx.x % 32, r = lane / 4, q = lane % 4, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int64_t start = together ? blockIdx.x * int64_t(warps) + warp : warp * int64_t(gridDim.x) + blockIdx.x;
+  for (int64_t tile = start; tile < tiles; tile += int64_t(gridDim.x) * warps) {
     float4* const at = state + tile * tile_stride + r + q * row;
 #pragma unroll 1
     for (int first = 0; first < kRows; first += 4 * kAhead) {
@@ -154,17 +156,20 @@ void patterns() {
   Buffer state(size_t(kRows) * (count + 1024) * 4);
   CHECK(cudaMemset(state.data, 0, state.bytes));
   auto run = [&](const char* how, int64_t row, int64_t tile_stride) {
-    for (int blocks : {1, 2, 4}) {
-      const double us = microseconds([&] {
-        pattern<kRows, 10><<<132 * blocks, 256>>>(state.as<float4>(), row, tile_stride, tiles);
-      });
-      char name[64];
-      std::snprintf(name, sizeof name, "%s, %d x 8 warps", how, blocks);
+    auto time = [&](const char* what, int ahead, int blocks, bool together) {
+      const auto kernel = ahead == 5 ? pattern<kRows, 5> : ahead == 10 ? pattern<kRows, 10> : pattern<kRows, 20>;
+      const double us = microseconds(
+          [&] { kernel<<<132 * blocks, 256>>>(state.as<float4>(), row, tile_stride, tiles, together); }, 5);
+      char name[80];
+      std::snprintf(name, sizeof name, "%s, %d ahead, %d x 8%s", how, ahead, blocks, what);
       line("pattern", name, count, us, 2.0 * kRows * 4 * count);
-    }
+    };
+    for (int ahead : {5, 10, 20})
+      for (int blocks : {1, 2}) time("", ahead, blocks, false);
+    time(", together", 10, 1, true);
   };
-  run("rows of 64 bytes odd", (count + 16) / 4, piece);  // 10M floats are whole lines of 128
-  run("rows of 128 bytes", (count + 32) / 4, piece);
+  run("lines of 64 B", (count + 16) / 4, piece);  // 10M floats are whole lines of 128
+  run("lines of 128 B", (count + 32) / 4, piece);
   run("tiles of 10 KB", piece, piece * kRows);
   CHECK(cudaDeviceSynchronize());
 }
@@ -276,9 +281,9 @@ void teams() {
   line("small", "MNIST network, 4 tensors", mnist.count, microseconds([&] { mnist.step(); }), mnist.bytes());
 }
 
-void unrolls() {
+void unrolls(const std::vector<int64_t>& counts) {
   const int64_t steps = 20;
-  for (int64_t count : {512, 16'000, 100'000}) {
+  for (int64_t count : counts) {
     const int rows = kPaper.state_rows();
     Buffer grads(steps * count * 4), state(rows * count * 4), updates(steps * count * 4), last(rows * count * 4);
     Buffer weights(WeightLayout{kPaper}.count() * 4), d_weights(weights.bytes), number(4);
@@ -308,7 +313,7 @@ void unrolls() {
 
 // A few calls and nothing else, for a profiler.
 void trace(const std::string& name, int64_t count) {
-  if (name == "unroll") return unrolls();
+  if (name == "unroll") return unrolls({count});
   Group group({count}, name == "bfloat16" ? DType::bfloat16 : DType::float32);
   for (int i = 0; i < 3; ++i) group.step();
   CHECK(cudaDeviceSynchronize());
@@ -336,7 +341,7 @@ int main(int argc, char** argv) {
   bool good = true;
   if (wants("repeat")) good = repeats();
   if (wants("teams")) teams();
-  if (wants("unroll")) unrolls();
+  if (wants("unroll")) unrolls({512, 16'000, 100'000});
   CHECK(cudaDeviceSynchronize());
   return good ? 0 : 1;
 }
