@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import cases
-from l2l_fast import ops, reference
+from l2l_fast import arguments, ops, reference
 
 STEPS = 3
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -37,6 +37,7 @@ def _steps(network, state_dtype):
     """Parameters after a few steps, by the op and by the reference."""
     (param,) = cases.params([(size(),)])
     weights, config, found = network.flat_weights().detach(), network.config, []
+    codes = arguments.codes(config)
     for kernel, dtype, held in (
         (torch.ops.l2l_fast.lstm_step_, torch.float32, state_dtype),
         (reference.lstm_step_, torch.float64, torch.float64),
@@ -44,7 +45,7 @@ def _steps(network, state_dtype):
         theta, state = torch.zeros_like(param, dtype=dtype), ops.new_state(param, config, held)
         for step in range(1, STEPS + 1):
             lr, count = torch.ones((), dtype=dtype, device=param.device), torch.tensor(float(step), device=param.device)
-            kernel([theta], [param.grad.to(dtype)], [state], weights.to(dtype), lr, [count], *config, 0.0, False)
+            kernel([theta], [param.grad.to(dtype)], [state], weights.to(dtype), lr, [count], *codes, 0.0, False)
         found.append(theta)
     return found
 
@@ -53,6 +54,7 @@ def _backward(network):
     """Gradient of the weights of a few steps, by the op and by the reference."""
     (param,) = cases.params([(STEPS, size())])
     weights, config, found = network.flat_weights().detach(), network.config, []
+    codes = arguments.codes(config)
     for kernel, dtype in (
         (torch.ops.l2l_fast.lstm_unroll_backward, torch.float32),
         (reference.lstm_unroll_backward, torch.float64),
@@ -61,7 +63,7 @@ def _backward(network):
         flags = (False, False, True)
         step = torch.ones((), device=param.device)
         *_, d_weights = kernel(
-            param.to(dtype), None, param.grad.to(dtype), state, weights.to(dtype), step, *config, *flags
+            param.to(dtype), None, param.grad.to(dtype), state, weights.to(dtype), step, *codes, *flags
         )
         found.append(d_weights)
     return found
