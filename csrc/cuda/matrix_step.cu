@@ -15,8 +15,9 @@ namespace {
 L2L_HOST_DEVICE constexpr int threads(int slots) { return slots > 5 ? 256 : 384; }
 
 // Up to so many tiles for each multiprocessor a team of warps takes each, which then is done sooner; from there on the
-// other kernel does more in all, as it packs the weights once for many tiles.
-constexpr int64_t kTeamTiles = 8;
+// other kernel does more in all, as it packs the weights once for many tiles. On an H100 the two cross between 16k and 33k
+// coordinates, for both dtypes of the state.
+constexpr int64_t kTeamTiles = 5;
 
 // Layers that a warp may send for ahead of the one that it works on, and bytes that a block should have under way:
 // latency times bandwidth asks for some 15 KB a multiprocessor, but a wait must also outlast a crowded memory's moods.

@@ -12,7 +12,7 @@ from l2l_fast.reference import Config
 
 pytestmark = [] if os.environ.get("L2L_FAST_EMULATED") else [pytest.mark.cuda]
 
-# Up to eight tiles of 32 for each multiprocessor go to teams of warps. The emulator has two, so the larger count gives
+# Up to five tiles of 32 for each multiprocessor go to teams of warps. The emulator has two, so the larger count gives
 # each warp of the persistent grid one tile or two, a GPU's takes the other kernel.
 TEAMS, STREAMS = 70, 1000 if os.environ.get("L2L_FAST_EMULATED") else 300_001
 both_kernels = pytest.mark.parametrize("count", [TEAMS, STREAMS])
