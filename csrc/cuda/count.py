@@ -4,8 +4,8 @@
     python csrc/cuda/count.py OBJECT... [--kernel REGEX]        such as --kernel 'step_by_teams<5, float'
 
 OBJECT is an object file, an executable or a module with CUDA kernels in it. cuobjdump comes with a CUDA toolkit, and
-with triton's wheel. Counts are of the program text, so a loop's body counts once. The exit status is 1 where a kernel has
-an instruction that ptxas 13.0 is known to write wrongly.
+with triton's wheel. Counts are of the program text, so a loop's body counts once. The exit status is 1 where a kernel
+has an instruction that ptxas 13.0 is known to write wrongly.
 """
 
 from __future__ import annotations
