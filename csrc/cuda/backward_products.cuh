@@ -26,8 +26,10 @@ struct Packing {
   L2L_HOST_DEVICE int head_bias() const { return head_weight() + net.hidden; }
   L2L_HOST_DEVICE int count() const { return head_bias() + 1; }
 
-  // With what a thread may read of columns past the last, and a multiple of 16 bytes.
-  L2L_HOST_DEVICE int padded() const { return (count() + 3 * kGates * net.hidden + 3) / 4 * 4; }
+  // A multiple of 16 bytes.
+  L2L_HOST_DEVICE int padded() const { return (count() + 3) / 4 * 4; }
+  // The columns past the last that multiply_transposed reads, and leaves: up to three.
+  L2L_HOST_DEVICE int overrun() const { return (net.hidden + 3) / 4 * 4 * kGates * net.hidden - kGates * net.hidden * net.hidden; }
 
   // The weight's place in the flat vector, and its twin's: the other bias, otherwise the same.
   struct Flat {

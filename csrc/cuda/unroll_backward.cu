@@ -39,16 +39,20 @@ struct BackwardRows {
   T* d_y;      // [1]: gradient of the head's sum
   T* sums;     // [Packing::count()], in its order
   T* weights;  // [Packing::count()], in its order
+  T* next;     // [state_rows]: the state that the next step back begins with, on its way here
+  int warps;   // warps(), or a constant
 
   static int64_t scalars(const Network& net) {
     const int64_t gates = int64_t(kGates) * net.hidden * net.layers;
-    const int64_t rows = forward_rows(net) + gates + net.state_rows() + std::max(net.hidden, 4) + 1;
+    const int64_t rows = forward_rows(net) + gates + 2 * net.state_rows() + std::max(net.hidden, 4) + 1;
     return rows * kStride<T> + Packing{net}.padded();
   }
-  L2L_DEVICE BackwardRows(const Network& net, T* at, T* weights) : step(forward_step_rows(net, at)), weights(weights) {
+  L2L_DEVICE BackwardRows(const Network& net, T* at, T* weights, int warps)
+      : step(forward_step_rows(net, at)), weights(weights), warps(warps) {
     gates = step.projected + (net.projection ? net.hidden * kStride<T> : 0);
     d_state = gates + kGates * net.hidden * net.layers * kStride<T>;
-    d_x = d_state + net.state_rows() * kStride<T>;
+    next = d_state + net.state_rows() * kStride<T>;
+    d_x = next + net.state_rows() * kStride<T>;
     d_y = d_x + (net.hidden > 4 ? net.hidden : 4) * kStride<T>;
     sums = d_y + kStride<T>;
   }
@@ -62,40 +66,59 @@ struct BackwardRows {
 };
 
 // As many warps as share a layer's units, two at a time, evenly.
-inline int backward_warps(const Network& net) {
-  const int pairs = (net.hidden + 1) / 2, rounds = (pairs + kMaxWarps - 1) / kMaxWarps;
+L2L_HOST_DEVICE constexpr int backward_warps(int hidden) {
+  const int pairs = (hidden + 1) / 2, rounds = (pairs + kMaxWarps - 1) / kMaxWarps;
   return (pairs + rounds - 1) / rounds;
 }
 
 // Deals tasks of several kinds to the threads in turn: where one kind ends, at a warp, the next begins.
 class Deal {
  public:
-  L2L_DEVICE Deal() : next_(threadIdx.x) {}
-  // This thread's first task of `tasks`; its others follow blockDim.x apart.
+  L2L_DEVICE explicit Deal(int warps) : next_(threadIdx.x), threads_(warps * device::kWarp) {}
+  // This thread's first task of `tasks`; its others follow as far apart as there are threads.
   L2L_DEVICE int take(int tasks) {
     const int first = next_;
     next_ -= (tasks + device::kWarp - 1) / device::kWarp * device::kWarp;
-    while (next_ < 0) next_ += blockDim.x;
+    while (next_ < 0) next_ += threads_;
     return first;
   }
 
  private:
-  int next_;
+  int next_, threads_;
 };
 
 // ---------------------------------------------------------------- states
 
-// All rows of a state from or to a step's place in the workspace, [state_rows][kWidth].
-template <class T>
-L2L_DEVICE void save_state(T* saved, const T* state, int rows) {
-  for (int i = threadIdx.x; i < rows * kQuads; i += blockDim.x)
-    put(saved + 4 * i, take<4>(state + i / kQuads * kStride<T> + i % kQuads * 4));
+// Calls each(row's place in a state, in saved ones) for this thread's part of a state's rows, 16 bytes after 16 bytes.
+// A thread always has the same part.
+template <class T, class Each>
+L2L_DEVICE void for_each_part(int rows, int warps, const Each& each) {
+  constexpr int kPart = 16 / int(sizeof(T)), kParts = kWidth / kPart;
+  for (int i = threadIdx.x; i < rows * kParts; i += warps * device::kWarp)
+    each(i / kParts * kStride<T> + i % kParts * kPart, i * kPart);
 }
 
+// Saved states are [state_rows][kWidth].
 template <class T>
-L2L_DEVICE void restore_state(T* state, const T* saved, int rows) {
-  for (int i = threadIdx.x; i < rows * kQuads; i += blockDim.x)
-    put(state + i / kQuads * kStride<T> + i % kQuads * 4, take<4>(saved + 4 * i));
+L2L_DEVICE void save_state(T* saved, const T* state, int rows, int warps) {
+  for_each_part<T>(rows, warps, [&](int here, int there) { put(saved + there, take<16 / sizeof(T)>(state + here)); });
+}
+
+// Sends for a saved state; it may be read when all threads have called states_landed and met.
+template <OnChip kOnChip, class T>
+L2L_DEVICE void send_for_state(T* state, const T* saved, int rows, int warps) {
+  for_each_part<T>(rows, warps, [&](int here, int there) {
+    if constexpr (kOnChip == OnChip::nothing)
+      put(state + here, take<16 / sizeof(T)>(saved + there));
+    else
+      device::copy_16(state + here, saved + there);
+  });
+  if constexpr (kOnChip != OnChip::nothing) device::copies_end();
+}
+
+template <OnChip kOnChip>
+L2L_DEVICE void states_landed() {
+  if constexpr (kOnChip != OnChip::nothing) device::copies_landed<0>();
 }
 
 // ---------------------------------------------------------------- one step forward
@@ -105,7 +128,7 @@ L2L_DEVICE void advance_layer(const Cell<T>& cell, const BackwardRows<T>& rows, 
   using V = Real<T>;
   const Network& net = cell.net;
   const T* inputs = rows.inputs(net, layer);
-  for (int pair = warp(); 2 * pair < net.hidden; pair += warps()) {
+  for (int pair = warp(); 2 * pair < net.hidden; pair += rows.warps) {
     const GatePlace at(pair);
     T z[kGates][2];
     sum_gates(z, net, rows.weights, layer, at, inputs, rows.step.state + net.h_row(layer) * kStride<T>);
@@ -165,7 +188,7 @@ L2L_DEVICE void backward_gates(const Cell<T>& cell, const BackwardRows<T>& rows,
   const int hidden = net.hidden;
   const bool top = layer + 1 == net.layers;
   const T* inputs = rows.inputs(net, layer);
-  for (int pair = warp(); 2 * pair < hidden; pair += warps()) {
+  for (int pair = warp(); 2 * pair < hidden; pair += rows.warps) {
     const GatePlace at(pair);
     T z[kGates][2];
     sum_gates(z, net, rows.weights, layer, at, inputs, rows.step.state + net.h_row(layer) * kStride<T>);
@@ -207,7 +230,7 @@ L2L_DEVICE void backward_inputs(
   const int of_inputs = inputs ? (count + 3) / 4 : 0, tasks = of_inputs + (need.state ? (hidden + 3) / 4 : 0);
   const T* weights = rows.weights + Packing{net}.layer(layer);
   T* const d_h = rows.d_state + net.h_row(layer) * kStride<T>;
-  for (int task = deal.take(tasks * device::kWarp) / device::kWarp; task < tasks; task += warps()) {
+  for (int task = deal.take(tasks * device::kWarp) / device::kWarp; task < tasks; task += rows.warps) {
     const bool h = task >= of_inputs;
     const int first = 4 * (h ? task - of_inputs : task);
     multiply_transposed(
@@ -221,10 +244,10 @@ template <class T>
 L2L_DEVICE void add_weight_gradients(const Cell<T>& cell, const BackwardRows<T>& rows, Deal& deal) {
   const Network& net = cell.net;
   const Packing packing{net};
-  const int hidden = net.hidden, h_tasks = (hidden + 3) / 4;
+  const int threads = rows.warps * device::kWarp, hidden = net.hidden, h_tasks = (hidden + 3) / 4;
   auto tasks_of = [&](int layer) { return hidden * ((net.layer_inputs(layer) + 3) / 4 + h_tasks); };
   const int tasks = tasks_of(0) + (net.layers - 1) * hidden * 2 * h_tasks;
-  for (int task = deal.take(tasks); task < tasks; task += blockDim.x) {
+  for (int task = deal.take(tasks); task < tasks; task += threads) {
     int layer = 0, rest = task;
     while (rest >= tasks_of(layer)) rest -= tasks_of(layer++);
     const int column = rest / hidden, unit = rest - column * hidden, count = net.layer_inputs(layer);
@@ -237,14 +260,14 @@ L2L_DEVICE void add_weight_gradients(const Cell<T>& cell, const BackwardRows<T>&
         rows.gates_of(net, layer) + unit * kStride<T>, hidden, x + first * kStride<T>, (h ? hidden : count) - first);
   }
   const int biases = net.layers * kGates * hidden;
-  for (int row = deal.take(biases); row < biases; row += blockDim.x) {
+  for (int row = deal.take(biases); row < biases; row += threads) {
     const int layer = row / (kGates * hidden), gate = row / hidden - kGates * layer;
     const int unit = row - (kGates * layer + gate) * hidden;
     rows.sums[packing.layer(layer) + (net.layer_inputs(layer) * hidden + unit) * kGates + gate] +=
         sum_row(rows.gates + row * kStride<T>);
   }
   const T* top = rows.step.new_state + net.h_row(net.layers - 1) * kStride<T>;
-  for (int k = deal.take(hidden + 1); k <= hidden; k += blockDim.x)
+  for (int k = deal.take(hidden + 1); k <= hidden; k += threads)
     rows.sums[packing.head_weight() + k] += k < hidden ? sum_products(rows.d_y, top + k * kStride<T>) : sum_row(rows.d_y);
 }
 
@@ -331,7 +354,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
     at_weights = reinterpret_cast<T*>(off_chip + blockIdx.x * call.weights);
   else
     at_weights = at_rows + call.rows / int64_t(sizeof(T));
-  BackwardRows<T> rows(net, at_rows, at_weights);
+  BackwardRows<T> rows(net, at_rows, at_weights, kHidden > 0 ? backward_warps(kHidden) : warps());
   pack(net, rows.weights, cell.weights);  // read after the first barrier
 
   T* const states = call.states + blockIdx.x * horizon * state_size;
@@ -344,14 +367,12 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t i = tile * kWidth + lane;
     const bool inside = i < arguments.count;
-    // Read a step ahead of its use.
+    // Both are read a step ahead of their use.
     auto gradient_at = [&](int64_t t) {
       return inside && t >= 0 && t < horizon ? element<T>(arguments.grads, t, i) : T(0);
     };
-    auto swap_states = [&] {
-      T* const spent = rows.step.state;
-      rows.step.state = rows.step.new_state;
-      rows.step.new_state = spent;
+    auto d_update_at = [&](int64_t t) {
+      return inside && t >= 0 && warp() == 0 ? element<T>(gradients.d_updates, t, i) : T(0);
     };
 
     // Forward. What the tile before read of the rows that this one writes, it read before its last barrier.
@@ -367,28 +388,33 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
     for (int64_t t = 0; t < horizon; ++t) {
       const Gradient<T> gradient(ahead, arguments.state.dtype);
       ahead = gradient_at(t + 1);
-      if (t > 0) swap_states();
-      if (t + 1 < horizon) save_state(states + t * state_size, rows.step.state, state_rows);
+      if (t > 0) {
+        T* const spent = rows.step.state;
+        rows.step.state = rows.step.new_state;
+        rows.step.new_state = spent;
+      }
+      if (t + 1 < horizon) save_state(states + t * state_size, rows.step.state, state_rows, rows.warps);
       advance_state(cell, rows, gradient, first_step + double(t));
     }
 
     // Backward: rows.step.new_state is the state after step t, and at first rows.step.state that before it.
     ahead = gradient_at(horizon - 1);
+    T d_update_ahead = d_update_at(horizon - 1);
     for (int64_t t = horizon - 1; t >= 0; --t) {
       need.state = t > 0 || gradients.d_state.data;
       const Gradient<T> gradient(ahead, arguments.state.dtype);
       const uint32_t live = device::ballot(gradient.live);
+      const T d_update = d_update_ahead;
       ahead = gradient_at(t - 1);
+      d_update_ahead = d_update_at(t - 1);
       const double number = first_step + double(t);
-      if (t + 1 < horizon) {
-        swap_states();
-        restore_state(rows.step.state, states + t * state_size, state_rows);
-      }
+      // Where it goes was last read as the new state of the step just gone back through, before its last barrier.
+      if (t > 0) send_for_state<kOnChip>(rows.next, states + (t - 1) * state_size, state_rows, rows.warps);
       if (warp() == 0) {
         write_features(cell, rows.step, moments_of(net, rows.step.new_state), gradient, number);
         const Real<T> one(1), y(net.tanh_output ? forward_head(cell, rows.step) : T(0));
         const bool moves = inside && gradient.live && !unmoved(net, rows.step);
-        const Real<T> d_u(moves ? element<T>(gradients.d_updates, t, i) : T(0));
+        const Real<T> d_u(moves ? d_update : T(0));
         rows.d_y[lane] = (Real<T>(cell.output_scale) * d_u * (one - y * y)).v;
       }
       __syncthreads();
@@ -399,11 +425,12 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
       for (int layer = net.layers - 1; layer >= 0; --layer) {
         backward_gates(cell, rows, layer, live);
         __syncthreads();
-        Deal deal;
+        Deal deal(rows.warps);
         // All layers' at once, when the gates' gradients of all are there: more tasks to share evenly. They read what
         // backward_inputs does not write.
         if (layer == 0 && need.weights) add_weight_gradients(cell, rows, deal);
         backward_inputs(cell, rows, layer, live, need, deal);
+        if (layer == 0) states_landed<kOnChip>();
         __syncthreads();
       }
       if (net.projection) {
@@ -415,10 +442,14 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
           const T d_grad = backward_features(cell, rows, gradient, number);
           if (inside && gradients.d_grads.data) element<T>(gradients.d_grads, t, i) = d_grad;
         }
-        // It has read the new state's moments, where the next step puts its state, and written those of d_state. With no
+        // It has read the new state's moments, where the next step puts a state, and written those of d_state. With no
         // moments it has read d_x alone, which is not written before another barrier.
         if (net.has_moments()) __syncthreads();
       }
+      T* const spent = rows.step.new_state;
+      rows.step.new_state = rows.step.state;
+      rows.step.state = rows.next;
+      rows.next = spent;
     }
     const Matrix& d_state = gradients.d_state;
     store_rows(
@@ -465,7 +496,7 @@ struct Plan {
   Plan(const UnrollArguments& arguments, const UnrollGradients& gradients) {
     const Network& net = arguments.net;
     rows = scratch_of<T>(BackwardRows<T>::scalars(net)).each;
-    weights = scratch_of<T>(Packing{net}.padded()).each;
+    weights = scratch_of<T>(Packing{net}.padded() + Packing{net}.overrun()).each;
     const int64_t limit = device::shared_limit();
     on_chip = rows + weights <= limit ? OnChip::all : rows <= limit ? OnChip::rows : OnChip::nothing;
     const int64_t each = arguments.steps * net.state_rows() * kWidth * int64_t(sizeof(T));
@@ -483,7 +514,13 @@ struct Plan {
 template <class T>
 auto kernel_for(OnChip on_chip, int hidden) {
   if constexpr (sizeof(T) == 4)
-    if (on_chip == OnChip::all && hidden == 20) return backward_kernel<T, OnChip::all, 20>;
+    if (on_chip == OnChip::all) switch (hidden) {
+        case 8: return backward_kernel<T, OnChip::all, 8>;
+        case 16: return backward_kernel<T, OnChip::all, 16>;
+        case 20: return backward_kernel<T, OnChip::all, 20>;
+        case 32: return backward_kernel<T, OnChip::all, 32>;
+        default: break;
+      }
   switch (on_chip) {
     case OnChip::all: return backward_kernel<T, OnChip::all, 0>;
     case OnChip::rows: return backward_kernel<T, OnChip::rows, 0>;
@@ -508,7 +545,7 @@ void unroll_backward(
       plan.weights};
   if (plan.blocks > 0) {
     const auto kernel = kernel_for<T>(plan.on_chip, net.hidden);
-    const dim3 grid(unsigned(plan.blocks)), block(unsigned(backward_warps(net) * device::kWarp));
+    const dim3 grid(unsigned(plan.blocks)), block(unsigned(backward_warps(net.hidden) * device::kWarp));
     check(device::launch(kernel, grid, block, size_t(plan.shared()), stream, call), "lstm_unroll_backward");
   }
   if (!gradients.d_weights) return;
