@@ -8,8 +8,9 @@ namespace l2l {
 
 // ---------------------------------------------------------------- the weights' order
 
-// The order in which a block keeps the weights and their gradient: a layer is [columns][hidden][kGates], its columns the
-// inputs, then the bias (the sum of both), then h; after the layers the projection and the head as in the flat vector.
+// The order in which a block keeps the weights and their gradient: a layer is [columns][hidden][kGates], its columns
+// the inputs, then the bias (the sum of both), then h; after the layers come the projection and the head, each as in
+// the flat vector.
 struct Packing {
   Network net;
 
@@ -28,8 +29,8 @@ struct Packing {
 
   // A multiple of 16 bytes.
   L2L_HOST_DEVICE int padded() const { return (count() + 3) / 4 * 4; }
-  // The columns past the last that multiply_transposed reads, and leaves: up to three.
-  L2L_HOST_DEVICE int overrun() const { return (net.hidden + 3) / 4 * 4 * kGates * net.hidden - kGates * net.hidden * net.hidden; }
+  // Of the columns past the last that multiply_transposed reads, and leaves: up to three.
+  L2L_HOST_DEVICE int overrun() const { return ((net.hidden + 3) / 4 * 4 - net.hidden) * kGates * net.hidden; }
 
   // The weight's place in the flat vector, and its twin's: the other bias, otherwise the same.
   struct Flat {
@@ -200,7 +201,8 @@ L2L_DEVICE void multiply_transposed(
 // ---------------------------------------------------------------- sums over the tile
 
 // sums[k][unit][gate] += sum over the tile's coordinates of d[gate][unit] x[k], for one unit and the first `count` of
-// four k; d and sums at the unit, both and x at the first k. One thread's task; x's rows past `count` are read and left.
+// four k; sums and d begin at the unit, sums and x at the first k. One thread's task. Rows of x past `count` are read
+// and left: others always follow.
 template <class T>
 L2L_DEVICE void add_outer(T* sums, const T* d, int hidden, const T* x, int count) {
   T sum[4][kGates] = {};

@@ -187,7 +187,8 @@ L2L_DEVICE void forward_layer(
 #pragma unroll
     for (int g = 0; g < kGates; ++g) scaled[g] = V(z[g] * T(gate_scale(g)));
 
-    const int h_at = (net.h_row(layer) + unit) * kStride<T> + lane, c_at = (net.c_row(layer) + unit) * kStride<T> + lane;
+    const int h_at = (net.h_row(layer) + unit) * kStride<T> + lane;
+    const int c_at = (net.c_row(layer) + unit) * kStride<T> + lane;
     const V c(rows.state[c_at]);
     const V c_new = lstm_c(scaled[kInput], scaled[kForget], scaled[kCell], c);
     const V h_new = lstm_h(scaled[kOutput], c_new);
@@ -208,7 +209,8 @@ L2L_DEVICE T forward_head(const Cell<T>& cell, const StepRows<T>& rows) {
   const Network& net = cell.net;
   const WeightLayout at = cell.layout();
   T y[1] = {__ldg(cell.weights + at.head_bias())};
-  add_products(y, cell.weights + at.head_weight(), 0, rows.new_state + net.h_row(net.layers - 1) * kStride<T>, net.hidden);
+  const T* h = rows.new_state + net.h_row(net.layers - 1) * kStride<T>;
+  add_products(y, cell.weights + at.head_weight(), 0, h, net.hidden);
   if (net.tanh_output) y[0] = tanh_of(Real<T>(y[0])).v;
   return unmoved(net, rows) ? T(0) : y[0];
 }

@@ -1,6 +1,6 @@
 // Backward through time. A block runs a tile forward once, leaving the state before every step in the workspace; then,
-// from the last step to the first, it forms the activations again, layer by layer, and goes back through them. Since the
-// states before and after a step are known by then, layers wait for each other only on the way back.
+// from the last step to the first, it forms the activations again, layer by layer, and goes back through them. The
+// states before and after a step are known by then, so that layers wait for each other only on the way back.
 //
 // The gradient of the weights is summed in a fixed order: a tile's coordinates and steps in scratch, each element by
 // one thread; a block's tiles, which follow from the block's number alone, in its slab of the workspace; the slabs by
@@ -268,7 +268,8 @@ L2L_DEVICE void add_weight_gradients(const Cell<T>& cell, const BackwardRows<T>&
   }
   const T* top = rows.step.new_state + net.h_row(net.layers - 1) * kStride<T>;
   for (int k = deal.take(hidden + 1); k <= hidden; k += threads)
-    rows.sums[packing.head_weight() + k] += k < hidden ? sum_products(rows.d_y, top + k * kStride<T>) : sum_row(rows.d_y);
+    rows.sums[packing.head_weight() + k] +=
+        k < hidden ? sum_products(rows.d_y, top + k * kStride<T>) : sum_row(rows.d_y);
 }
 
 // From the gradient of the projected features, in d_x, to that of the features. Its threads meet once.
@@ -340,7 +341,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
   const UnrollArguments& arguments = call.arguments;
   const UnrollGradients& gradients = call.gradients;
   const int lane = device::lane(), state_rows = net.state_rows(), weights = Packing{net}.count();
-  const int64_t horizon = arguments.steps, tiles = tiles_of(arguments.count), state_size = state_rows * kWidth;
+  const int horizon = int(arguments.steps);  // more states than 2^31 fit in no memory
+  const int64_t tiles = tiles_of(arguments.count), state_size = int64_t(state_rows) * kWidth;
   const double first_step = read(arguments.first_step);
 
   unsigned char* const shared = device::shared_memory();
@@ -357,7 +359,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
   BackwardRows<T> rows(net, at_rows, at_weights, kHidden > 0 ? backward_warps(kHidden) : warps());
   pack(net, rows.weights, cell.weights);  // read after the first barrier
 
-  T* const states = call.states + blockIdx.x * horizon * state_size;
+  T* const states = call.states + blockIdx.x * (horizon * state_size);
   double* const slab = call.slabs + int64_t(blockIdx.x) * weights;
   Needs need;
   need.weights = gradients.d_weights != nullptr;
@@ -368,10 +370,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
     const int64_t i = tile * kWidth + lane;
     const bool inside = i < arguments.count;
     // Both are read a step ahead of their use.
-    auto gradient_at = [&](int64_t t) {
+    auto gradient_at = [&](int t) {
       return inside && t >= 0 && t < horizon ? element<T>(arguments.grads, t, i) : T(0);
     };
-    auto d_update_at = [&](int64_t t) {
+    auto d_update_at = [&](int t) {
       return inside && t >= 0 && warp() == 0 ? element<T>(gradients.d_updates, t, i) : T(0);
     };
 
@@ -385,7 +387,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
       for (int k = threadIdx.x; k < weights; k += blockDim.x) rows.sums[k] = 0;
     __syncthreads();
     T ahead = gradient_at(0);
-    for (int64_t t = 0; t < horizon; ++t) {
+    for (int t = 0; t < horizon; ++t) {
       const Gradient<T> gradient(ahead, arguments.state.dtype);
       ahead = gradient_at(t + 1);
       if (t > 0) {
@@ -400,7 +402,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
     // Backward: rows.step.new_state is the state after step t, and at first rows.step.state that before it.
     ahead = gradient_at(horizon - 1);
     T d_update_ahead = d_update_at(horizon - 1);
-    for (int64_t t = horizon - 1; t >= 0; --t) {
+    for (int t = horizon - 1; t >= 0; --t) {
       need.state = t > 0 || gradients.d_state.data;
       const Gradient<T> gradient(ahead, arguments.state.dtype);
       const uint32_t live = device::ballot(gradient.live);
