@@ -196,9 +196,13 @@ def test_float64_weights_give_float64(device, config):
     check_step(device, [param], [grad], [state], config, weights=weights, lr=0.5, rtol=1e-9, atol=1e-11)
 
 
-def test_a_network_whose_tile_needs_a_workspace(device, monkeypatch):
-    monkeypatch.setenv("L2L_EMULATED_SHARED", "1000")  # what the emulator's blocks may have
-    config = Config("both", 5 if EMULATED else 200, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
+# What the emulator's blocks may have: nothing fits, or backward's rows in float32 or float64 without the weights; and
+# the network that does the same (for float32) on an H100.
+@pytest.mark.parametrize(("shared", "hidden", "layers"), [(1000, 200, 2), (23_000, 48, 1), (44_000, 48, 1)])
+def test_a_network_whose_tile_needs_a_workspace(device, monkeypatch, shared, hidden, layers):
+    monkeypatch.setenv("L2L_EMULATED_SHARED", str(shared))
+    hidden, layers = (5, 2) if EMULATED else (hidden, layers)
+    config = Config("both", hidden, layers, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
     param, grad = torch.randn(70, dtype=torch.float64), make_grads(70, dtype=torch.float64).clamp(-1, 1)
     state, weights = make_state(70, config, dtype=torch.float64), make_weights(config, dtype=torch.float64)
     check_step(device, [param], [grad], [state], config, weights=weights, lr=0.5, rtol=1e-9, atol=1e-11)
