@@ -443,7 +443,7 @@ def test_error_if_nonfinite_means_what_the_step_does(network, dtype):
     for size, error in ((0.99 * limit, False), (limit, True), (1e20, True)):
         before, theta.grad = theta.detach().clone(), torch.tensor([1.0, size]).to(dtype)
         if error:
-            with pytest.raises(RuntimeError, match="parameter 0 .* has a gradient that is not finite"):
+            with pytest.raises(RuntimeError, match=r"parameter 0 .* has a gradient that is not finite"):
                 optimizer.step()
             assert torch.equal(theta, before)
         else:
