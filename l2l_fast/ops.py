@@ -266,9 +266,10 @@ def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32)
     """Zero state of a parameter: shape ``(*param.shape, S)``, each of the S rows contiguous over the coordinates.
 
     The shape is canonical, so the state slices and shards as its parameter does; the layout is only strides. The
-    coordinates stand in the parameter's own memory order, and a row is padded to an odd number of 64-byte lines, so
-    that the rows of a power-of-two parameter do not all fall on one cache set. A row too short for that, which would be
-    more padding than state, is padded to four coordinates at a time, and that of a single coordinate not at all.
+    coordinates stand in the parameter's own memory order, and a row is padded to an odd number of lines of cache (64
+    bytes, on a GPU 128), so that the rows of a power-of-two parameter do not all fall on one cache set. A row too short
+    for that, which would be more padding than state, is padded to four coordinates at a time, and that of a single
+    coordinate on a CPU not at all.
 
     Args:
         param: of any shape and strides, real.
@@ -281,10 +282,12 @@ def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32)
         >>> l2l.ops.new_state(torch.empty(3, 5), network.config).shape
         torch.Size([3, 5, 80])
     """
-    size, count, line = reference.state_size(config), param.numel(), 64 // dtype.itemsize
+    size, count = reference.state_size(config), param.numel()
+    on_gpu = param.device.type == "cuda"
+    line, fours = (128 if on_gpu else 64) // dtype.itemsize, -(-count // 4) * 4
     # CPU kernels work on whole lines where they lie, CUDA kernels on four coordinates: so the widest that is not waste.
-    rows = (-(-count // line) | 1) * line, -(-count // 4) * 4, count
-    row = next(row for row in rows if row <= 2 * count)
+    row = next(row for row in ((-(-count // line) | 1) * line, fours, count) if row <= 2 * count)
+    row = max(row, fours) if on_gpu else row  # one that is no whole fours would take a launch of its own
     strides = torch.empty_like(param, device="meta").stride()
     storage = torch.zeros(size * row, dtype=dtype, device=param.device)
     return storage.as_strided((*param.shape, size), (*strides, max(row, 1)))
