@@ -55,7 +55,7 @@ void run(const Network& net, int64_t count, int64_t horizon, DType dtype, const 
   std::vector<T> state = random<T>(count * rows, 0.5);
   for (int64_t i = 0; net.has_moments() && i < count; ++i) state[count + i] = std::fabs(state[count + i]);
   std::vector<T> param(count), grad = random<T>(count, 1e-2);
-  const T huge = T(gradient_limit(sizeof(T) == 8, dtype));  // its square overflows
+  const T huge = T(net.gradient_limit(sizeof(T) == 8, dtype));  // infinite, or its square is
   if (count > 2) grad[2] = T(NAN), grad[1] = -huge;
   const double number = 2;
   const float lr = 0.5;

@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
     const int64_t i = tile * kWidth + lane;
     const bool inside = i < arguments.count;
     auto gradient_at = [&](int64_t t) {
-      return Gradient<T>(inside ? element<T>(arguments.grads, t, i) : T(0), arguments.state.dtype);
+      return Gradient<T>(net, inside ? element<T>(arguments.grads, t, i) : T(0), arguments.state.dtype);
     };
 
     // Forward, all steps but the last.
