@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(threads(kSlots), 1) step(
     const bool inside = device::lane() < tile.count;
     const float theta = inside ? load<float>(entry.param, entry.param_dtype, at) : 0;
 
-    const Gradient<float> gradient(call.maximize ? -next_own.grad : next_own.grad);
+    const Gradient<float> gradient(net, call.maximize ? -next_own.grad : next_own.grad);
     const bool changes = inside && gradient.live;
     if (net.has_moments() && scale_entry != tile.entry) {
       scale = cell.moments_at(read(entry.step_number()));

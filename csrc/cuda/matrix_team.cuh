@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
   int layer = net.projection ? 0 : 1;
   Needed<T, kSlots, kSlots> needed(call, std::min(layer, net.layers - 1), state, whole);
 
-  const Gradient<float> gradient(call.maximize ? -own.grad : own.grad);
+  const Gradient<float> gradient(net, call.maximize ? -own.grad : own.grad);
   const bool changed = inside && gradient.live;
   const Changes changes = Changes::of(changed);
   MomentScale<V> scale = cell.moments;

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
     auto grad_of = [&](int64_t t) { return inside && t < steps ? element<float>(arguments.grads, t, own) : 0; };
     float grad = first_warp ? grad_of(0) : 0;
     auto prepare = [&](int64_t t) {
-      const Gradient<float> gradient(grad);
+      const Gradient<float> gradient(net, grad);
       grad = grad_of(t + 1);
       MomentScale<V> scale = cell.moments;
       if (net.has_moments()) scale = cell.moments_at(first_step + double(t));

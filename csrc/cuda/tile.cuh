@@ -81,8 +81,8 @@ struct Gradient {
   bool live;  // whether it is finite
 
   // state: the dtype of the coordinate's; float32 arithmetic need not know it.
-  L2L_DEVICE explicit Gradient(T grad, DType state = DType::float32)
-      : value(grad), live(std::fabs(grad) < T(gradient_limit(sizeof(T) == 8, state))) {
+  L2L_DEVICE Gradient(const Network& net, T grad, DType state = DType::float32)
+      : value(grad), live(std::fabs(grad) < T(net.gradient_limit(sizeof(T) == 8, state))) {
     if (!live) value = 0;
   }
 };

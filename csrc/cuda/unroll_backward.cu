@@ -388,7 +388,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
     __syncthreads();
     T ahead = gradient_at(0);
     for (int t = 0; t < horizon; ++t) {
-      const Gradient<T> gradient(ahead, arguments.state.dtype);
+      const Gradient<T> gradient(net, ahead, arguments.state.dtype);
       ahead = gradient_at(t + 1);
       if (t > 0) {
         T* const spent = rows.step.state;
@@ -404,7 +404,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
     T d_update_ahead = d_update_at(horizon - 1);
     for (int t = horizon - 1; t >= 0; --t) {
       need.state = t > 0 || gradients.d_state.data;
-      const Gradient<T> gradient(ahead, arguments.state.dtype);
+      const Gradient<T> gradient(net, ahead, arguments.state.dtype);
       const uint32_t live = device::ballot(gradient.live);
       const T d_update = d_update_ahead;
       ahead = gradient_at(t - 1);

@@ -110,7 +110,7 @@ def test_large_features(device, hidden, count):
 
 
 @both_kernels
-@pytest.mark.parametrize("size", [1e5, 1e9, 1e18])
+@pytest.mark.parametrize("size", [1e5, 1e9, 1e30])
 def test_factors_beyond_float16(device, size, count):
     """The small products are formed in float16; what it cannot hold leaves tf32's accuracy and no infinity."""
     config = PAPER._replace(features="identity")
