@@ -63,4 +63,4 @@ def bench(
 def _rows(out: Path) -> dict:
     """The newest result file, which report.py names by kernels and commit."""
     found = [path for path in out.glob("*.json") if path.name != "benchmark.json"]
-    return json.loads(max(found, key=lambda path: path.stat().st_mtime_ns).read_text())
+    return json.loads(max(found, key=lambda path: path.stat().st_mtime_ns).read_text(encoding="utf-8"))

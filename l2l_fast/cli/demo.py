@@ -54,7 +54,7 @@ def demo(
     note("3 of 3: the same optimizer trains a network on handwritten digits")
     digits_result = _train_digits(network, seed, device, out)
     note(f"network, comparison.json, comparison.png and digits.png are in {out}")
-    result = json.loads((out / "comparison.json").read_text()) | {"digits": digits_result}
+    result = json.loads((out / "comparison.json").read_text(encoding="utf-8")) | {"digits": digits_result}
     lines = [
         comparison.table(),
         "",

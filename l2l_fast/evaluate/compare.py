@@ -295,7 +295,9 @@ def environment(device: torch.device | str) -> dict:
     """What a figure depends on besides the code."""
     device = torch.device(device)
     try:
-        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))[
+            1
+        ]
     except (OSError, TypeError):  # not Linux, or an architecture whose cpuinfo has no such line
         cpu = platform.processor() or platform.machine()
     return {

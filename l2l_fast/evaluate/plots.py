@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from l2l_fast.files import replacing
+
 if TYPE_CHECKING:
     from l2l_fast.evaluate.comparison import Comparison, Result
 
@@ -225,8 +227,10 @@ def _draw(
     # Beside the axes: nowhere inside is free of curves for sure.
     figure.legend(title=band, frameon=False, fontsize=9, title_fontsize=8, loc="outside right upper")
     path = Path(path)
+    path = path if path.suffix else path.with_suffix(".png")  # as matplotlib does
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:])
 
 
 def _limits(means: list[np.ndarray], log: bool) -> tuple[float, float] | None:
