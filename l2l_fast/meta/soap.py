@@ -69,17 +69,17 @@ class Soap(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update; every parameter must have a gradient."""
+        """One update; a parameter without a gradient stays, and counts as one whose gradient is 0."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         (group,) = self.param_groups
         params = group["params"]
-        gradient = parameters_to_vector([param.grad for param in params])
+        gradient = parameters_to_vector([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
         state = self.state[params[0]]  # of all of them
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["mean"], state["square"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
             state["covariance"] = gradient.new_zeros(len(gradient), len(gradient))
             state["basis"] = torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)
@@ -96,7 +96,8 @@ class Soap(torch.optim.Optimizer):
         root = (state["square"] / (1 - beta2**step)).sqrt()
         update = state["basis"] @ (mean / (root + group["eps"]))
         for param, piece in zip(params, update.split([param.numel() for param in params]), strict=True):
-            param.sub_(group["lr"] * piece.view_as(param))
+            if param.grad is not None:
+                param.sub_(group["lr"] * piece.view_as(param))
         return loss
 
 
