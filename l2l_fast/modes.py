@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def plain(device: torch.device | str = "cpu") -> Iterator[None]:
-    """Without autocast, without inference mode, and with the CPU as the device of what names none.
+    """Without autocast, with gradients, and with the CPU as the device of what names none.
 
     The last is for the code of others (tasks, torch's optimizers): our own names its device and dtype. The default
     dtype stays, as it is every thread's; a task that gives another dtype than float32 is refused.
@@ -28,9 +28,11 @@ def plain(device: torch.device | str = "cpu") -> Iterator[None]:
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
         for kind in {"cpu", torch.device(device).type}:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device() != torch.device("cpu"):
+        if torch.empty(0).device.type != "cpu":  # torch.get_default_device() fails within torch.func's transforms
             stack.enter_context(torch.device("cpu"))
         yield

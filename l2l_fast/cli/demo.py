@@ -95,7 +95,7 @@ def _train_once(make, train: Dataset, test: Dataset, seed: int, device: str) -> 
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Sigmoid(), nn.Linear(20, 10)).to(device)
     optimizer, losses = make(model.parameters()), []
     for _ in range(DIGITS_STEPS):
-        rows = torch.randint(len(train), (128,))
+        rows = torch.randint(len(train), (128,), dtype=torch.int64, device="cpu")
         loss = nn.functional.cross_entropy(model(train.inputs[rows].to(device)), train.targets[rows].to(device))
         optimizer.zero_grad()
         loss.backward()

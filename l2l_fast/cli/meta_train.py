@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 
@@ -150,7 +151,7 @@ def meta_train(
 def _record(history: History, trainer: MetaTrainer, folder: Path, title: str) -> None:
     write_text(folder / "history.json", json_text(dataclasses.asdict(history)) + "\n")
     plot_curves(
-        {"meta-loss": torch.tensor(history.meta_losses)}, folder / "meta_training.png",
+        {"meta-loss": np.array(history.meta_losses)}, folder / "meta_training.png",
         f"meta-training: {title}",
         xlabel="meta-step (meta-updates)", ylabel=f"meta-loss of a window ({trainer.objective})",
         log=min(history.meta_losses) > 0,

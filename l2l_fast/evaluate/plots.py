@@ -90,11 +90,11 @@ def plot_curves(
     """
     lines = {}
     for label, values in curves.items():
-        values = np.atleast_2d(np.asarray(torch.as_tensor(values).detach().cpu(), dtype=float))
+        values = np.atleast_2d(_array(values))
         with np.errstate(all="ignore"):  # a diverged curve has no spread
             error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(values.shape[1])
             lines[label] = (values.mean(0), error)
-    several = any(torch.as_tensor(values).ndim > 1 and len(values) > 1 for values in curves.values())
+    several = any(_array(values).ndim > 1 and len(values) > 1 for values in curves.values())
     band = _BAND if several else None
     _draw(lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band=band)
 
@@ -148,6 +148,10 @@ def plot_front(costs: Mapping[str, float], comparisons: Sequence[Comparison], pa
     labels["ylabel"] = "mean loss over the best baseline's"
     labels["band"] = _BAND
     _draw(lines, path, title, [], x=np.array([costs[name] for name in names]), ticks=ticks, log=False, **labels)
+
+
+def _array(values: np.ndarray | torch.Tensor) -> np.ndarray:
+    return np.asarray(values.detach().cpu().double() if isinstance(values, torch.Tensor) else values, dtype=float)
 
 
 def _mean_losses(results: Sequence[Result], seeds: int) -> tuple[np.ndarray, np.ndarray]:

@@ -253,31 +253,32 @@ class MetaTrainer:
         self.checkpoint_every, self.log_dir, self.seed = checkpoint_every, log_dir, seed
         self.device, self.progress = device, progress
 
-        makers = {"adam": partial(torch.optim.Adam, lr=meta_lr, fused=True, capturable=graphs),
-                  "soap": partial(Soap, lr=meta_lr)}  # fmt: skip
-        named = isinstance(meta_optimizer, str)
-        make_optimizer = makers[meta_optimizer] if named else meta_optimizer
-        # A name and the other options say everything; what a callable makes has to be looked at.
-        self._optimizer_facts = (lambda: meta_optimizer) if named else partial(self._describe, make_optimizer)
-        self._update = MetaUpdate(network, make_optimizer, clip, parallel, clip_windows)
-        self.meta_optimizer, self.parameters = self._update.optimizer, self._update.parameters
-        rated = all("lr" in group for group in self.meta_optimizer.param_groups)
-        require(rated or (schedule == "constant" and not warmup), "schedule", schedule,
-                '"constant", without warmup, for a meta_optimizer whose param groups have no lr')  # fmt: skip
-        self._rule = Rule(network.config, self._update.weights, lr, weight_decay)
-        self._graphs, self._eager = Graphs(CudaCapture(device) if graphs else None), Graphs()
-        # Trajectories that have ended: in their memory the next ones find the graphs that were captured on it.
-        self._ended: defaultdict[tuple, list[Trajectory]] = defaultdict(list)
-        self._drawn: tuple | None = None  # the number of a trajectory to come, and what :meth:`_draw` gives for it
-        self._meta_loss = self._update.weights.new_zeros(())  # of the window just run
-        self._ratios = self._update.weights.new_zeros(validation_instances)  # sums of f_t / f_0
+        with plain(device):  # tensors that were made for inference alone could not be trained with
+            makers = {"adam": partial(torch.optim.Adam, lr=meta_lr, fused=True, capturable=graphs),
+                      "soap": partial(Soap, lr=meta_lr)}  # fmt: skip
+            named = isinstance(meta_optimizer, str)
+            make_optimizer = makers[meta_optimizer] if named else meta_optimizer
+            # A name and the other options say everything; what a callable makes has to be looked at.
+            self._optimizer_facts = (lambda: meta_optimizer) if named else partial(self._describe, make_optimizer)
+            self._update = MetaUpdate(network, make_optimizer, clip, parallel, clip_windows)
+            self.meta_optimizer, self.parameters = self._update.optimizer, self._update.parameters
+            rated = all("lr" in group for group in self.meta_optimizer.param_groups)
+            require(rated or (schedule == "constant" and not warmup), "schedule", schedule,
+                    '"constant", without warmup, for a meta_optimizer whose param groups have no lr')  # fmt: skip
+            self._rule = Rule(network.config, self._update.weights, lr, weight_decay)
+            self._graphs, self._eager = Graphs(CudaCapture(device) if graphs else None), Graphs()
+            # Trajectories that have ended: in their memory the next ones find the graphs that were captured on it.
+            self._ended: defaultdict[tuple, list[Trajectory]] = defaultdict(list)
+            self._drawn: tuple | None = None  # the number of a trajectory to come, and what :meth:`_draw` gives for it
+            self._meta_loss = self._update.weights.new_zeros(())  # of the window just run
+            self._ratios = self._update.weights.new_zeros(validation_instances)  # sums of f_t / f_0
 
-        self.meta_step, self.started, self.history = 0, 0, History()
-        self.streams: list[_Stream | None] = [None] * parallel
-        self._best = self._weights()
-        self._averaged = self._weights()
-        self._current = self._weights()  # under training, while the network holds the best ones between two fits
-        self._total = 1
+            self.meta_step, self.started, self.history = 0, 0, History()
+            self.streams: list[_Stream | None] = [None] * parallel
+            self._best = self._weights()
+            self._averaged = self._weights()
+            self._current = self._weights()  # under training, while the network holds the best ones between two fits
+            self._total = 1
 
     # ------------------------------------------------------------ the loop
 

@@ -155,6 +155,8 @@ def _parameters(network: CoordinatewiseLSTM) -> dict[str, torch.nn.Parameter]:
             raise ValueError(
                 f"the network's {name} is computed, not a parameter: remove its parametrization before MetaTrainer"
             ) from None
+        if found[name].is_inference():
+            raise ValueError(f"the network's {name} cannot be trained: make the network outside torch.inference_mode()")
         if any(getattr(found[name], hooks, None) for hooks in _HOOKS):
             raise ValueError(
                 f"the network's {name} has a gradient hook, which a meta-gradient does not pass, as it is not "
