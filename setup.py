@@ -86,12 +86,23 @@ def extension(cuda: toolkit.Toolkit | None, cuda_reason: str | None) -> Extensio
 class OptionalBuildExtension(cpp_extension.BuildExtension):
     """Goes on without the CUDA kernels, then without any, when they cannot be built, with one clear warning."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # setuptools knows neither the headers nor the options that what is there was built from
+
+    def discard(self, inplace: bool) -> None:
+        """Remove the modules of earlier builds, which are not of these sources and would be packed all the same."""
+        for self.inplace in {False, bool(inplace)}:
+            for module in self.extensions:
+                Path(self.get_ext_fullpath(module.name)).unlink(missing_ok=True)
+
     def run(self) -> None:
         inplace = self.inplace
         try:
             super().run()
             return
         except Exception as error:
+            self.discard(inplace)
             if REQUIRED or (CUDA and FORCE_CUDA):
                 raise
             failure = error

@@ -5,7 +5,7 @@ import statistics
 import torch
 
 import cases
-from l2l_fast import LSTMOptimizer
+from l2l_fast import LSTMOptimizer, arguments
 
 
 def _op(optimizer, tensors, network):
@@ -15,7 +15,8 @@ def _op(optimizer, tensors, network):
     weights, lr = network.flat_weights().detach(), torch.ones((), device=cases.device)
     steps = [torch.ones((), device=cases.device) for _ in tensors]
     op = torch.ops.l2l_fast.lstm_step_
-    return lambda: op(tensors, grads, states, weights, lr, steps, *network.config, 0.0, False)
+    codes = arguments.codes(network.config)
+    return lambda: op(tensors, grads, states, weights, lr, steps, *codes, 0.0, False)
 
 
 def test_optimizer(race, benchmark):

@@ -51,27 +51,22 @@ inline DType state_dtype_of(const Tensor& state) {
   return dtype;
 }
 
+// No argument of an op may be a string: torch 2.13's stable ABI loses the memory of each that it hands to a kernel.
 inline Network network(
-    const std::string& features, int64_t hidden_size, int64_t num_layers, bool projection, const std::string& output,
+    int64_t features, int64_t hidden_size, int64_t num_layers, bool projection, int64_t output,
     double output_scale, double preprocess_p, double beta1, double beta2, double eps) {
   Network net{};
-  if (features == "identity")
-    net.features = Features::identity;
-  else if (features == "log_sign")
-    net.features = Features::log_sign;
-  else if (features == "moments")
-    net.features = Features::moments;
-  else if (features == "both")
-    net.features = Features::both;
-  else
-    fail("features must be identity, log_sign, moments or both, got '", features, "'");
-  L2L_CHECK(output == "linear" || output == "tanh", "output must be linear or tanh, got '", output, "'");
+  L2L_CHECK(
+      features >= 0 && features <= 3,
+      "features must be 0 (identity) or 1 (log_sign) or 2 (moments) or 3 (both), got ", features);
+  L2L_CHECK(output == 0 || output == 1, "output must be 0 (linear) or 1 (tanh), got ", output);
   L2L_CHECK(hidden_size >= 1 && hidden_size <= 4096, "hidden_size must be from 1 to 4096, got ", hidden_size);
   L2L_CHECK(num_layers >= 1 && num_layers <= 64, "num_layers must be from 1 to 64, got ", num_layers);
+  net.features = Features(features);
   net.hidden = int(hidden_size);
   net.layers = int(num_layers);
   net.projection = projection;
-  net.tanh_output = output == "tanh";
+  net.tanh_output = output == 1;
   net.output_scale = output_scale;
   net.preprocess_p = preprocess_p;
   net.beta1 = beta1;

@@ -32,7 +32,12 @@ L2L_HOST_DEVICE double read(const Scalar& scalar) {
   }
 }
 
-enum class Features { identity, log_sign, moments, both };
+enum class Features { identity, log_sign, moments, both };  // numbered as reference.FEATURES
+
+// The magnitude from which on a gradient counts as not finite; reference.gradient_limit.
+L2L_HOST_DEVICE constexpr double gradient_limit(bool wide_arithmetic, DType state) {
+  return wide_arithmetic && state == DType::float64 ? 0x1p511 : 0x1p63;
+}
 
 struct Network {
   Features features;

@@ -12,8 +12,8 @@ template <class Backend>
 struct Ops {
   static void step(
       std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor weights, Tensor lr,
-      std::vector<Tensor> steps, std::string features, int64_t hidden_size, int64_t num_layers, bool projection,
-      std::string output, double output_scale, double preprocess_p, double beta1, double beta2, double eps,
+      std::vector<Tensor> steps, int64_t features, int64_t hidden_size, int64_t num_layers, bool projection,
+      int64_t output, double output_scale, double preprocess_p, double beta1, double beta2, double eps,
       double weight_decay, bool maximize) {
     const Network net =
         network(features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
@@ -33,8 +33,8 @@ struct Ops {
   }
 
   static std::tuple<Tensor, Tensor> unroll(
-      Tensor grads, Tensor state, Tensor weights, Tensor step, std::string features, int64_t hidden_size,
-      int64_t num_layers, bool projection, std::string output, double output_scale, double preprocess_p, double beta1,
+      Tensor grads, Tensor state, Tensor weights, Tensor step, int64_t features, int64_t hidden_size,
+      int64_t num_layers, bool projection, int64_t output, double output_scale, double preprocess_p, double beta1,
       double beta2, double eps) {
     const Network net =
         network(features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
@@ -49,7 +49,7 @@ struct Ops {
 
   static std::tuple<Tensor, Tensor, Tensor> unroll_backward(
       Tensor d_updates, std::optional<Tensor> d_last, Tensor grads, Tensor state, Tensor weights, Tensor step,
-      std::string features, int64_t hidden_size, int64_t num_layers, bool projection, std::string output,
+      int64_t features, int64_t hidden_size, int64_t num_layers, bool projection, int64_t output,
       double output_scale, double preprocess_p, double beta1, double beta2, double eps, bool need_grads,
       bool need_state, bool need_weights) {
     const Network net =

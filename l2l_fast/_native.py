@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import torch
 
@@ -22,8 +25,12 @@ def _load():
     switch = os.environ.get("L2L_FAST_NATIVE", "")
     if switch.lower() in ("0", "false", "no", "off"):
         return None, f"switched off by L2L_FAST_NATIVE={switch}"
-    reason = "not built: install with a C++ compiler and pip's --no-build-isolation"
-    if importlib.util.find_spec("l2l_fast._C") is not None:
+    here, spec = Path(__file__).parent, importlib.util.find_spec("l2l_fast._C")
+    found = Path(getattr(spec, "origin", None) or here / "_C")
+    # An editable install of another checkout offers its own, which was built from other sources.
+    if spec is None or not found.parent.samefile(here):
+        reason = _not_built(here, found)
+    else:
         try:
             from l2l_fast import _C
         except ImportError as error:
@@ -38,6 +45,17 @@ def _load():
         stacklevel=3,
     )
     return None, reason
+
+
+def _not_built(here: Path, found: Path) -> str:
+    modules = [found, *(Path(entry, here.name, f"_C{end}") for entry in sys.path for end in EXTENSION_SUFFIXES)]
+    for module in modules:
+        if module.exists() and not module.parent.samefile(here):
+            return (
+                f"not built in {here}, which Python finds before the installed package in {module.parent}, which has "
+                "them: start Python in another folder, or build them here with python setup.py build_ext --inplace"
+            )
+    return "not built: install with a C++ compiler and pip's --no-build-isolation"
 
 
 def _choose_isa(extension) -> None:

@@ -16,6 +16,29 @@ _STATE = (torch.float32, torch.bfloat16, torch.float64)
 _WEIGHTS = (torch.float32, torch.float64)
 _NUMBERS = (torch.float32, torch.float64, torch.int32, torch.int64)
 _MAX_DIMS = 64
+_NAMES = {"features": tuple(reference.FEATURES), "output": reference.OUTPUTS}
+
+
+def codes(config: Config) -> tuple:
+    """The config as the ops take it: ``features`` and ``output`` as places in FEATURES and OUTPUTS.
+
+    No op takes a string, because the stable ABI of torch 2.13 loses the memory of each that it hands to a kernel.
+    """
+    for name, known in _NAMES.items():
+        if getattr(config, name) not in known:
+            raise RuntimeError(f"{name} must be {' or '.join(known)}, got {getattr(config, name)!r}")
+    features, output = (known.index(getattr(config, name)) for name, known in _NAMES.items())
+    return tuple(config._replace(features=features, output=output))
+
+
+def _config(*fields) -> Config:
+    config = Config(*fields)
+    for name, known in _NAMES.items():
+        code = getattr(config, name)
+        if code not in range(len(known)):
+            allowed = " or ".join(f"{place} ({text})" for place, text in enumerate(known))
+            raise RuntimeError(f"{name} must be {allowed}, got {code!r}")
+    return Config.of(*fields)
 
 
 def _check(tensor: Tensor, name: str, weights: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -54,9 +77,6 @@ def _check_own_memory(tensor: Tensor, name: str) -> None:
 
 
 def _check_network(weights: Tensor, config: Config) -> None:
-    for name, known in (("features", reference.FEATURES), ("output", reference.OUTPUTS)):
-        if getattr(config, name) not in known:
-            raise RuntimeError(f"{name} must be {' or '.join(known)}, got {getattr(config, name)!r}")
     for name, most in (("hidden_size", 4096), ("num_layers", 64)):
         if not 1 <= getattr(config, name) <= most:
             raise RuntimeError(f"{name} must be from 1 to {most}, got {getattr(config, name)}")
@@ -67,7 +87,7 @@ def _check_network(weights: Tensor, config: Config) -> None:
 
 
 def check_step(params, grads, states, weights, lr, steps, *args) -> None:
-    config = Config(*args[:-2])
+    config = _config(*args[:-2])
     _check_network(weights, config)
     if not len(params) == len(grads) == len(states) == len(steps):
         raise RuntimeError(
@@ -95,7 +115,7 @@ def check_step(params, grads, states, weights, lr, steps, *args) -> None:
 
 
 def check_unroll(grads, state, weights, step, *args) -> None:
-    config = Config(*args)
+    config = _config(*args)
     _check_network(weights, config)
     if grads.dim() != 2:
         raise RuntimeError(f"grads must be [T, N], got shape {list(grads.shape)}")

@@ -17,7 +17,7 @@ from l2l_fast import arguments, reference
 from l2l_fast.reference import Config
 
 _CONFIG = (
-    "str features, int hidden_size, int num_layers, bool projection, str output, "
+    "int features, int hidden_size, int num_layers, bool projection, int output, "
     "float output_scale, float preprocess_p, float beta1, float beta2, float eps"
 )
 _LIBRARY = torch.library.Library("l2l_fast", "DEF")
@@ -95,8 +95,9 @@ def lstm_step_(
     References:
         Andrychowicz et al. 2016, https://arxiv.org/abs/1606.04474
     """
+    fields = *arguments.codes(config), weight_decay, maximize
     count_versions([*params, *states])
-    torch.ops.l2l_fast.lstm_step_(params, grads, states, weights, lr, steps, *config, weight_decay, maximize)
+    torch.ops.l2l_fast.lstm_step_(params, grads, states, weights, lr, steps, *fields)
 
 
 def count_versions(overwritten: Sequence[Tensor]) -> None:
@@ -160,9 +161,9 @@ def lstm_unroll(
     step = _as_tensor(step, grads)
     # torch.func's transforms refuse an op with a backward of its own (pytorch#168393), but not plain PyTorch.
     if torch._C._are_functorch_transforms_active():
-        arguments.check_unroll(grads, state, weights, step, *config)
+        arguments.check_unroll(grads, state, weights, step, *arguments.codes(config))
         return reference.lstm_unroll(grads, state, weights, step, *config)
-    return torch.ops.l2l_fast.lstm_unroll(grads, state, weights, step, *config)
+    return torch.ops.l2l_fast.lstm_unroll(grads, state, weights, step, *arguments.codes(config))
 
 
 def _as_tensor(step: Tensor | int, like: Tensor) -> Tensor:
@@ -222,15 +223,16 @@ def lstm_unroll_backward(
         RuntimeError: a tensor of another shape, dtype or device.
         NotImplementedError: when differentiated.
     """
+    fields = *arguments.codes(config), need_grads, need_state, need_weights
     return torch.ops.l2l_fast.lstm_unroll_backward(
-        d_updates, d_last, grads, state, weights, _as_tensor(step, grads), *config, need_grads, need_state, need_weights
+        d_updates, d_last, grads, state, weights, _as_tensor(step, grads), *fields
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
     grads, state, weights, step, *config = inputs
     ctx.save_for_backward(grads, state, weights, step)
-    ctx.config = Config(*config)
+    ctx.config = Config.of(*config)
 
 
 def _lstm_unroll_autograd(ctx, d_updates, d_last):
@@ -264,8 +266,10 @@ def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32)
     """Zero state of a parameter: shape ``(*param.shape, S)``, each of the S rows contiguous over the coordinates.
 
     The shape is canonical, so the state slices and shards as its parameter does; the layout is only strides. The
-    coordinates stand in the parameter's own memory order, and a row is padded to an odd number of 64-byte lines, so
-    that the rows of a power-of-two parameter do not all fall on one cache set.
+    coordinates stand in the parameter's own memory order, and a row is padded to an odd number of lines of cache (64
+    bytes, on a GPU 128), so that the rows of a power-of-two parameter do not all fall on one cache set. A row too short
+    for that, which would be more padding than state, is padded to four coordinates at a time, and that of a single
+    coordinate on a CPU not at all.
 
     Args:
         param: of any shape and strides, real.
@@ -278,8 +282,12 @@ def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32)
         >>> l2l.ops.new_state(torch.empty(3, 5), network.config).shape
         torch.Size([3, 5, 80])
     """
-    size, line = reference.state_size(config), 64 // dtype.itemsize
-    row = (-(-param.numel() // line) | 1) * line
+    size, count = reference.state_size(config), param.numel()
+    on_gpu = param.device.type == "cuda"
+    line, fours = (128 if on_gpu else 64) // dtype.itemsize, -(-count // 4) * 4
+    # CPU kernels work on whole lines where they lie, CUDA kernels on four coordinates: so the widest that is not waste.
+    row = next(row for row in ((-(-count // line) | 1) * line, fours, count) if row <= 2 * count)
+    row = max(row, fours) if on_gpu else row  # one that is no whole fours would take a launch of its own
     strides = torch.empty_like(param, device="meta").stride()
     storage = torch.zeros(size * row, dtype=dtype, device=param.device)
-    return storage.as_strided((*param.shape, size), (*strides, row))
+    return storage.as_strided((*param.shape, size), (*strides, max(row, 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from contextlib import ExitStack
@@ -10,11 +11,13 @@ from os import PathLike
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 
 from l2l_fast import _native, arguments, ops, reference
-from l2l_fast.checkpoint import from_pretrained
+from l2l_fast.checkpoint import from_pretrained, shipped
 from l2l_fast.checks import require
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.reference import Config
@@ -22,6 +25,9 @@ from l2l_fast.reference import Config
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # known not to be sharded without asking, which takes a microsecond each
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
+# Options of param groups that not every version's state_dict has, with what such a state_dict means.
+_LATER_OPTIONS = {"maximize": False}
+_OPTIONS_OF_ALL = ("state_dtype", "fused", "error_if_nonfinite")  # the optimizer's, not a group's
 
 
 class LSTMOptimizer(Optimizer):
@@ -29,18 +35,19 @@ class LSTMOptimizer(Optimizer):
 
     theta <- theta - lr * weight_decay * theta + lr * u,   (u, state) <- m(grad, state; phi)
 
-    A coordinate whose gradient is not finite keeps its value and its state. The network is copied when the optimizer is
-    made: training it further does not change this optimizer.
+    A coordinate whose gradient is not finite, or so large that its square is not, keeps its value and its state. The
+    network is copied when the optimizer is made: training it further does not change this optimizer.
 
     Args:
         params: parameters, or param groups, each with its own ``lr``, ``weight_decay``, ``maximize`` or ``network``.
+            The other options are those of all groups.
         network: a :class:`CoordinatewiseLSTM`, a shipped name, a folder or a hub id.
         lr: multiplier of the learned update, a float or a 0-dim tensor; 1 is what the network was trained for.
         weight_decay: decoupled weight decay, per unit of lr.
         maximize: ascend instead of descend.
         state_dtype: float32, or bfloat16: half the memory, but a step may be slower where the CPU has only AVX2; the
-            arithmetic stays float32. float64 computes in float64. A gradient that is not finite in the dtype of the
-            arithmetic counts as one that is not.
+            arithmetic stays float32, and gradients of 2^63 and more are not finite. float64 computes in float64, up to
+            gradients of 2^511.
         fused: None: the compiled kernel where there is one; False: always the plain PyTorch reference; True: the
             compiled kernel, or an error that says why there is none for a parameter's device.
         error_if_nonfinite: raise on a gradient that is not finite, before anything is changed.
@@ -80,11 +87,12 @@ class LSTMOptimizer(Optimizer):
             raise ValueError(f"state_dtype must be one of {', '.join(map(str, STATE_DTYPES))}, got {state_dtype}")
         require(fused in (None, True, False), "fused", fused, "True, False or None")
         require(error_if_nonfinite in (True, False), "error_if_nonfinite", error_if_nonfinite, "True or False")
+        options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        _check_options(options)  # groups need not use them, but those that are added later may
         self.state_dtype, self.fused, self.error_if_nonfinite = state_dtype, fused, error_if_nonfinite
         self._networks: dict[str, tuple[Config, Tensor]] = {}  # by the name that param groups and state_dicts carry
         self._constants: dict[tuple, Tensor] = {}  # lr and weights by device
-        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "network": self._adopt(network)}
-        super().__init__(params, defaults)
+        super().__init__(params, {**options, "network": self._adopt(network)})
 
     # ------------------------------------------------------------ construction
 
@@ -106,6 +114,10 @@ class LSTMOptimizer(Optimizer):
         elif not isinstance(group["params"], set):  # a set is refused by torch, with its own message
             group["params"] = list(group["params"])
         _check_options({**self.defaults, **group})
+        for name in _OPTIONS_OF_ALL:
+            own = getattr(self, name)
+            value = group.pop(name, own)
+            require(value == own, f"{name} of a param group", value, f"the optimizer's, {own}: it holds for all groups")
         for index, entry in enumerate(group["params"]):
             label, param = entry if isinstance(entry, tuple) else (f"number {index} of its group", entry)
             if not isinstance(param, Tensor):
@@ -114,9 +126,10 @@ class LSTMOptimizer(Optimizer):
                 raise TypeError(
                     f"parameter {label} is {param.dtype}; LSTMOptimizer takes floating and complex parameters"
                 )
-            if type(param).__name__ == "FlatParameter":
+            # Marks of FSDP1's own: no class tells, and with use_orig_params these are plain parameters.
+            if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
                 raise TypeError(
-                    f"parameter {label} is FSDP1's FlatParameter, whose state_dict cannot hold a state for each of its "
+                    f"parameter {label} is sharded by FSDP1, whose state_dict cannot hold a state for each of its "
                     "coordinates: shard with FSDP2's fully_shard"
                 )
             if not is_lazy(param) and (param.is_conj() or param.is_neg()):
@@ -133,18 +146,9 @@ class LSTMOptimizer(Optimizer):
         """Copy a network's weights; returns the name under which groups refer to it."""
         if isinstance(network, str) and network in self._networks:
             return network
-        if isinstance(network, str | PathLike):
-            network = from_pretrained(network)
-        if not isinstance(network, CoordinatewiseLSTM):
-            raise TypeError(
-                "network must be a CoordinatewiseLSTM, a shipped name, a folder or a hub id, got "
-                f"{torch.typename(network)}"
-            )
         dtype = torch.float64 if self.state_dtype == torch.float64 else torch.float32
-        weights = network.flat_weights().detach().to("cpu", dtype, copy=True)
-        config = network.config
-        digest = hashlib.sha256(repr(config).encode() + weights.to(torch.float32).numpy().tobytes()).hexdigest()[:16]
-        name = f"{config.features}-{config.num_layers}x{config.hidden_size}-{digest}"
+        found = _shipped(network, dtype) if isinstance(network, str) else None
+        name, config, weights = found or _flattened(network, dtype)
         self._networks[name] = (config, weights)
         return name
 
@@ -174,30 +178,57 @@ class LSTMOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            self._prepare()
         # Everything is looked at before anything is changed.
-        work = [(group, self._with_gradient(group)) for group in self.param_groups]
-        calls, new_states = [], {}
-        for group, params in work:
-            devices = {param.device for param in params}
-            for device in devices:
-                here = params if len(devices) == 1 else [param for param in params if param.device == device]
-                calls.append((here, self._arguments(group, device, here, new_states)))
-        # A call looks at its arguments itself, but the one before has changed its parameters by then.
-        if len(calls) > 1 and new_states:
-            for _, call in calls:
-                arguments.check_step(*call)
-        self.state.update(new_states)
-        op = ops.REFERENCE["lstm_step_"] if self.fused is False else torch.ops.l2l_fast.lstm_step_
-        for params, call in calls:
-            steps = call[5]
-            ops.count_versions(params)
-            torch._foreach_add_(steps, 1)
-            try:
-                op(*call)
-            except RuntimeError:
-                torch._foreach_sub_(steps, 1)
-                raise
+        calls, fresh, stepped = [], [], []
+        try:
+            for group in self.param_groups:
+                calls += self._calls(group, fresh)
+            # A call looks at its arguments itself, but the one before has changed its parameters by then.
+            if len(calls) > 1 and fresh:
+                for _, call in calls:
+                    arguments.check_step(*call)
+            for params, call in calls:
+                self._run(params, call)
+                stepped += params
+        except Exception:
+            for param in fresh:
+                if not any(param is other for other in stepped):
+                    del self.state[param]
+            raise
         return loss
+
+    def _run(self, params: list[Tensor], call: tuple) -> None:
+        op = ops.REFERENCE["lstm_step_"] if self.fused is False else torch.ops.l2l_fast.lstm_step_
+        steps = call[5]
+        ops.count_versions(params)
+        torch._foreach_add_(steps, 1)
+        try:
+            op(*call)
+        except RuntimeError:
+            torch._foreach_sub_(steps, 1)
+            raise
+
+    @torch.compiler.assume_constant_result
+    def _prepare(self) -> None:
+        """Make what a first step makes. torch.compile runs this as it is, so that one graph serves all steps."""
+        for group in self.param_groups:
+            self._calls(group, [])
+
+    def _calls(self, group: dict, fresh: list[Tensor]) -> list[tuple[list[Tensor], tuple]]:
+        """The group's parameters that have a gradient, by device, each list with its arguments of ``lstm_step_``.
+
+        fresh: takes the parameters whose state is made here.
+        """
+        params = self._with_gradient(group)
+        states = [self._state_of(param, group, fresh) for param in params]
+        by_device = {}
+        for param, state in zip(params, states, strict=True):
+            here = by_device.setdefault(param.device, ([], []))
+            here[0].append(param)
+            here[1].append(state)
+        return [(here[0], self._arguments(group, device, *here)) for device, here in by_device.items()]
 
     def _with_gradient(self, group: dict) -> list[Tensor]:
         if group["network"] not in self._networks:
@@ -207,10 +238,9 @@ class LSTMOptimizer(Optimizer):
             )
         params = [param for param in group["params"] if param.grad is not None]
         for param in params:
-            grad = param.grad
-            if grad.layout != torch.strided:
+            if param.grad.layout != torch.strided:
                 raise RuntimeError(
-                    f"{self._label(group, param)} has a {grad.layout} gradient; LSTMOptimizer needs dense ones "
+                    f"{self._label(group, param)} has a {param.grad.layout} gradient; LSTMOptimizer needs dense ones "
                     "(for nn.Embedding: sparse=False)"
                 )
             if self.error_if_nonfinite and not self._is_finite(param):
@@ -219,47 +249,59 @@ class LSTMOptimizer(Optimizer):
                 )
         return params
 
-    def _is_finite(self, param: Tensor) -> bool:
-        """Whether the gradient is, in the dtype of the arithmetic; of a sharded one, whether it is on every rank."""
-        grad = _beside(param.grad, param)
-        if self.state_dtype != torch.float64 and grad.dtype in (torch.float64, torch.complex128):
-            grad = grad.to(torch.complex64 if grad.is_complex() else torch.float32)
-        finite = grad.isfinite().all()
-        return bool(finite.full_tensor() if hasattr(finite, "full_tensor") else finite)
+    def _state_of(self, param: Tensor, group: dict, fresh: list[Tensor]) -> dict:
+        state = self.state.get(param)
+        if not state:
+            config, _ = self._networks[group["network"]]
+            step = torch.zeros((), dtype=torch.float32, device=param.device)
+            state = self.state[param] = {"step": step, "lstm": _new_state(param, config, self.state_dtype)}
+            fresh.append(param)
+        step = state["step"]
+        # ZeroRedundancyOptimizer puts every number on the CPU, and other loaders may leave one that is no tensor.
+        if not isinstance(step, Tensor) or step.device != param.device:
+            state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
+        return state
 
-    def _arguments(
-        self, group: dict, device: torch.device, params: list[Tensor], new_states: dict[Tensor, dict]
-    ) -> tuple:
-        """Those of ``lstm_step_`` for a group's parameters on one device; ``new_states`` takes those there were not."""
+    def _is_finite(self, param: Tensor) -> bool:
+        """Whether the gradient is, as the ops mean it; of a sharded one, whether it is on every rank."""
+        grad = _real(_beside(param.grad, param))
+        arithmetic = torch.float64 if self.state_dtype == torch.float64 else torch.float32
+        finite = (grad.to(arithmetic).abs() < reference.gradient_limit(arithmetic, self.state_dtype)).all()
+        finite = finite.full_tensor() if _is_sharded(finite) else finite
+        return isinstance(finite, FakeTensor) or bool(finite)  # a fake one has no values
+
+    def _arguments(self, group: dict, device: torch.device, params: list[Tensor], states: list[dict]) -> tuple:
+        """Those of ``lstm_step_`` for parameters of a group that are on one device."""
         config, _ = self._networks[group["network"]]
-        weights = self._weights(group["network"], device)
+        weights = self._weights(group["network"], device, params[0])
         lr = self._lr(group["lr"], device, weights.dtype)
-        tensors, grads, states, steps = [], [], [], []
+        tensors, grads = [], []
         for param in params:
             tensors.append(_real(_local(param)))
             grad = param.grad
             if type(grad) not in _PLAIN:
                 grad = _local(_beside(grad, param))
             grads.append(_real(grad.resolve_conj()).resolve_neg())
-            state = self.state.get(param)
-            if not state:
-                step = torch.zeros((), dtype=torch.float32, device=device)
-                state = new_states[param] = {"step": step, "lstm": _new_state(param, config, self.state_dtype)}
-            states.append(_local(state["lstm"]))
-            steps.append(state["step"])
+        locals_, steps = [_local(state["lstm"]) for state in states], [state["step"] for state in states]
         options = float(group["weight_decay"]), bool(group["maximize"])
-        return (tensors, grads, states, weights, lr, steps, *config, *options)
+        return (tensors, grads, locals_, weights, lr, steps, *arguments.codes(config), *options)
 
-    def _weights(self, name: str, device: torch.device) -> Tensor:
+    def _weights(self, name: str, device: torch.device, param: Tensor) -> Tensor:
+        """A network's weights on a device; fake where the parameter is."""
+        weights = self._networks[name][1]
+        if not torch.compiler.is_compiling() and isinstance(_local(param), FakeTensor):
+            return torch.empty(weights.shape, dtype=weights.dtype, device=device)
         key = ("weights", name, device)
         if key not in self._constants:
             self._need_kernel(device)  # parameters may have moved since their group was added
-            self._constants[key] = self._networks[name][1].to(device)
+            self._constants[key] = weights.to(device)
         return self._constants[key]
 
     def _lr(self, lr: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         if isinstance(lr, Tensor):
             return lr.to(device, dtype)  # what a float becomes, too
+        if torch.compiler.is_compiling():  # which would compile anew for each value that it is compared with
+            return torch.ones((), dtype=dtype, device=device) * lr
         key = ("lr", device)
         held = self._constants.get(key)
         if held is None or held[0] != lr:  # schedulers change it, so only the last value is kept
@@ -308,10 +350,10 @@ class LSTMOptimizer(Optimizer):
                     f"{where} belongs to network {saved.get('network')!r}, and this optimizer's to "
                     f"{group['network']!r}: make it with the network of the state_dict"
                 )
-            missing = self.defaults.keys() - saved.keys()
+            missing = {"lr", "weight_decay"} - saved.keys()
             if missing:
                 raise ValueError(f"{where} has no {', '.join(sorted(missing))}: it was not saved whole")
-            _check_options(saved, f"{where}: ")
+            _check_options({**_LATER_OPTIONS, **saved}, f"{where}: ")
         return [
             (param, self._restored_state(group, param, state_dict["state"][index]))
             for group, saved in zip(groups, saved_groups, strict=True)
@@ -335,17 +377,50 @@ class LSTMOptimizer(Optimizer):
             )
         state = _new_state(param, config, self.state_dtype)
         state.copy_(lstm)
-        return {"lstm": state, "step": torch.full((), float(step), dtype=torch.float32, device=param.device)}
+        step = torch.as_tensor(step, dtype=torch.float32).reshape(()).to(param.device, copy=True)
+        return {"lstm": state, "step": step}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in _LATER_OPTIONS.items():
+                group.setdefault(name, value)
 
     def __getstate__(self) -> dict:
         own = {name: getattr(self, name) for name in ("state_dtype", "fused", "error_if_nonfinite", "_networks")}
         return {**super().__getstate__(), **own, "_constants": {}}
 
 
+@functools.cache
+def _shipped(name: str, dtype: torch.dtype) -> tuple[str, Config, Tensor] | None:
+    """A shipped network flattened, or None where there is none of the name: its files are read once a process."""
+    return _flattened(name, dtype) if name in shipped() else None
+
+
+def _flattened(network, dtype: torch.dtype) -> tuple[str, Config, Tensor]:
+    """The name that groups and state_dicts call a network by, its config and its weights on the CPU."""
+    with _disable_current_modes():  # under FakeTensorMode the weights are needed all the same
+        if isinstance(network, str | PathLike):
+            network = from_pretrained(network)
+        if not isinstance(network, CoordinatewiseLSTM):
+            raise TypeError(
+                "network must be a CoordinatewiseLSTM, a shipped name, a folder or a hub id, got "
+                f"{torch.typename(network)}"
+            )
+        config, weights = network.config, network.flat_weights().detach()
+        if weights.is_meta:
+            raise ValueError("network has no weights yet, they are on the meta device: load or initialise them first")
+        weights = weights.to("cpu", dtype, copy=True)
+        # Fake weights have no values, and neither have the steps that are made with them.
+        values = b"" if isinstance(weights, FakeTensor) else weights.to(torch.float32).numpy().tobytes()
+        digest = hashlib.sha256(repr(config).encode() + values).hexdigest()[:16]
+    return f"{config.features}-{config.num_layers}x{config.hidden_size}-{digest}", config, weights
+
+
 def _is_number(value) -> bool:
-    """Whether it is finite and not negative; a tensor may have any shape of one element."""
+    """Whether it is finite and not negative; a tensor may have any shape of one element, and a fake one any value."""
     single = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
-    return single and 0.0 <= float(value) < math.inf
+    return single and (isinstance(value, FakeTensor) or 0.0 <= float(value) < math.inf)
 
 
 def _check_options(options: dict, where: str = "") -> None:
@@ -365,14 +440,19 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. Asked of the class: torch.compile answers no for the tensor itself."""
+    return type(tensor) not in _PLAIN and hasattr(type(tensor), "to_local")
+
+
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor: a learned step is coordinatewise, so ranks need nothing of each other."""
-    return tensor if type(tensor) in _PLAIN or not hasattr(tensor, "to_local") else tensor.to_local()
+    return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
 def _beside(grad: Tensor, param: Tensor) -> Tensor:
     """The gradient placed as its parameter is: one that every rank has a summand of is summed here."""
-    if not hasattr(grad, "placements") or grad.placements == param.placements:
+    if not _is_sharded(grad) or grad.placements == param.placements:
         return grad
     return grad.redistribute(param.device_mesh, param.placements)
 
@@ -380,7 +460,7 @@ def _beside(grad: Tensor, param: Tensor) -> Tensor:
 def _new_state(param: Tensor, config: Config, dtype: torch.dtype) -> Tensor:
     """Zero state of a parameter, placed as the parameter is."""
     state = ops.new_state(_real(_local(param)), config, dtype)
-    if not hasattr(param, "to_local"):
+    if not _is_sharded(param):
         return state
     from torch.distributed.tensor import DTensor
 

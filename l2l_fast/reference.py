@@ -12,6 +12,7 @@ One coordinate's state is a column of ``state_size(config)`` rows::
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -42,6 +43,22 @@ class Config(NamedTuple):
     beta1: float
     beta2: float
     eps: float
+
+    @classmethod
+    def of(cls, features: str | int, *fields) -> Config:
+        """From names, or from the ops' arguments: ``features`` and ``output`` as places in FEATURES and OUTPUTS."""
+        config = cls(features, *fields)
+        if isinstance(features, str):
+            return config
+        return config._replace(features=tuple(FEATURES)[features], output=OUTPUTS[config.output])
+
+
+def gradient_limit(arithmetic: torch.dtype, state: torch.dtype) -> float:
+    """The magnitude from which on a gradient counts as not finite, given the dtypes of the weights and of the state.
+
+    Below it v, a mean of squares, is finite in both. An infinite v would never come down again.
+    """
+    return 2.0**511 if arithmetic == state == torch.float64 else 2.0**63
 
 
 def has_moments(config: Config) -> bool:
@@ -92,6 +109,20 @@ def split_state(state: Tensor, config: Config) -> list[Tensor]:
 # ---------------------------------------------------------------- one step of one block
 
 
+def _outside_autocast(function):
+    """The function of tensors as it is where no autocast rounds what goes into its products."""
+
+    @functools.wraps(function)
+    def run(tensor, *args, **kwargs):
+        device = tensor.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return function(tensor, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(tensor, *args, **kwargs)
+
+    return run
+
+
 def log_sign(grad: Tensor, p: float) -> list[Tensor]:
     """log|d|/p and sign d of gradient coordinates d, or -1 and e^p d where ``|d| < e^-p``."""
     magnitude, threshold = grad.abs(), math.exp(-p)
@@ -127,8 +158,15 @@ def _moments_backward(d_ratios, d_m: Tensor, d_v: Tensor, grad: Tensor, step: Te
     return d_grad, config.beta1 * d_m, config.beta2 * d_v
 
 
+@_outside_autocast
 def cell(
-    grad: Tensor, state: Tensor, step: Tensor, weights: dict[str, Tensor], config: Config, saved: dict | None = None
+    grad: Tensor,
+    state: Tensor,
+    step: Tensor,
+    weights: dict[str, Tensor],
+    config: Config,
+    saved: dict | None = None,
+    limit: float | None = None,
 ):
     """One step of the optimizer for a block of coordinates.
 
@@ -142,11 +180,14 @@ def cell(
         weights: the dictionary of :func:`split_weights`.
         config: what the network computes.
         saved: where to leave the activations that :func:`cell_backward` needs.
+        limit: the magnitude from which on a gradient is not finite; if not given, :func:`gradient_limit` of the
+            arithmetic's dtype.
 
     Returns:
         updates [n] and the new state [S, n].
     """
-    finite, step = grad.isfinite(), step.to(grad.dtype)
+    limit = gradient_limit(grad.dtype, grad.dtype) if limit is None else limit
+    finite, step = grad.abs() < limit, step.to(grad.dtype)
     grad = torch.where(finite, grad, 0.0)
     rows = split_state(state, config)
     new_rows, inputs, moments, moves = [], [], None, finite
@@ -187,6 +228,7 @@ def cell(
     return updates, torch.where(finite, torch.cat(new_rows), state)
 
 
+@_outside_autocast
 def cell_backward(
     d_update: Tensor,
     d_state: Tensor,
@@ -258,17 +300,19 @@ def cell_backward(
 
 def lstm_step_(params, grads, states, weights, lr, steps, *args) -> None:
     """In-place step of every tensor: theta <- theta - lr*weight_decay*theta + lr*u. See :mod:`l2l_fast.ops`."""
-    config, (weight_decay, maximize) = Config(*args[:-2]), args[-2:]
+    config, (weight_decay, maximize) = Config.of(*args[:-2]), args[-2:]
     named = split_weights(weights, config)
     for param, grad, state, step in zip(params, grads, states, steps, strict=True):
         # Views where the strides allow it, copies elsewhere; copies are written back below.
         flat_param, flat_grad, flat_state = param.reshape(-1), grad.reshape(-1), state.reshape(-1, state.shape[-1])
+        limit = gradient_limit(weights.dtype, state.dtype)
         for tile in _tiles(flat_param.numel()):
             d = flat_grad[tile].to(weights.dtype)
-            update, new_state = cell(-d if maximize else d, flat_state[tile].T.to(weights.dtype), step, named, config)
+            columns = flat_state[tile].T.to(weights.dtype)
+            update, new_state = cell(-d if maximize else d, columns, step, named, config, limit=limit)
             theta = flat_param[tile].to(torch.promote_types(param.dtype, weights.dtype))  # float64 stays float64
             moved = theta + lr * (update - weight_decay * theta)
-            flat_param[tile] = torch.where(d.isfinite(), moved, theta).to(param.dtype)
+            flat_param[tile] = torch.where(d.abs() < limit, moved, theta).to(param.dtype)
             flat_state[tile] = new_state.T.to(state.dtype)
         if flat_param.data_ptr() != param.data_ptr():
             param.copy_(flat_param.view(param.shape))
@@ -281,11 +325,11 @@ def lstm_unroll(grads: Tensor, state: Tensor, weights: Tensor, step: Tensor, *ar
 
     Differentiable by plain autograd, which is what the hand-written backward below is tested against.
     """
-    config = Config(*args)
+    config = Config.of(*args)
     named = split_weights(weights, config)
-    updates, columns = [], state.T.to(weights.dtype)
+    updates, columns, limit = [], state.T.to(weights.dtype), gradient_limit(weights.dtype, state.dtype)
     for t, grad in enumerate(grads):
-        update, columns = cell(grad, columns, step + t, named, config)
+        update, columns = cell(grad, columns, step + t, named, config, limit=limit)
         updates.append(update)
     return torch.stack(updates) if updates else torch.zeros_like(grads), columns.T.to(state.dtype)
 
@@ -311,17 +355,17 @@ def lstm_unroll_backward(
 
     Each tile's truncation is run forward again from its first state, then backward through time.
     """
-    config, (need_grads, need_state, need_weights) = Config(*args[:-3]), args[-3:]
+    config, (need_grads, need_state, need_weights) = Config.of(*args[:-3]), args[-3:]
     named = split_weights(weights, config)
     d_weights = torch.zeros_like(weights)
     named_d_weights = split_weights(d_weights, config)
     d_grads = torch.empty_like(grads) if need_grads else grads.new_empty(0)
     d_state = new_state_like(state) if need_state else state.new_empty(0)
-    horizon = grads.shape[0]
+    horizon, limit = grads.shape[0], gradient_limit(weights.dtype, state.dtype)
     for tile in _tiles(grads.shape[1]):
         columns, saved = state[tile].T.to(weights.dtype), [{} for _ in range(horizon)]
         for t in range(horizon):
-            _, columns = cell(grads[t, tile], columns, step + t, named, config, saved[t])
+            _, columns = cell(grads[t, tile], columns, step + t, named, config, saved[t], limit)
         d_columns = torch.zeros_like(columns) if d_last is None else d_last[tile].T.to(weights.dtype)
         for t in reversed(range(horizon)):
             d_grad, d_columns = cell_backward(

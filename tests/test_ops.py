@@ -1,18 +1,20 @@
 """The operators as PyTorch sees them: schema, shapes, gradients, compilation."""
 
+import overflow
 import pytest
 import torch
 from torch.library import opcheck
 
-from l2l_fast import CoordinatewiseLSTM, ops, reference
+from l2l_fast import CoordinatewiseLSTM, arguments, ops, reference
 from l2l_fast.reference import FEATURES, Config
 
 OPS = torch.ops.l2l_fast
 CONFIG = Config("both", 3, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
+CODES = dict(zip(Config._fields, arguments.codes(CONFIG), strict=True))
 STATE, WEIGHTS = reference.state_size(CONFIG), reference.num_weights(CONFIG)
 
 
-def arguments(features="both", dtype=torch.float64, steps=3, size=6, projection=True):
+def make_arguments(features="both", dtype=torch.float64, steps=3, size=6, projection=True):
     network = CoordinatewiseLSTM(features, 3, 2, projection=projection, output="tanh").to(dtype)
     weights = network.flat_weights().detach()
     grads = torch.randn(steps, size, dtype=dtype)
@@ -22,37 +24,35 @@ def arguments(features="both", dtype=torch.float64, steps=3, size=6, projection=
 
 @pytest.mark.parametrize("features", FEATURES)
 def test_step_passes_opcheck(features):
-    config, weights, grads, state = arguments(features, torch.float32)
+    config, weights, grads, state = make_arguments(features, torch.float32)
     params, lr, steps = torch.zeros(6), torch.tensor(1.0), [torch.tensor(1.0)]
-    opcheck(OPS.lstm_step_, ([params], [grads[0]], [state], weights, lr, steps, *config, 0.01, False))
+    opcheck(OPS.lstm_step_, ([params], [grads[0]], [state], weights, lr, steps, *arguments.codes(config), 0.01, False))
 
 
 @pytest.mark.parametrize("features", FEATURES)
 def test_unroll_passes_opcheck(features):
-    config, weights, grads, state = arguments(features)
+    config, weights, grads, state = make_arguments(features)
     tensors = [tensor.requires_grad_() for tensor in (grads, state, weights)]
-    opcheck(OPS.lstm_unroll, (*tensors, torch.tensor(1.0), *config))
+    opcheck(OPS.lstm_unroll, (*tensors, torch.tensor(1.0), *arguments.codes(config)))
 
 
 @pytest.mark.parametrize("needed", [(True, True, True), (False, False, True), (True, False, False)])
 def test_unroll_backward_passes_opcheck(needed):
-    config, weights, grads, state = arguments()
-    opcheck(
-        OPS.lstm_unroll_backward,
-        (torch.randn_like(grads), torch.randn_like(state), grads, state, weights, torch.tensor(1.0), *config, *needed),
-    )
+    config, weights, grads, state = make_arguments()
+    tensors = torch.randn_like(grads), torch.randn_like(state), grads, state, weights, torch.tensor(1.0)
+    opcheck(OPS.lstm_unroll_backward, (*tensors, *arguments.codes(config), *needed))
 
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("projection", [False, True])
 def test_unroll_passes_gradcheck(features, projection):
-    config, weights, grads, state = arguments(features, projection=projection)
+    config, weights, grads, state = make_arguments(features, projection=projection)
     tensors = [tensor.requires_grad_() for tensor in (grads, state, weights)]
     assert torch.autograd.gradcheck(lambda g, s, w: ops.lstm_unroll(g, s, w, config, 2), tensors)
 
 
 def test_second_derivatives_are_refused_with_the_cure():
-    config, weights, grads, state = arguments()
+    config, weights, grads, state = make_arguments()
     weights.requires_grad_()
     updates, _ = ops.lstm_unroll(grads, state, weights, config)
     (gradient,) = torch.autograd.grad(updates.sum(), weights, create_graph=True)
@@ -61,7 +61,7 @@ def test_second_derivatives_are_refused_with_the_cure():
 
 
 def test_gradients_not_needed_are_not_formed():
-    config, weights, grads, state = arguments()
+    config, weights, grads, state = make_arguments()
     d_grads, d_state, d_weights = ops.lstm_unroll_backward(
         torch.randn_like(grads), None, grads, state, weights, config, torch.tensor(1.0)
     )
@@ -71,7 +71,7 @@ def test_gradients_not_needed_are_not_formed():
 @pytest.mark.parametrize("steps", [0, 1, 5])
 @pytest.mark.parametrize("size", [0, 1, 9])
 def test_steps_in_place_equal_the_unroll(steps, size):
-    config, weights, grads, state = arguments(steps=steps, size=size)
+    config, weights, grads, state = make_arguments(steps=steps, size=size)
     updates, last = ops.lstm_unroll(grads, state, weights, config)
     theta, states = torch.zeros(size, dtype=torch.float64), state.clone()
     for t in range(steps):
@@ -81,7 +81,7 @@ def test_steps_in_place_equal_the_unroll(steps, size):
 
 
 def test_step_applies_lr_decay_and_maximize():
-    config, weights, grads, state = arguments("log_sign", steps=1)
+    config, weights, grads, state = make_arguments("log_sign", steps=1)
     theta = torch.randn(6, dtype=torch.float64)
     for maximize in (False, True):
         sign = -1 if maximize else 1
@@ -95,8 +95,9 @@ BAD_NETWORKS = [
     ({"weights": torch.zeros(7)}, rf"weights must be a vector of {WEIGHTS} for this network, got shape \[7\]"),
     ({"weights": torch.zeros(1, WEIGHTS)}, "weights must be a vector of"),
     ({"weights": torch.zeros(WEIGHTS).bfloat16()}, "weights must be float32 or float64"),
-    ({"features": "sign"}, "features must be .* or both, got 'sign'"),
-    ({"output": "relu"}, "output must be linear or tanh, got 'relu'"),
+    ({"features": 4}, r"features must be 0 \(identity\) or .* or 3 \(both\), got 4"),
+    ({"features": -1}, "features must be .*, got -1"),
+    ({"output": 2}, r"output must be 0 \(linear\) or 1 \(tanh\), got 2"),
     ({"hidden_size": 0}, "hidden_size must be from 1"),
     ({"num_layers": 0}, "num_layers must be from 1"),
 ]
@@ -145,7 +146,7 @@ def test_every_backend_refuses_the_same_steps_and_changes_nothing(backend, chang
     }  # fmt: skip
     bad = {
         name: [*value, *change.get(name, [value[0].clone()])] if isinstance(value, list) else change.get(name, value)
-        for name, value in (good | CONFIG._asdict()).items()
+        for name, value in (good | CODES).items()
     }
     with pytest.raises(RuntimeError, match=message):
         backend("lstm_step_")(*bad.values(), 0.0, False)
@@ -156,7 +157,7 @@ def test_every_backend_refuses_the_same_steps_and_changes_nothing(backend, chang
 @pytest.mark.parametrize(("change", "message"), BAD_NETWORKS + BAD_UNROLLS + BAD_BACKWARDS)
 def test_every_backend_refuses_the_same_unrolls(backend, change, message):
     good = {"grads": torch.zeros(2, 3), "state": torch.zeros(3, STATE), "weights": torch.ones(WEIGHTS),
-            "step": torch.tensor(1.0), **CONFIG._asdict()}  # fmt: skip
+            "step": torch.tensor(1.0), **CODES}  # fmt: skip
     of_backward = {"d_updates": torch.zeros(2, 3), "d_last": torch.zeros(3, STATE)}
     if change.keys() <= good.keys():
         with pytest.raises(RuntimeError, match=message):
@@ -166,7 +167,7 @@ def test_every_backend_refuses_the_same_unrolls(backend, change, message):
 
 
 def test_a_step_is_a_number_or_a_tensor():
-    config, weights, grads, state = arguments("moments")
+    config, weights, grads, state = make_arguments("moments")
     for call in (ops.lstm_unroll, lambda *args: ops.lstm_unroll_backward(grads, None, *args)):
         number, tensor = (call(grads, state, weights, config, step) for step in (3, torch.tensor(3)))
         assert all(map(torch.equal, number, tensor))
@@ -174,7 +175,7 @@ def test_a_step_is_a_number_or_a_tensor():
 
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "strided", "expanded_grad"])
 def test_step_takes_any_strides(layout):
-    config, weights, *_ = arguments(dtype=torch.float32)
+    config, weights, *_ = make_arguments(dtype=torch.float32)
     make = {
         "transposed": lambda: torch.randn(5, 4).T,
         "channels_last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
@@ -191,30 +192,36 @@ def test_step_takes_any_strides(layout):
     torch.testing.assert_close(theta, plain)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (0,), (16,), (3, 5), (2**12,), (2, 0, 3)])
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2,), (5,), (16,), (3, 5), (17,), (200,), (2**12,), (2, 0, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_state_has_the_parameters_shape_and_contiguous_rows(shape, dtype):
-    config = arguments()[0]
+    config = make_arguments()[0]
     param = torch.empty(shape)
     state = ops.new_state(param, config, dtype)
     assert state.shape == (*shape, reference.state_size(config))
     assert state.dtype == dtype
     assert not state.any()
-    row_bytes = state.stride(-1) * dtype.itemsize
-    assert row_bytes % 64 == 0
-    assert (row_bytes // 64) % 2 == 1
+    rows, row_bytes = state.shape[-1], state.stride(-1) * dtype.itemsize
+    assert (
+        state.untyped_storage().nbytes() <= rows * 2 * param.numel() * dtype.itemsize
+    )  # padding is no more than state
+    if param.numel() * dtype.itemsize > 2 * 64:
+        assert row_bytes % 64 == 0
+        assert (row_bytes // 64) % 2 == 1
+    elif param.numel() > 1:
+        assert state.stride(-1) % 4 == 0  # as CUDA's matrix units need it
     if param.numel() > 1:
         assert state.stride()[:-1] == param.stride()
 
 
 def test_state_follows_the_parameters_memory_order():
     param = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    state = ops.new_state(param, arguments()[0])
+    state = ops.new_state(param, make_arguments()[0])
     assert state.stride()[:-1] == param.stride()
 
 
 def test_unroll_compiles_without_a_graph_break():
-    config, weights, grads, state = arguments(dtype=torch.float32)
+    config, weights, grads, state = make_arguments(dtype=torch.float32)
     compiled = torch.compile(lambda g, s, w: ops.lstm_unroll(g, s, w, config), fullgraph=True, backend="aot_eager")
     weights.requires_grad_()
     torch.testing.assert_close(compiled(grads, state, weights), ops.lstm_unroll(grads, state, weights, config))
@@ -222,7 +229,7 @@ def test_unroll_compiles_without_a_graph_break():
 
 @pytest.mark.parametrize("transform", [torch.func.grad, lambda f: torch.func.jacrev(torch.func.grad(f))])
 def test_transforms_of_torch_func_run_the_reference(transform):
-    config, weights, grads, state = arguments()
+    config, weights, grads, state = make_arguments()
 
     def loss(unroll, *rest):
         return lambda weights: unroll(grads, state, weights, *rest)[0].square().sum()
@@ -234,3 +241,56 @@ def test_transforms_of_torch_func_run_the_reference(transform):
         torch.func.vmap(lambda scale: ops.lstm_unroll(scale * grads, state, weights, config)[0])(torch.ones(2))[1],
         ops.lstm_unroll(grads, state, weights, config)[0],
     )
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize(("dtype", "state_dtype"), overflow.DTYPES)
+def test_gradients_whose_square_overflows_are_not_finite(backend, features, dtype, state_dtype):
+    config = overflow.CONFIG._replace(features=features)
+    overflow.check_step(backend("lstm_step_"), config, dtype, state_dtype)
+    overflow.check_unroll(backend("lstm_unroll"), backend("lstm_unroll_backward"), config, dtype, state_dtype)
+
+
+@pytest.mark.parametrize("name", ["lstm_step_", "lstm_unroll", "lstm_unroll_backward"])
+def test_autocast_changes_nothing(backend, name):
+    config, weights, grads, state = make_arguments(dtype=torch.float32, size=100)
+    codes, one = arguments.codes(config), torch.tensor(1.0)
+
+    def run():
+        if name == "lstm_step_":
+            theta, held = torch.ones(100), state.clone()
+            backend(name)([theta], [grads[0]], [held], weights, one, [one], *codes, 0.1, False)
+            return theta, held
+        if name == "lstm_unroll":
+            return backend(name)(grads, state, weights, one, *codes)
+        return backend(name)(grads, state, grads, state, weights, one, *codes, True, True, True)
+
+    expected = run()
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            assert torch.is_autocast_enabled("cpu")
+            found = run()
+        assert all(map(torch.equal, found, expected))
+
+
+def test_autocast_changes_nothing_in_plain_pytorch():
+    """Which runs under torch.func's transforms, and where second derivatives are asked for."""
+    config, weights, grads, state = make_arguments(dtype=torch.float32, size=100)
+    plain = reference.lstm_unroll(grads, state, weights, torch.tensor(1.0), *config)
+    mapped = torch.func.vmap(lambda scale: ops.lstm_unroll(scale * grads, state, weights, config)[0])
+    expected = mapped(torch.ones(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(reference.lstm_unroll(grads, state, weights, torch.tensor(1.0), *config)[0], plain[0])
+        assert torch.equal(mapped(torch.ones(2)), expected)
+
+
+def test_names_that_are_none_are_refused_by_the_wrappers():
+    config, weights, grads, state = make_arguments()
+    for field, value in (("features", "sign"), ("output", "relu")):
+        bad, one = config._replace(**{field: value}), torch.tensor(1.0)
+        with pytest.raises(RuntimeError, match=f"{field} must be .*, got '{value}'"):
+            ops.lstm_step_([grads[0]], [grads[1]], [state], weights, one, [one], bad)
+        with pytest.raises(RuntimeError, match=f"{field} must be .*, got '{value}'"):
+            ops.lstm_unroll(grads, state, weights, bad)
+        with pytest.raises(RuntimeError, match=f"{field} must be .*, got '{value}'"):
+            ops.lstm_unroll_backward(grads, None, grads, state, weights, bad)

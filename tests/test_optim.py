@@ -3,12 +3,14 @@
 import copy
 import io
 import pickle
+import time
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
-from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, build_info, ops
+from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, build_info, checkpoint, ops, optim, reference
 
 
 def make_model():
@@ -196,6 +198,7 @@ def test_state_dict_of_other_shapes_is_refused(network):
         (lambda saved: saved["param_groups"][0].pop("weight_decay"), "param group 0 has no weight_decay"),
         (lambda saved: saved["param_groups"][0].update(lr=-1.0), "param group 0: lr must be finite and not negative"),
         (lambda saved: saved["param_groups"][0].update(lr=None), "param group 0: lr must be finite and not negative"),
+        (lambda saved: saved["param_groups"][0].update(maximize="no"), "param group 0: maximize must be True or False"),
     ],
 )
 def test_a_bad_state_dict_is_refused_and_nothing_changes(network, spoil, message):
@@ -223,6 +226,63 @@ def test_a_step_may_be_saved_as_a_number(network, step):
     train(model, optimizer, 1)
     found = optimizer.state[model[0].weight]["step"]
     assert (found.item(), found.dtype, found.shape) == (3.0, torch.float32, ())
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda optimizer: optimizer, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))]
+)
+def test_a_state_dict_is_loaded_any_number_of_times(network, copied):
+    unbroken = make_model()
+    optimizer = LSTMOptimizer(unbroken.parameters(), network, weight_decay=0.1)
+    train(unbroken, optimizer, 2)
+    saved, weights = _save_and_load(optimizer.state_dict()), copy.deepcopy(unbroken.state_dict())
+    expected = train(unbroken, optimizer, 3, first=2)
+    resumed = make_model()
+    again = copied(LSTMOptimizer(resumed.parameters(), network, weight_decay=0.1))
+    again.param_groups[0]["params"] = list(resumed.parameters())  # a copy has parameters of its own
+    for _ in range(3):
+        again.load_state_dict(again.state_dict())  # as Accelerate does to move it
+        again.load_state_dict(saved)
+        resumed.load_state_dict(weights)
+        assert train(resumed, again, 3, first=2) == expected
+
+
+def test_options_that_an_older_state_dict_lacks_have_their_defaults(network):
+    model = make_model()
+    optimizer = LSTMOptimizer(model.parameters(), network)
+    train(model, optimizer, 2)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["maximize"]
+    ascending = LSTMOptimizer(model.parameters(), network, maximize=True)
+    ascending.load_state_dict(saved)
+    assert ascending.param_groups[0]["maximize"] is False  # as it was for the optimizer of the state_dict
+    train(model, ascending, 1)
+    pickled = optimizer.__getstate__()
+    pickled["param_groups"] = [{k: v for k, v in group.items() if k != "maximize"} for group in pickled["param_groups"]]
+    older = LSTMOptimizer.__new__(LSTMOptimizer)
+    older.__setstate__(pickled)
+    older.step()
+
+
+@pytest.mark.parametrize("step", [2, 2.0, torch.tensor(2.0, dtype=torch.float64)])
+def test_a_step_may_be_put_into_the_state_as_a_number(network, step):
+    theta = nn.Parameter(torch.ones(2))
+    optimizer, theta.grad = LSTMOptimizer([theta], network), torch.ones(2)
+    optimizer.step()
+    optimizer.state[theta]["step"] = step
+    optimizer.step()
+    assert optimizer.state[theta]["step"] == 3
+
+
+def test_a_step_on_another_device_is_brought_to_the_parameter(network):
+    """ZeroRedundancyOptimizer leaves it on the CPU when it loads."""
+    theta = nn.Parameter(torch.ones(2, device="meta"))
+    optimizer, theta.grad = LSTMOptimizer([theta], network), torch.ones(2, device="meta")
+    optimizer.step()
+    optimizer.state[theta]["step"] = torch.tensor(1.0)
+    optimizer.step()
+    assert optimizer.state[theta]["step"].is_meta
 
 
 def test_looking_at_state_that_is_not_there_yet_does_no_harm(network):
@@ -361,6 +421,52 @@ def test_finite_is_what_the_arithmetic_can_hold(network):
     assert theta.item() != 0
 
 
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("state_dtype", optim.STATE_DTYPES)
+@pytest.mark.parametrize("spike", [1e20, -3e38])
+def test_a_coordinate_comes_back_from_a_gradient_whose_square_overflows(fused, state_dtype, spike):
+    theta = nn.Parameter(torch.zeros(2))
+    optimizer = LSTMOptimizer([theta], "l2l-small", state_dtype=state_dtype, fused=fused)
+    for t in range(600):
+        theta.grad = 2 * (theta.detach() - 1)
+        if t == 20 and state_dtype != torch.float64:  # which can square it
+            theta.grad[0] = spike
+        optimizer.step()
+    assert optimizer.state[theta]["lstm"].isfinite().all()
+    assert (theta.detach() - 1).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+def test_error_if_nonfinite_means_what_the_step_does(network, dtype):
+    theta, limit = nn.Parameter(torch.zeros(2, dtype=dtype)), reference.gradient_limit(torch.float32, torch.float32)
+    optimizer = LSTMOptimizer([theta], network, error_if_nonfinite=True)
+    for size, error in ((0.99 * limit, False), (limit, True), (1e20, True)):
+        before, theta.grad = theta.detach().clone(), torch.tensor([1.0, size]).to(dtype)
+        if error:
+            with pytest.raises(RuntimeError, match=r"parameter 0 .* has a gradient that is not finite"):
+                optimizer.step()
+            assert torch.equal(theta, before)
+        else:
+            optimizer.step()
+            assert (theta != before).all()
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(network, fused, dtype):
+    found = []
+    for enabled in (False, True):
+        model = make_model()
+        optimizer = LSTMOptimizer(model.parameters(), network, fused=fused)
+        for t in range(3):
+            for param in model.parameters():
+                param.grad = torch.full_like(param, 0.1 + t)
+            with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+                optimizer.step()
+        found.append(parameters_of(model))
+    assert torch.equal(*found)
+
+
 def test_sparse_gradients_are_refused_before_anything_changes(network):
     dense, embedding = nn.Parameter(torch.ones(2)), nn.Embedding(4, 2, sparse=True)
     optimizer = LSTMOptimizer([dense, embedding.weight], network)
@@ -440,6 +546,59 @@ def test_making_an_optimizer_draws_nothing():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_optimizers_by_name_share_what_was_read(monkeypatch):
+    """So that one for each parameter costs nothing (gradients that are applied in backward)."""
+    read, load = [], checkpoint.load_file
+    monkeypatch.setattr(checkpoint, "load_file", lambda path: read.append(path) or load(path))
+    optim._shipped.cache_clear()
+    params = [nn.Parameter(torch.ones(3)) for _ in range(200)]
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        optimizers = [LSTMOptimizer([param], "l2l-small") for param in params]
+        times.append(time.perf_counter() - start)
+    assert len(read) == 1
+    assert min(times) < 0.02
+    for param, optimizer in zip(params, optimizers, strict=True):
+        param.grad = torch.ones(3)
+        optimizer.step()
+    assert all(torch.equal(param, params[0]) for param in params)
+    assert params[0][0] != 1
+
+
+@pytest.mark.parametrize("make_network", [lambda: "l2l-base", lambda: CoordinatewiseLSTM("both", 4, 1)])
+@pytest.mark.parametrize("state_dtype", optim.STATE_DTYPES)
+def test_fake_tensors_are_stepped_without_values(make_network, state_dtype, tmp_path):
+    """As estimators of memory do; what is made under the mode must not be found outside it."""
+    outside = make_network()
+    folder = tmp_path / "network"
+    CoordinatewiseLSTM("both", 4, 1).save_pretrained(folder)
+    optim._shipped.cache_clear()
+    with FakeTensorMode():
+        for given in (make_network(), outside, folder):
+            model = nn.Linear(4, 2)
+            optimizer = LSTMOptimizer(model.parameters(), given, state_dtype=state_dtype, error_if_nonfinite=True)
+            for _ in range(2):
+                model(torch.ones(3, 4)).sum().backward()
+                optimizer.step()
+            state = optimizer.state[model.weight]["lstm"]
+            assert state.shape[:2] == (2, 4)
+            assert state.dtype == state_dtype
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.step()
+    theta = nn.Parameter(torch.ones(2))
+    theta.grad = torch.ones(2)
+    LSTMOptimizer([theta], outside).step()
+    assert (theta != 1).all()
+
+
+def test_a_network_without_weights_is_refused():
+    with torch.device("meta"):
+        network = CoordinatewiseLSTM()
+    with pytest.raises(ValueError, match="network has no weights yet, they are on the meta device"):
+        LSTMOptimizer([nn.Parameter(torch.ones(1))], network)
+
+
 def test_fused_is_the_compiled_kernel_or_an_error(network):
     theta = nn.Parameter(torch.ones(2))
     if build_info()["native"]:
@@ -500,6 +659,35 @@ def test_a_group_that_is_refused_is_not_added(network):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "own"),
+    [
+        ("state_dtype", torch.bfloat16, torch.float32),
+        ("fused", False, None),
+        ("fused", True, None),
+        ("error_if_nonfinite", True, False),
+    ],
+)
+def test_options_of_the_whole_optimizer_are_refused_in_a_group(network, option, value, own):
+    theta, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=f"{option} of a param group must be the optimizer's, {own}: .* got"):
+        LSTMOptimizer([{"params": [theta], option: value}], network)
+    optimizer = LSTMOptimizer([theta], network)
+    with pytest.raises(ValueError, match=f"{option} of a param group must be the optimizer's, {own}: .* got"):
+        optimizer.add_param_group({"params": [other], option: value})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [other], option: own})
+    assert option not in optimizer.param_groups[1]
+
+
+@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"weight_decay": float("inf")}, {"maximize": 2}])
+def test_a_bad_default_is_refused_where_every_group_has_its_own(network, bad):
+    (name,) = bad
+    group = {"params": [nn.Parameter(torch.ones(1))], "lr": 1.0, "weight_decay": 0.0, "maximize": False}
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        LSTMOptimizer([group], network, **bad)
+
+
 def test_a_group_that_is_no_dict_is_refused(network):
     optimizer = LSTMOptimizer([nn.Parameter(torch.ones(1))], network)
     with pytest.raises(TypeError, match="param_group must be a dict, got list"):
@@ -547,3 +735,25 @@ def test_a_compiled_step_is_the_same_step(network):
         step()
     torch.testing.assert_close(parameters_of(one), parameters_of(two))
     assert compiled.state[two[0].weight]["step"] == 4
+
+
+@pytest.mark.parametrize("schedule", ["ExponentialLR", "StepLR", "LambdaLR"])
+def test_a_schedule_of_the_learning_rate_compiles_two_graphs(network, schedule):
+    options = {"ExponentialLR": {"gamma": 0.9}, "StepLR": {"step_size": 4}, "LambdaLR": {"lr_lambda": lambda t: t / 10}}
+    one, two = make_model(), make_model()
+    plain, compiled = LSTMOptimizer(one.parameters(), network), LSTMOptimizer(two.parameters(), network)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    step = torch.compile(compiled.step, backend="aot_eager", fullgraph=True)  # schedulers wrap the optimizer's own
+    compiled._opt_called = True  # or they would warn, not seeing the compiled one
+    schedules = [getattr(torch.optim.lr_scheduler, schedule)(each, **options[schedule]) for each in (plain, compiled)]
+    for t in range(20):
+        for param in [*one.parameters(), *two.parameters()]:
+            param.grad = torch.full_like(param, 0.1 * t - 0.5)
+        plain.step()
+        step()
+        for each in schedules:
+            each.step()
+    assert counters["unique_graphs"] - before <= 2
+    torch.testing.assert_close(parameters_of(one), parameters_of(two), rtol=0, atol=0)

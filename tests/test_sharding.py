@@ -98,6 +98,67 @@ except RuntimeError as error:
 assert sharded.full_tensor().eq(1).all()
 """
 
+_COMPILED = """
+def train_compiled(sharded):
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    model = make()
+    if sharded:
+        fully_shard(model, mesh=mesh)
+    optimizer = l2l.LSTMOptimizer(model.parameters(), network, weight_decay=0.1)
+    step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True) if sharded else optimizer.step
+    for t in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(8, 6, generator=torch.Generator().manual_seed(t))).square().mean().backward()
+        step()
+        optimizer.param_groups[0]["lr"] *= 0.9
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == (2 if sharded else 0)
+    return model.parameters()
+
+for ours, theirs in zip(train_compiled(False), train_compiled(True), strict=True):
+    torch.testing.assert_close(theirs.full_tensor(), ours)
+"""
+
+_ZERO_REDUNDANCY = """
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+def train_both(pairs, first):
+    for t in range(first, first + 3):
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            model(torch.randn(8, 6, generator=torch.Generator().manual_seed(t))).square().mean().backward()
+            optimizer.step()
+
+whole, shared = make(), make()
+apart = ZeroRedundancyOptimizer(shared.parameters(), l2l.LSTMOptimizer, network=network)
+plain = l2l.LSTMOptimizer(whole.parameters(), network)
+train_both([(whole, plain), (shared, apart)], 0)
+for to in (0, 1):
+    apart.consolidate_state_dict(to)
+saved = [apart.state_dict()] if rank == 1 else [None]
+dist.broadcast_object_list(saved, 1)
+apart = ZeroRedundancyOptimizer(shared.parameters(), l2l.LSTMOptimizer, network=network)
+apart.load_state_dict(saved[0])
+train_both([(whole, plain), (shared, apart)], 3)
+for ours, theirs in zip(whole.parameters(), shared.parameters(), strict=True):
+    torch.testing.assert_close(theirs, ours)
+"""
+
+_FSDP1_IS_REFUSED = """
+import warnings
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+warnings.simplefilter("ignore")
+for use_orig_params in (False, True):
+    old = FullyShardedDataParallel(make(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    for params in (old.parameters(), [{"params": old.parameters()}], old.named_parameters()):
+        try:
+            l2l.LSTMOptimizer(params, network)
+            raise AssertionError("no error")
+        except TypeError as error:
+            assert "is sharded by FSDP1" in str(error) and "fully_shard" in str(error)
+"""
+
 _END = """
 dist.barrier()
 os._exit(0)  # all is checked; gloo's threads sometimes abort an interpreter that ends by itself
@@ -108,6 +169,7 @@ os._exit(0)  # all is checked; gloo's threads sometimes abort an interpreter tha
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_ranks_make_the_steps_of_the_whole(tmp_path):
     cases = [_FULLY_SHARDED, _SUMMANDS, _OTHERWISE_SHARDED, _NOT_FINITE_ON_ONE_RANK]
+    cases += [_COMPILED, _ZERO_REDUNDANCY, _FSDP1_IS_REFUSED]
     command = [sys.executable, "-c", "".join([_BEGIN, *cases, _END])]
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in (0, 1)]
     errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]

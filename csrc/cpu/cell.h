@@ -321,14 +321,16 @@ void forward(const Packed<typename V::Scalar>& packed, const TileStep<typename V
   forward_head<V, NV>(packed, tile);
 }
 
-// Sets gradients that are not finite to zero and marks them; true when there are any.
+// Sets gradients that are not finite, or too large for a state of this dtype, to zero and marks them; true when there
+// are any.
 template <class V, class T>
-bool skip_not_finite(T* grad, int width, bool* skip) {
+bool skip_not_finite(T* grad, int width, DType state, bool* skip) {
+  const T limit = T(gradient_limit(sizeof(T) == 8, state));
   bool every = true;
-  for (int at = 0; at < width; at += V::kLanes) every &= all(less(abs(V::load(grad + at)), V(INFINITY)));
+  for (int at = 0; at < width; at += V::kLanes) every &= all(less(abs(V::load(grad + at)), V(limit)));
   if (every) return false;
   for (int i = 0; i < width; ++i) {
-    skip[i] = !(std::fabs(grad[i]) < T(INFINITY));
+    skip[i] = !(std::fabs(grad[i]) < limit);
     if (skip[i]) grad[i] = 0;
   }
   return true;

@@ -36,6 +36,8 @@ L2L_DEVICE T shuffle_xor(T value, int mask) {
 // Bit l: the value of lane l.
 L2L_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 
+L2L_DEVICE int count_ones(uint32_t bits) { return __popc(bits); }
+
 // ---------------------------------------------------------------- matrix units
 
 // d += a b, for a [16, 8] and b [8, 8] in tf32 (float32 whose last 13 bits are not read), d [16, 8] in float32.
@@ -61,16 +63,17 @@ L2L_DEVICE void multiply_float16(float (&d)[4], const uint32_t (&a)[4], const ui
 // ---------------------------------------------------------------- asynchronous copies
 
 // 16 bytes from device to shared memory, both aligned to 16: the first `bytes` of them, then zeros. Read after
-// copies_landed, and not between.
+// copies_landed, and not between. The whole line of 128 bytes comes as far as the second-level cache: a neighbour asks
+// for the rest of it.
 L2L_DEVICE void copy_16(void* shared, const void* global, int bytes = 16) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 
 // The same with 8 bytes.
 L2L_DEVICE void copy_8(void* shared, const void* global, int bytes = 8) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 
 // Ends a group of this thread's copies.

@@ -9,6 +9,7 @@ namespace matrix {
 
 struct StepCall {
   Cell<float> cell;
+  Starts starts;
   Scalar lr;
   float weight_decay;
   bool maximize;
@@ -38,10 +39,14 @@ struct Part {
   L2L_DEVICE T* row(int row) const { return first + row * pitch; }
 };
 
+// The coordinates are counted as bits of the tile's. Were they clamped to 0 .. 4 instead, and compared with 4 later, the
+// assembler of CUDA 13.0 would take both for one instruction (VIMNMX.RELU on sm_90) whose predicate is another one's:
+// on an H100 the fourth of a lane's coordinates was then lost in tiles that are not whole.
 template <class T>
 L2L_DEVICE Part<T> part(const DenseEntry& entry, const Tile& tile, const Network& net) {
   const Place place;
-  const int left = tile.count - kOwn * place.r, count = left < 0 ? 0 : left < kOwn ? left : kOwn;
+  const uint32_t of_tile = uint32_t(uint64_t(~0u) >> (kWidth - tile.count));
+  const int count = device::count_ones(of_tile >> kOwn * place.r & 15);
   T* const row = static_cast<T*>(entry.state) + (net.moment_rows() + place.q) * entry.state_row;
   return {row + (count ? tile.first + kOwn * place.r : 0), entry.state_row, count};
 }

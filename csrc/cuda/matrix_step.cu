@@ -2,8 +2,8 @@
 //
 // A persistent grid: every block packs the weights into shared memory once, then each of its warps takes tiles of 32
 // coordinates, one after the other, without barriers. State rows come by asynchronous copies into a mailbox of which
-// every thread owns its part, one layer ahead: as soon as a lane has read a layer's h (or c) there, it sends for the
-// next layer's or, from the last layer, for that of the warp's next tile. So a load has a whole layer's time to arrive.
+// every thread owns its part, some layers ahead: as soon as a lane has read a layer's h (or c) there, it sends for that
+// of a later layer or, from the last ones, of the warp's next tile. So a load has the time of several layers to arrive.
 #include "matrix_team.cuh"
 
 namespace l2l {
@@ -18,6 +18,11 @@ L2L_HOST_DEVICE constexpr int threads(int slots) { return slots > 5 ? 256 : 384;
 // other kernel does more in all, as it packs the weights once for many tiles.
 constexpr int64_t kTeamTiles = 8;
 
+// Layers that a warp may send for ahead of the one that it works on, and bytes that a block should have under way:
+// latency times bandwidth asks for some 15 KB a multiprocessor, but a wait must also outlast a crowded memory's moods.
+constexpr int kMaxDepth = 4;
+constexpr int64_t kUnderWay = 96 << 10;
+
 template <class Piece>
 L2L_DEVICE void copy(Piece* shared, const void* global, int bytes) {
   if constexpr (sizeof(Piece) == 16)
@@ -27,61 +32,63 @@ L2L_DEVICE void copy(Piece* shared, const void* global, int bytes) {
 }
 
 // The state of a warp's tiles, one after the other, as run_layer wants it. New state waits in shared memory, too, and
-// goes out when the layer is done.
-template <int kSlots, class T>
+// goes out when the layer is done. The mailbox is a ring of `depth` layers: h and c are sent for that many layers before
+// they are needed, across tiles. parts(): where the next of the warp's tiles is; of no coordinates beyond the last.
+template <int kSlots, class T, class Parts>
 class Stream {
  public:
   using Piece = PieceOf<T>;
   static constexpr int kHidden = 4 * kSlots, kThreads = threads(kSlots);
 
-  L2L_DEVICE Stream(int layers, float4* shared, const Part<T>& first)
+  L2L_DEVICE Stream(int layers, int depth, float4* shared, Parts& parts)
       : layers_(layers),
+        depth_(depth),
         below_(shared + threadIdx.x),
-        mailbox_(reinterpret_cast<Piece*>(shared + kSlots * kThreads) + threadIdx.x),
-        next_(first),
-        ahead_(first) {
-    send(0, 0);
-    send(kHidden, kSlots);
+        ring_(reinterpret_cast<Piece*>(shared + kSlots * kThreads) + threadIdx.x),
+        parts_(parts),
+        ahead_(parts()) {
+#pragma unroll 1
+    for (int i = 0; i < depth; ++i) {
+      send(0);
+      send(kSlots);
+      go_on();
+    }
   }
 
-  // Goes on to the tile that was next; only what changes of it is stored.
-  L2L_DEVICE void advance(const Part<T>& next, const Changes& changes) {
-    now_ = next_;
-    next_ = next;
+  // Goes on to the warp's next tile; only what changes of it is stored.
+  L2L_DEVICE void advance(const Part<T>& tile, const Changes& changes) {
+    now_ = tile;
     changes_ = changes;
   }
 
   L2L_DEVICE void begin(int layer) {
-    const bool last = layer + 1 == layers_;
     row_ = 2 * kHidden * layer;
-    ahead_row_ = last ? 0 : row_ + 2 * kHidden;
-    ahead_ = last ? next_ : now_;
-    device::copies_landed<1>();  // h, not yet c
+    wait();
   }
 
   L2L_DEVICE Four below(int i) const { return to_four(below_[i * kThreads]); }
   L2L_DEVICE void put_below(int i, const Four& x) const { set(below_[i * kThreads], x); }
 
-  L2L_DEVICE Four h(int j) const { return to_four(mailbox_[j * kThreads]); }
+  L2L_DEVICE Four h(int j) const { return to_four(mailbox()[j * kThreads]); }
 
   L2L_DEVICE void h_read() const {
-    send(ahead_row_, 0);
-    device::copies_landed<1>();  // c, not yet the h just sent for
+    send(0);
+    wait();
   }
 
-  L2L_DEVICE Four c(int j) const { return to_four(mailbox_[(kSlots + j) * kThreads]); }
+  L2L_DEVICE Four c(int j) const { return to_four(mailbox()[(kSlots + j) * kThreads]); }
 
   L2L_DEVICE void keep(int j, const Four& c, const Four& h) const {
-    set(mailbox_[(kSlots + j) * kThreads], c);
+    set(mailbox()[(kSlots + j) * kThreads], c);
     put_below(j, h);
   }
 
-  L2L_DEVICE void end() const {
+  L2L_DEVICE void end() {
     if (changes_.all) {
 #pragma unroll
       for (int j = 0; j < kSlots; ++j) {
         set(*reinterpret_cast<Piece*>(now_.row(row_ + 4 * j)), below(j));
-        *reinterpret_cast<Piece*>(now_.row(row_ + kHidden + 4 * j)) = mailbox_[(kSlots + j) * kThreads];
+        *reinterpret_cast<Piece*>(now_.row(row_ + kHidden + 4 * j)) = mailbox()[(kSlots + j) * kThreads];
       }
     } else {
 #pragma unroll 1
@@ -90,48 +97,73 @@ class Stream {
         store_some(now_.row(row_ + kHidden + 4 * j), c(j), changes_.of_four);
       }
     }
-    send(ahead_row_ + kHidden, kSlots);
+    send(kSlots);
+    go_on();
   }
 
  private:
-  // A group of copies: a piece for every slot from the row on, to the mailbox's pieces from `at` on.
-  L2L_DEVICE void send(int row, int at) const {
+  L2L_DEVICE Piece* mailbox() const { return ring_ + place_ * 2 * kSlots * kThreads; }
+
+  // A group of copies into the current mailbox: of the layer ahead its h (half 0) or c (half kSlots), a piece a slot.
+  L2L_DEVICE void send(int half) const {
+    const int row = 2 * kHidden * ahead_layer_ + 4 * half;
 #pragma unroll
     for (int j = 0; j < kSlots; ++j)
-      copy(&mailbox_[(at + j) * kThreads], ahead_.row(row + 4 * j), ahead_.count * int(sizeof(T)));
+      copy(&mailbox()[(half + j) * kThreads], ahead_.row(row + 4 * j), ahead_.count * int(sizeof(T)));
     device::copies_end();
   }
 
-  const int layers_;
-  float4* const below_;   // this thread's, [slot][thread], like the mailbox
-  Piece* const mailbox_;  // [h, then c][slot][thread]
-  Part<T> now_, next_, ahead_;
-  int row_, ahead_row_;
+  // The next mailbox, and the next layer to send for.
+  L2L_DEVICE void go_on() {
+    if (++place_ == depth_) place_ = 0;
+    if (++ahead_layer_ < layers_) return;
+    ahead_layer_ = 0;
+    ahead_ = parts_();
+  }
+
+  // For what was sent for longest ago: h before begin, c after h_read, with 2 depth - 1 newer groups either time.
+  L2L_DEVICE void wait() const {
+    switch (depth_) {
+      case 1: return device::copies_landed<1>();
+      case 2: return device::copies_landed<3>();
+      case 3: return device::copies_landed<5>();
+      default: return device::copies_landed<2 * kMaxDepth - 1>();
+    }
+  }
+
+  const int layers_, depth_;
+  float4* const below_;  // this thread's, [slot][thread], like each mailbox
+  Piece* const ring_;    // [depth][h, then c][slot][thread]
+  Parts& parts_;
+  Part<T> now_, ahead_;
+  int place_ = 0, ahead_layer_ = 0, row_;
   Changes changes_;
 };
 
 template <int kSlots, class T, class Table>
-__global__ void __launch_bounds__(threads(kSlots), 1)
-    step(const __grid_constant__ Table table, const __grid_constant__ StepCall call) {
+__global__ void __launch_bounds__(threads(kSlots), 1) step(
+    const __grid_constant__ Table table, const __grid_constant__ StepCall call, const __grid_constant__ int depth) {
   float4* const weights = reinterpret_cast<float4*>(device::shared_memory());
   const Cell<float>& cell = call.cell;
   const Network& net = cell.net;
   // Neighbouring tiles go to different multiprocessors, so that few tiles keep as many as possible at work.
-  int64_t index = int64_t(warp()) * gridDim.x + blockIdx.x;
-  const int64_t stride = int64_t(warps()) * gridDim.x;
+  const int64_t start = int64_t(warp()) * gridDim.x + blockIdx.x, stride = int64_t(warps()) * gridDim.x;
   auto find = [&](int64_t index) { return index < table.tiles ? find_tile(table, index, kWidth) : Tile{0, 0, 0}; };
+  auto part_of = [&](const Tile& tile) { return part<T>(table.entries[tile.entry], tile, net); };
 
-  Tile next = find(index);
+  Tile next = find(start);
   Own next_own = load_own<T>(table.entries[next.entry], next, net);
   float4* const rest = weights + weights_size(net);
-  Packer<kSlots>(net, cell.weights, weights, reinterpret_cast<float*>(rest));
+  Packer<kSlots>(net, call.starts, cell.weights, weights, reinterpret_cast<float*>(rest));
   __syncthreads();
-  Stream<kSlots, T> stream(net.layers, rest, part<T>(table.entries[next.entry], next, net));
+  int64_t ahead = start - stride;
+  auto parts = [&] { return part_of(find(ahead += stride)); };
+  Stream<kSlots, T, decltype(parts)> stream(net.layers, depth, rest, parts);
 
   const float lr = float(read(call.lr));
   MomentScale<V> scale;
   int scale_entry = -1;  // whose step it is for
-  for (; index < table.tiles; index += stride) {
+  for (int64_t index = start; index < table.tiles; index += stride) {
     const Tile tile = next;
     const DenseEntry& entry = table.entries[tile.entry];
     const int64_t at = tile.first + device::lane();
@@ -150,9 +182,8 @@ __global__ void __launch_bounds__(threads(kSlots), 1)
     if (net.has_moments() && changes) store_moments<T>(entry, at, moments);
 
     next = find(index + stride);
-    const DenseEntry& next_entry = table.entries[next.entry];
-    next_own = load_own<T>(next_entry, next, net);
-    stream.advance(part<T>(next_entry, next, net), Changes::of(changes));
+    next_own = load_own<T>(table.entries[next.entry], next, net);
+    stream.advance(part_of(tile), Changes::of(changes));
 
     const bool still = unmoved(net, moments);
     float y = run_network<kSlots>(net, weights, features, stream);
@@ -164,14 +195,32 @@ __global__ void __launch_bounds__(threads(kSlots), 1)
 
 // ---------------------------------------------------------------- launchers
 
-size_t shared_bytes(const Network& net, DType state) {
-  const int slots = net.hidden / 4, pieces = 2 * (state == DType::float32 ? 16 : 8) + int(sizeof(float4));
+// Of the mailbox of one layer.
+int64_t mailbox_bytes(const Network& net, DType state) {
+  const int slots = net.hidden / 4;
+  return int64_t(2) * slots * threads(slots) * (state == DType::float32 ? 16 : 8);
+}
+
+int64_t shared_bytes(const Network& net, DType state, int depth) {
+  const int slots = net.hidden / 4;
   const int64_t flat = WeightLayout{net}.count() * int64_t(sizeof(float));  // there before the streams begin
-  return weights_size(net) * sizeof(float4) + std::max<int64_t>(flat, slots * pieces * threads(slots));
+  const int64_t streams = slots * threads(slots) * int64_t(sizeof(float4)) + depth * mailbox_bytes(net, state);
+  return weights_size(net) * int64_t(sizeof(float4)) + std::max(flat, streams);
+}
+
+// As deep as is useful and fits.
+int depth_for(const Network& net, DType state) {
+  int depth = 1;
+  while (depth < kMaxDepth && depth * mailbox_bytes(net, state) < kUnderWay &&
+         shared_bytes(net, state, depth + 1) <= device::shared_limit())
+    ++depth;
+  return depth;
 }
 
 template <int kSlots, class T>
-void launch(const StepCall& call, const std::vector<DenseEntry>& entries, size_t bytes, cudaStream_t stream) {
+void launch(const StepCall& call, const std::vector<DenseEntry>& entries, DType state, cudaStream_t stream) {
+  const int depth = depth_for(call.cell.net, state);
+  const auto bytes = size_t(shared_bytes(call.cell.net, state, depth));
   for_each_table(entries, kWidth, [&](const auto& table) {
     using Table = std::decay_t<decltype(table)>;
     const int64_t multiprocessors = device::multiprocessors();
@@ -181,20 +230,20 @@ void launch(const StepCall& call, const std::vector<DenseEntry>& entries, size_t
             ? device::launch(
                   step_by_teams<kSlots, T, Table>, unsigned(table.tiles), team(kSlots), exchange_bytes(kSlots), stream,
                   table, call)
-            : device::launch(step<kSlots, T, Table>, grid, threads(kSlots), bytes, stream, table, call),
+            : device::launch(step<kSlots, T, Table>, grid, threads(kSlots), bytes, stream, table, call, depth),
         "lstm_step_");
   });
 }
 
 template <class T>
-void launch(const StepCall& call, const std::vector<DenseEntry>& entries, size_t bytes, cudaStream_t stream) {
+void launch(const StepCall& call, const std::vector<DenseEntry>& entries, DType state, cudaStream_t stream) {
   switch (call.cell.net.hidden) {
-    case 4: return launch<1, T>(call, entries, bytes, stream);
-    case 8: return launch<2, T>(call, entries, bytes, stream);
-    case 12: return launch<3, T>(call, entries, bytes, stream);
-    case 16: return launch<4, T>(call, entries, bytes, stream);
-    case 20: return launch<5, T>(call, entries, bytes, stream);
-    case 32: return launch<8, T>(call, entries, bytes, stream);
+    case 4: return launch<1, T>(call, entries, state, stream);
+    case 8: return launch<2, T>(call, entries, state, stream);
+    case 12: return launch<3, T>(call, entries, state, stream);
+    case 16: return launch<4, T>(call, entries, state, stream);
+    case 20: return launch<5, T>(call, entries, state, stream);
+    case 32: return launch<8, T>(call, entries, state, stream);
     default: throw std::logic_error("matrix_step does not support this hidden size");
   }
 }
@@ -206,8 +255,7 @@ bool matrix_step_supports(const StepArguments& arguments) {
   const int hidden = arguments.net.hidden;
   const bool size = hidden == 32 || (hidden % 4 == 0 && hidden <= 20);
   return size && arguments.weights_dtype == DType::float32 &&
-         matrix::shared_bytes(arguments.net, DType::float32) <=
-             size_t(device::shared_limit());
+         matrix::shared_bytes(arguments.net, DType::float32, 1) <= device::shared_limit();
 }
 
 bool matrix_step_supports(const DenseEntry& entry) {
@@ -220,19 +268,19 @@ bool matrix_step_supports(const DenseEntry& entry) {
 void matrix_step(const StepArguments& arguments, const std::vector<DenseEntry>& entries, void* stream) {
   const Network& net = arguments.net;
   const matrix::StepCall call = {
-      Cell<float>::of(net, arguments.weights), arguments.lr, float(arguments.weight_decay), arguments.maximize};
+      Cell<float>::of(net, arguments.weights), matrix::Starts::of(net), arguments.lr, float(arguments.weight_decay),
+      arguments.maximize};
   for (DType dtype : {DType::float32, DType::bfloat16}) {
     std::vector<DenseEntry> of_dtype;
     std::copy_if(entries.begin(), entries.end(), std::back_inserter(of_dtype), [&](const DenseEntry& entry) {
       return entry.state_dtype == dtype;
     });
     if (of_dtype.empty()) continue;
-    const size_t bytes = matrix::shared_bytes(net, dtype);
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
     if (dtype == DType::float32)
-      matrix::launch<float>(call, of_dtype, bytes, queue);
+      matrix::launch<float>(call, of_dtype, dtype, queue);
     else
-      matrix::launch<BFloat16>(call, of_dtype, bytes, queue);
+      matrix::launch<BFloat16>(call, of_dtype, dtype, queue);
   }
 }
 

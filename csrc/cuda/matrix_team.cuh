@@ -25,7 +25,7 @@ struct Needed {
 
   // whole: the tile has all its coordinates.
   template <class T>
-  L2L_DEVICE Needed(const WeightLayout& at, const float* flat, int layer, const Part<T>& state, bool whole) {
+  L2L_DEVICE Needed(const StepCall& call, int layer, const Part<T>& state, bool whole) {
     const int row = 8 * kSlots * layer, j = warp();
     const Place place;
     if (whole) {
@@ -35,7 +35,9 @@ struct Needed {
 #pragma unroll
       for (int i = 0; i < kSlots; ++i) h[i] = load_some(state.row(row + 4 * i), state.count);
     }
-    const LayerWeights<kSlots, kInputs> from(at, flat, layer);
+    const Cell<float>& cell = call.cell;
+    const LayerWeights<kSlots, kInputs> from(
+        cell.weights + call.starts.layer(layer), cell.net.layer_inputs(layer));
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -98,7 +100,6 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
     step_by_teams(const __grid_constant__ Table table, const __grid_constant__ StepCall call) {
   const Cell<float>& cell = call.cell;
   const Network& net = cell.net;
-  const WeightLayout at{net};
   const Tile tile = find_tile(table, blockIdx.x, kWidth);
   const DenseEntry& entry = table.entries[tile.entry];
   const int64_t own_at = tile.first + device::lane();
@@ -107,9 +108,9 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
   // All that comes from memory is sent for before the first of it is used.
   const Own own = load_own<T>(entry, tile, net);
   const Part<T> state = part<T>(entry, tile, net);
-  const Needed<kSlots, 1> lowest(at, cell.weights, 0, state, whole);
+  const Needed<kSlots, 1> lowest(call, 0, state, whole);
   int layer = net.projection ? 0 : 1;
-  Needed<kSlots, kSlots> needed(at, cell.weights, std::min(layer, net.layers - 1), state, whole);
+  Needed<kSlots, kSlots> needed(call, std::min(layer, net.layers - 1), state, whole);
 
   const Gradient<float> gradient(call.maximize ? -own.grad : own.grad);
   const bool changed = inside && gradient.live;
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
 
   Exchange<kSlots> exchange(reinterpret_cast<float4*>(device::shared_memory()));
   if (net.projection) {
-    const ProjectionWeights<kSlots> projection(at, cell.weights);
+    const ProjectionWeights<kSlots> projection(net, cell.weights);
     if (warp() % 2 == 0) project_two<kSlots>(warp(), chunk(input, Four{}, 1), projection, exchange);
     exchange.meet();
   } else {
@@ -132,12 +133,12 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
   const float theta = inside && first ? load<float>(entry.param, entry.param_dtype, own_at) : 0;
   while (layer < net.layers) {
     run_part(needed, [&](int i) { return exchange.below(i); }, layer, state, changes, exchange);
-    if (++layer < net.layers) needed = Needed<kSlots, kSlots>(at, cell.weights, layer, state, whole);
+    if (++layer < net.layers) needed = Needed<kSlots, kSlots>(call, layer, state, whole);
   }
 
   if (!first) return;
   const float lr = float(read(call.lr));
-  float y = head<kSlots>(net, cell.weights + at.head_weight(), exchange);
+  float y = head<kSlots>(net, cell.weights + call.starts.head, exchange);
   if (!changed) return;
   if (unmoved(net, moments)) y = 0;
   store(entry.param, entry.param_dtype, own_at, moved(theta, y, lr, call));

@@ -13,6 +13,7 @@ namespace {
 
 struct UnrollCall {
   Cell<float> cell;
+  Starts starts;
   UnrollArguments arguments;
   Matrix updates, last;
 };
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
   const bool first_warp = warp() == 0, last_warp = warp() == kSlots - 1;
   float4* const weights = reinterpret_cast<float4*>(device::shared_memory());
   float4* const rest = weights + weights_size(net);
-  Packer<kSlots>(net, cell.weights, weights, reinterpret_cast<float*>(rest));
+  Packer<kSlots>(net, call.starts, cell.weights, weights, reinterpret_cast<float*>(rest));
   const Shared<kSlots> shared(rest, net.layers);
   const float4* const head_weights = rest - head_size(kSlots);
   const double first_step = read(arguments.first_step);
@@ -235,7 +236,9 @@ bool matrix_unroll_supports(const UnrollArguments& arguments) {
 
 void matrix_unroll(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, void* stream) {
   if (arguments.count == 0) return;
-  const matrix::UnrollCall call = {Cell<float>::of(arguments.net, arguments.weights), arguments, updates, last};
+  const matrix::UnrollCall call = {
+      Cell<float>::of(arguments.net, arguments.weights), matrix::Starts::of(arguments.net), arguments, updates,
+      last};
   matrix::with_slots(arguments.net.hidden, [&](auto slots) {
     matrix::launch<decltype(slots)::value>(call, static_cast<cudaStream_t>(stream));
   });

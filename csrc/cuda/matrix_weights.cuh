@@ -55,27 +55,41 @@ L2L_DEVICE float4 fragment(float first, float second, int below) {
   return make_float4(a, b, device::bits_float(whole), device::bits_float(low));
 }
 
+// Where each layer and the head begin in the flat vector, worked out by the host: WeightLayout's products of 64 bits
+// would cost a warp as many instructions as a slot of units does.
+struct Starts {
+  int first, second, step, head;  // layer 0, layer 1, from each layer to the next, head
+
+  static Starts of(const Network& net) {
+    const WeightLayout at{net};
+    const int64_t second = at.weight_ih(1);
+    return {int(at.weight_ih(0)), int(second), int(at.weight_ih(2) - second), int(at.head_weight())};
+  }
+  L2L_DEVICE int layer(int i) const { return i == 0 ? first : second + (i - 1) * step; }
+};
+
 // What a fragment is formed from: columns r of the pair (j, 0), (j, 1) are gates i, f and g, o of the units
 // 4 j .. 4 j + 3, unit by unit.
 template <int kSlots, int kInputs>
 class LayerWeights {
  public:
-  L2L_DEVICE LayerWeights(const WeightLayout& at, const float* weights, int layer)
-      : inputs_(at.net.layer_inputs(layer)),
-        ih_(weights + at.weight_ih(layer)),
-        hh_(weights + at.weight_hh(layer)),
-        bias_ih_(weights + at.bias_ih(layer)),
-        bias_hh_(weights + at.bias_hh(layer)) {}
+  // layer: the layer's weights, which begin with those of its `inputs` inputs.
+  L2L_DEVICE LayerWeights(const float* layer, int inputs)
+      : inputs_(kInputs > 1 ? kHidden : inputs),  // slots of which there are several are of another layer's h
+        ih_(layer),
+        hh_(layer + kGates * kHidden * inputs_),
+        bias_ih_(hh_ + kGates * kHidden * kHidden),
+        bias_hh_(bias_ih_ + kGates * kHidden) {}
 
   // Of element q of a slot.
   L2L_DEVICE float weight(int j, int half, int r, int slot, int q) const {
-    const int gate = 2 * half + r % 2, row = gate * kHidden + 4 * j + r / 2, k = 4 * (slot - kInputs) + q;
+    const int gate = 2 * half + r % 2, row = 2 * half * kHidden + (r % 2 * kHidden + 4 * j + r / 2);
     const float scale = float(gate_scale(gate));
     if (slot < kInputs) {
       const int input = 4 * slot + q;
-      return input < inputs_ ? scale * ih_[row * inputs_ + input] : 0.0f;
+      return kInputs > 1 || input < inputs_ ? scale * ih_[row * inputs_ + input] : 0.0f;
     }
-    return k < kHidden ? scale * hh_[row * kHidden + k] : 0.0f;
+    return slot - kInputs < kSlots ? scale * hh_[row * kHidden + 4 * (slot - kInputs) + q] : 0.0f;
   }
 
   L2L_DEVICE float bias(int unit, int gate) const {
@@ -93,10 +107,8 @@ class LayerWeights {
 template <int kSlots>
 class ProjectionWeights {
  public:
-  L2L_DEVICE ProjectionWeights(const WeightLayout& at, const float* weights)
-      : inputs_(at.net.inputs()),
-        weight_(weights + at.projection_weight()),
-        bias_(weights + at.projection_bias()) {}
+  L2L_DEVICE ProjectionWeights(const Network& net, const float* weights)  // with which the flat vector begins
+      : inputs_(net.inputs()), weight_(weights), bias_(weights + 4 * kSlots * inputs_) {}
 
   L2L_DEVICE float4 fragment(int p, int lane) const {
     const int q = lane % 4, r = lane / 4, unit = 8 * p + 4 * (r % 2) + r / 2;
@@ -129,9 +141,9 @@ class PackedProjection {
 template <int kSlots>
 class Packer {
  public:
-  L2L_DEVICE Packer(const Network& net, const float* weights, float4* to, float* flat)
-      : at_{net}, weights_(flat), to_(to) {
-    const int count = int(at_.count());
+  L2L_DEVICE Packer(const Network& net, const Starts& starts, const float* weights, float4* to, float* flat)
+      : net_(net), starts_(starts), weights_(flat), to_(to) {
+    const int count = starts.head + kHidden + 1;
 #pragma unroll 8
     for (int i = threadIdx.x; i < count; i += blockDim.x) flat[i] = weights[i];
     __syncthreads();
@@ -143,7 +155,7 @@ class Packer {
     }
     for (int i = 1; i < net.layers; ++i) layer<kSlots>(i);
     each(head_size(kSlots) * 4, [&](int i) {
-      reinterpret_cast<float*>(to_)[i] = i <= kHidden ? weights_[at_.head_weight() + i] : 0.0f;
+      reinterpret_cast<float*>(to_)[i] = i <= kHidden ? weights_[starts.head + i] : 0.0f;
     });
   }
 
@@ -159,7 +171,7 @@ class Packer {
   template <int kInputs>
   L2L_DEVICE void layer(int layer) {
     constexpr int kChunks = chunks(kInputs, kSlots);
-    const LayerWeights<kSlots, kInputs> from(at_, weights_, layer);
+    const LayerWeights<kSlots, kInputs> from(weights_ + starts_.layer(layer), net_.layer_inputs(layer));
     each(layer_fragments(kInputs, kSlots), [&](int i) {
       const int q = i % 4, r = i / 4 % 8, half = i / 32 % 2, m = i / 64 % kChunks, j = i / 64 / kChunks;
       const float first = from.weight(j, half, r, 2 * m, q), second = from.weight(j, half, r, 2 * m + 1, q);
@@ -171,14 +183,15 @@ class Packer {
   }
 
   L2L_DEVICE void projection() {
-    const ProjectionWeights<kSlots> from(at_, weights_);
+    const ProjectionWeights<kSlots> from(net_, weights_);
     each(projection_fragments(kSlots), [&](int i) { to_[i] = from.fragment(i / device::kWarp, i % device::kWarp); });
     to_ += projection_fragments(kSlots);
     each(kHidden, [&](int i) { reinterpret_cast<float*>(to_)[i] = from.bias(i); });
     to_ += kSlots;
   }
 
-  const WeightLayout at_;
+  const Network& net_;
+  const Starts& starts_;
   const float* const weights_;
   float4* to_;
 };

@@ -77,7 +77,9 @@ struct Gradient {
   T value;    // 0 where it is not finite
   bool live;  // whether it is finite
 
-  L2L_DEVICE explicit Gradient(T grad) : value(grad), live(std::fabs(grad) < T(INFINITY)) {
+  // state: the dtype of the coordinate's; float32 arithmetic need not know it.
+  L2L_DEVICE explicit Gradient(T grad, DType state = DType::float32)
+      : value(grad), live(std::fabs(grad) < T(gradient_limit(sizeof(T) == 8, state))) {
     if (!live) value = 0;
   }
 };

@@ -246,7 +246,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t i = tile * kWidth + lane;
     const bool inside = i < arguments.count;
-    auto gradient_at = [&](int64_t t) { return Gradient<T>(inside ? element<T>(arguments.grads, t, i) : T(0)); };
+    auto gradient_at = [&](int64_t t) {
+      return Gradient<T>(inside ? element<T>(arguments.grads, t, i) : T(0), arguments.state.dtype);
+    };
 
     // Forward, all steps but the last.
     StepRows<T> step = rows.step;

@@ -114,10 +114,11 @@ def test_sizes():
 
 
 def test_parity_gate(monkeypatch):
-    parity.check()
+    assert parity.check() == []
     monkeypatch.setattr(parity, "_steps", lambda network, dtype: (torch.ones(3), torch.zeros(3) + 0.9))
-    with pytest.raises(AssertionError, match=r"step, paper network.*relative error"):
-        parity.check()
+    missed = parity.check()
+    assert len(missed) == 4, missed  # both networks, both states; the meta-gradients are right
+    assert missed[0].startswith("step, paper network, torch.float32 state: relative error 1.1e-01")
 
 
 def _bench(kind, case, way, median, coordinates, **extra):

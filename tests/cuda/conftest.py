@@ -30,6 +30,20 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no compiled CUDA kernels"))
 
 
+# What a GPU says when memory was touched that is not a kernel's, or a kernel broke: nothing works in the process then.
+STICKY = ("illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """A process that such a fault has spoilt ends, having said which test it was; xdist goes on with a fresh one."""
+    report = yield
+    if report.failed and any(text in str(report.longrepr) for text in STICKY):
+        print(f"\n{item.nodeid} has left the GPU unusable:\n{report.longrepr}", file=sys.stderr, flush=True)
+        os._exit(70)
+    return report
+
+
 @pytest.fixture
 def device() -> str:
     return "cpu" if EMULATED else "cuda"

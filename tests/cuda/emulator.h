@@ -319,6 +319,8 @@ inline void multiply_float16(float (&d)[4], const uint32_t (&a)[4], const uint32
   multiply<2>(d, a, b, "multiply_float16", [](uint32_t bits, int i) { return emulator::float16(bits >> 16 * i); });
 }
 
+inline int count_ones(uint32_t bits) { return __builtin_popcount(bits); }
+
 template <int size>
 void copy(void* shared, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % size || reinterpret_cast<uintptr_t>(global) % size)

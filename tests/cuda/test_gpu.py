@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import l2l_fast as l2l
 from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, ops, reference
+from l2l_fast.arguments import codes
 
 pytestmark = pytest.mark.cuda
 
@@ -52,11 +53,11 @@ def test_a_captured_truncation_is_the_eager_one():
     step = torch.ones((), device="cuda")
 
     def run():
-        updates, last = OP.lstm_unroll(grads, state, weights, step, *PAPER)
+        updates, last = OP.lstm_unroll(grads, state, weights, step, *codes(PAPER))
         return (
             updates,
             last,
-            *OP.lstm_unroll_backward(updates, last, grads, state, weights, step, *PAPER, True, True, True),
+            *OP.lstm_unroll_backward(updates, last, grads, state, weights, step, *codes(PAPER), True, True, True),
         )
 
     run()

@@ -3,6 +3,7 @@
 import itertools
 import os
 
+import overflow
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +12,7 @@ from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
 from test_native_step import CONFIGS, LAYOUTS, config_id
 
 from l2l_fast import ops, reference
+from l2l_fast.arguments import codes
 from l2l_fast.reference import Config
 
 EMULATED = bool(os.environ.get("L2L_FAST_EMULATED"))
@@ -240,8 +242,8 @@ def unroll_both(device, config, horizon, count, *, d_last=True, number=2, grads=
     step = torch.tensor(float(number))
     there = [None if t is None else placed(t, device) for t in (d_updates, d_last, grads, state, weights, step)]
     actual = (
-        *OP.lstm_unroll(*there[2:], *config),
-        *OP.lstm_unroll_backward(*there, *config, True, True, True),
+        *OP.lstm_unroll(*there[2:], *codes(config)),
+        *OP.lstm_unroll_backward(*there, *codes(config), True, True, True),
     )
     double = [None if t is None else t.double() for t in (d_updates, d_last, grads, state, weights)]
     expected = (
@@ -305,13 +307,13 @@ def test_unroll_of_any_strides(device):
     weights, step = make_weights(PAPER).to(device), torch.tensor(1.0, device=device)
     grads = make_grads(6, 80).to(device)[::2, ::2]
     state = make_state(80, PAPER).to(device)[::2]
-    d_updates = torch.randn(40, 3, device=device).t()
-    strided = OP.lstm_unroll_backward(d_updates, None, grads, state, weights, step, *PAPER, True, True, True)
+    d_updates, paper = torch.randn(40, 3, device=device).t(), codes(PAPER)
+    strided = OP.lstm_unroll_backward(d_updates, None, grads, state, weights, step, *paper, True, True, True)
     plain = [t.contiguous() for t in (d_updates, grads, state)]
-    dense = OP.lstm_unroll_backward(plain[0], None, plain[1], plain[2], weights, step, *PAPER, True, True, True)
+    dense = OP.lstm_unroll_backward(plain[0], None, plain[1], plain[2], weights, step, *paper, True, True, True)
     for a, b in zip(strided, dense, strict=True):
         assert torch.equal(a, b)
-    forward = OP.lstm_unroll(grads, state, weights, step, *PAPER), OP.lstm_unroll(*plain[1:], weights, step, *PAPER)
+    forward = OP.lstm_unroll(grads, state, weights, step, *paper), OP.lstm_unroll(*plain[1:], weights, step, *paper)
     for a, b in zip(*forward, strict=True):
         assert torch.equal(a, b)
 
@@ -334,7 +336,8 @@ def test_weight_gradients_are_the_same_in_every_run(device):
     args = torch.randn(2, count), None, make_grads(2, count), make_state(count, config)
     args = [*args, make_weights(config), torch.tensor(1.0)]
     there = [None if t is None else placed(t, device) for t in args]
-    runs = [OP.lstm_unroll_backward(*there, *config, False, False, True)[2] for _ in range(2 if EMULATED else 5)]
+    there += [*codes(config), False, False, True]
+    runs = [OP.lstm_unroll_backward(*there)[2] for _ in range(2 if EMULATED else 5)]
     assert all(torch.equal(run, runs[0]) for run in runs)
     expected = reference.lstm_unroll_backward(
         *(None if t is None else t.double() for t in args[:5]), args[5], *config, False, False, True
@@ -408,13 +411,13 @@ def test_opcheck(device, op):
     config = TINY._replace(features="both", projection=True)
     grads = make_grads(3, 6).clamp(-1, 1).to(device)
     state, weights = make_state(6, config).to(device), make_weights(config).to(device)
-    one = torch.tensor(1.0, device=device)
+    one, fields = torch.tensor(1.0, device=device), codes(config)
     if op == "lstm_step_":
-        args = ([torch.zeros(6, device=device)], [grads[0]], [state], weights, one, [one], *config, 0.01, False)
+        args = ([torch.zeros(6, device=device)], [grads[0]], [state], weights, one, [one], *fields, 0.01, False)
     elif op == "lstm_unroll":
-        args = (grads.requires_grad_(), state.requires_grad_(), weights.requires_grad_(), one, *config)
+        args = (grads.requires_grad_(), state.requires_grad_(), weights.requires_grad_(), one, *fields)
     else:
-        args = (torch.randn_like(grads), None, grads, state, weights, one, *config, True, True, True)
+        args = (torch.randn_like(grads), None, grads, state, weights, one, *fields, True, True, True)
     torch.library.opcheck(getattr(OP, op).default, args)
 
 
@@ -424,4 +427,11 @@ def test_errors_say_what_is_wrong(device):
     with pytest.raises(RuntimeError, match=r"a gradient has shape \[4\], its parameter \[3\]"):
         ops.lstm_step_(args[0], args[1], [args[2][0].to(device)], weights, one, [one], TINY)
     with pytest.raises(RuntimeError, match="weights must be a vector"):
-        OP.lstm_unroll(torch.zeros(2, 3, device=device), args[2][0].to(device), weights[1:], one, *TINY)
+        OP.lstm_unroll(torch.zeros(2, 3, device=device), args[2][0].to(device), weights[1:], one, *codes(TINY))
+
+
+@pytest.mark.parametrize("config", [RNNPROP, overflow.CONFIG, TINY], ids=config_id)
+@pytest.mark.parametrize(("dtype", "state_dtype"), overflow.DTYPES)
+def test_gradients_whose_square_overflows_are_not_finite(device, config, dtype, state_dtype):
+    overflow.check_step(OP.lstm_step_, config, dtype, state_dtype, device, size=35)
+    overflow.check_unroll(OP.lstm_unroll, OP.lstm_unroll_backward, config, dtype, state_dtype, device, size=35)

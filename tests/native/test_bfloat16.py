@@ -7,6 +7,7 @@ from test_loading import PRINT, run
 from test_native_step import CONFIGS, close, config_id, step_both
 
 from l2l_fast import _native, ops, reference
+from l2l_fast.arguments import codes
 
 ALL = ("amx_bf16", "avx512_bf16")
 # bfloat16 keeps eight bits: a weight and an activation are each wrong by 2^-9 of themselves at most.
@@ -63,7 +64,8 @@ def test_the_stated_error(config, update_error, states_error):
 def test_opcheck():
     args = [torch.zeros(70)], [make_grads(70)], [make_state(70, PAPER)], make_weights(PAPER)
     torch.library.opcheck(
-        torch.ops.l2l_fast.lstm_step_.default, (*args, torch.tensor(1.0), [torch.tensor(1.0)], *PAPER, 0.0, False)
+        torch.ops.l2l_fast.lstm_step_.default,
+        (*args, torch.tensor(1.0), [torch.tensor(1.0)], *codes(PAPER), 0.0, False),
     )
 
 

@@ -1,8 +1,10 @@
 """How the extension is found, chosen and refused: each case in a process of its own."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +101,33 @@ importlib.util.find_spec = lambda name, *rest: name == "l2l_fast._C" or find_spe
     assert "'native': False" in result.stdout
     assert "built, but cannot be loaded" in result.stdout
     assert "runs on plain PyTorch, many times slower" in result.stderr
+
+
+@pytest.mark.parametrize("by", ["path", "finder"])
+def test_a_checkout_without_kernels_names_the_package_that_has_them_and_takes_none_of_them(tmp_path, by):
+    """As where Python is started in a checkout that was never built, and a wheel is installed, or another checkout."""
+    from l2l_fast import _native
+
+    module = Path(_native.extension.__file__)
+    checkout = tmp_path / "l2l_fast"
+    shutil.copytree(module.parent, checkout, ignore=shutil.ignore_patterns("_C*", "weights", "__pycache__"))
+    code = f"""
+import importlib.util, sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "l2l_fast._C":
+            return importlib.util.spec_from_file_location(name, {str(module)!r})
+
+sys.meta_path = [BuiltinImporter, FrozenImporter, PathFinder]
+sys.path.insert(0, {str(module.parents[1])!r}) if {by!r} == "path" else sys.meta_path.append(Finder)
+sys.path.insert(0, {str(tmp_path)!r})
+"""
+    result = run(code + WARN + PRINT)
+    assert "'native': False" in result.stdout
+    said = (
+        f"not built in {checkout}, which Python finds before the installed package in {module.parent}, which has them"
+    )
+    assert f"Its kernels are {said}: start Python in another folder" in result.stderr

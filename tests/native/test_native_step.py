@@ -2,6 +2,7 @@
 
 import itertools
 
+import overflow
 import pytest
 import torch
 from hypothesis import given, settings
@@ -250,3 +251,11 @@ def test_threads_do_not_matter():
         results.append((param, state))
     torch.set_num_threads(before)
     assert all(torch.equal(r[0], results[0][0]) and torch.equal(r[1], results[0][1]) for r in results)
+
+
+@pytest.mark.parametrize("config", [RNNPROP, overflow.CONFIG, PAPER], ids=config_id)
+@pytest.mark.parametrize(("dtype", "state_dtype"), overflow.DTYPES)
+def test_gradients_whose_square_overflows_are_not_finite(isa, config, dtype, state_dtype):
+    op = torch.ops.l2l_fast
+    overflow.check_step(op.lstm_step_, config, dtype, state_dtype)
+    overflow.check_unroll(op.lstm_unroll, op.lstm_unroll_backward, config, dtype, state_dtype)

@@ -8,6 +8,7 @@ from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
 from test_native_step import CONFIGS, config_id
 
 from l2l_fast import ops, reference
+from l2l_fast.arguments import codes
 from l2l_fast.reference import Config
 
 SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1003]
@@ -31,8 +32,8 @@ def both(config, horizon, count, *, d_last=True, seed=0, number=2, grads=None, d
     step = torch.tensor(float(number))
     op = torch.ops.l2l_fast
     actual = (
-        *op.lstm_unroll(grads, state, weights, step, *config),
-        *op.lstm_unroll_backward(d_updates, d_last, grads, state, weights, step, *config, True, True, True),
+        *op.lstm_unroll(grads, state, weights, step, *codes(config)),
+        *op.lstm_unroll_backward(d_updates, d_last, grads, state, weights, step, *codes(config), True, True, True),
     )
     double = [None if t is None else t.double() for t in (d_updates, d_last, grads, state, weights)]
     expected = (
@@ -62,7 +63,7 @@ def test_coordinates_whose_updates_have_no_gradient_are_left_out(isa, config, sh
     def d_weights(backward, *tensors):
         *tensors, weights = tensors
         step = torch.tensor(2.0)
-        return backward(tensors[0], None, *tensors[1:], weights, step, *config, False, False, True)[2]
+        return backward(tensors[0], None, *tensors[1:], weights, step, *codes(config), False, False, True)[2]
 
     op = torch.ops.l2l_fast.lstm_unroll_backward
     actual = d_weights(op, d_updates, grads, state, weights)
@@ -169,7 +170,7 @@ def test_weight_gradients_are_the_same_for_any_number_of_threads(isa, config, si
 def test_what_is_not_needed_is_empty_and_changes_nothing(needed):
     for config in (PAPER, RNNPROP):
         args = torch.randn(3, 40), None, make_grads(3, 40), make_state(40, config), make_weights(config)
-        args = (*args, torch.tensor(1.0), *config)
+        args = (*args, torch.tensor(1.0), *codes(config))
         full = torch.ops.l2l_fast.lstm_unroll_backward(*args, True, True, True)
         part = torch.ops.l2l_fast.lstm_unroll_backward(*args, *map(bool, needed))
         for a, b, need in zip(part, full, needed, strict=True):
@@ -201,7 +202,8 @@ def test_gradcheck():
 def test_opcheck(op):
     grads, state, weights = make_grads(3, 6).clamp(-1, 1), make_state(6, PAPER), make_weights(PAPER)
     if op == "lstm_unroll":
-        args = (grads.requires_grad_(), state.requires_grad_(), weights.requires_grad_(), torch.tensor(1.0), *PAPER)
+        args = (grads.requires_grad_(), state.requires_grad_(), weights.requires_grad_(), torch.tensor(1.0))
+        args += codes(PAPER)
     else:
-        args = (torch.randn(3, 6), None, grads, state, weights, torch.tensor(1.0), *PAPER, True, True, True)
+        args = torch.randn(3, 6), None, grads, state, weights, torch.tensor(1.0), *codes(PAPER), True, True, True
     torch.library.opcheck(getattr(torch.ops.l2l_fast, op).default, args)

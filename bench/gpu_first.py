@@ -1,0 +1,133 @@
+"""The first figures of a GPU, through torch: small models, meta-gradients, and where a meta-update's time goes.
+
+    python bench/gpu_first.py [--device cuda] [small] [backward] [meta]
+
+A line for each measurement, the prediction of docs/kernels.md beside it where there is one. bench/kernels.cu times the
+kernels themselves; the benches of this folder, with more rounds and more rivals, are what results are published from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+
+import torch
+
+import cases
+import ours
+import rivals
+
+PREDICTED = {
+    ("small", "a CUDA graph"): "0.8 to 1.3 of fused Adam's",
+    ("backward", 100_000): "about level with compiled autograd",
+    ("meta", "mnist-mlp"): "4 to 5.5 ms a meta-update",
+}
+
+
+def seconds(call, budget: float = 0.4) -> float:
+    """Median time of a call, many of them queued between two waits."""
+    for _ in range(5):
+        call()
+    cases.finished()
+    begun = time.perf_counter()
+    call()
+    cases.finished()
+    calls = max(1, min(500, int(budget / 8 / max(time.perf_counter() - begun, 1e-6))))
+    times = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        for _ in range(calls):
+            call()
+        cases.finished()
+        times.append((time.perf_counter() - begun) / calls)
+    return statistics.median(times)
+
+
+def say(part: str, what: str, *figures: str, key=None) -> None:
+    predicted = PREDICTED.get((part, key if key is not None else what))
+    print(f"{part:9} {what:44}", *figures, f"(predicted: {predicted})" if predicted else "", flush=True)
+
+
+def small() -> None:
+    """16k coordinates in the four tensors of the MNIST network, eagerly and in a CUDA graph."""
+    ways = {way: functools.partial(ours.optimizer, way) for way in ours.STEPS}
+    ways |= {
+        way: functools.partial(rivals.hand_designed, way, capturable=cases.device.type == "cuda")
+        for way in ("Adam fused", "Adam foreach")
+    }
+    for how in ("eagerly", "a CUDA graph") if cases.device.type == "cuda" else ("eagerly",):
+        times = {}
+        for way, make in ways.items():
+            step = make(cases.params(cases.SIZES["16k"])).step
+            step()
+            times[way] = seconds(ours.captured(step) if how != "eagerly" else step)
+        for way, taken in times.items():
+            ratio = taken / times["Adam fused"]
+            say("small", f"16k, {how}, {way}", f"{1e6 * taken:8.2f} us, {ratio:.2f} of fused Adam's",
+                key=how if way == "ours" else way)  # fmt: skip
+
+
+def backward() -> None:
+    """A meta-gradient of 20 steps: ours, its backward alone, and autograd through nn.LSTMCell."""
+    network = cases.network()
+    for size in (512, 15_910, 100_000):
+        (source,) = cases.params([(cases.UNROLL + 1, size)])
+        grads = source.grad
+        whole = seconds(functools.partial(ours.meta_gradient, network, grads))
+        alone = seconds(functools.partial(ours.meta_gradient, network, grads, forward=False))
+        rival = seconds(functools.partial(rivals.meta_gradient, rivals.Cells(network), grads))
+        say("backward", f"{size} coordinates, 20 steps", f"{1e3 * whole:8.3f} ms, backward alone {1e3 * alone:.3f} ms,",
+            f"autograd {1e3 * rival:.3f} ms ({rival / whole:.1f}x)", key=size)  # fmt: skip
+
+
+def meta() -> None:
+    """A meta-update of the MNIST network, and what the device does in it."""
+    from l2l_fast import MetaTrainer
+    from test_meta_update import CASES, UPDATES
+
+    for case, (make, instances, _) in CASES.items():
+        task = make()
+        trainer = MetaTrainer(cases.network(**UPDATES), task, unroll=cases.UNROLL, horizon=100, instances=instances,
+                              progress=False, device=cases.device)  # fmt: skip
+        for _ in range(30):  # captured by then
+            trainer._step()
+        cases.finished()
+        times = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            for _ in range(40):
+                trainer._step()
+            cases.finished()
+            times.append((time.perf_counter() - begun) / 40)
+        say("meta", f"{case}, {task.name}", f"{1e3 * statistics.median(times):8.3f} ms a meta-update", key=case)
+        if cases.device.type == "cuda":
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+            with torch.profiler.profile(activities=activities) as profile:
+                for _ in range(10):
+                    trainer._step()
+                cases.finished()
+            events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+            busy = sum(event.self_device_time_total for event in events) / 1e4
+            say("meta", f"{case}, the device at work", f"{busy:8.3f} ms a meta-update")
+            for event in events[:12]:
+                name, share = event.key[:72], event.self_device_time_total / 1e4
+                print(f"          {share:8.4f} ms  {event.count // 10:5d} times  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help="small, backward, meta (default: all)")
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args()
+    cases.use(arguments.device)
+    parts = {"small": small, "backward": backward, "meta": meta}
+    for name in arguments.parts or parts:
+        begun = time.perf_counter()
+        parts[name]()
+        print(f"          ({name} took {time.perf_counter() - begun:.1f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
