@@ -151,6 +151,22 @@ def test_a_step_is_the_same(fused, mode):
 
 
 @pytest.mark.parametrize("mode", DEFAULTS)
+def test_a_state_is_loaded_whatever_the_default(mode):
+    param = nn.Parameter(torch.ones(3, dtype=torch.float32, device="cpu"))
+    one, other = (l2l.LSTMOptimizer([param], network="l2l-small") for _ in range(2))
+    param.grad = torch.ones_like(param)
+    one.step()
+    saved = one.state_dict()
+    saved["state"][0]["step"] = 1  # as some other programs write it
+    with MODES[mode]():
+        other.load_state_dict(saved)
+        for optimizer in (one, other):
+            optimizer.step()
+    assert other.state[param]["step"] == 2
+    assert torch.equal(one.state[param]["lstm"], other.state[param]["lstm"])
+
+
+@pytest.mark.parametrize("mode", DEFAULTS)
 @pytest.mark.parametrize("name", [name for name in l2l.tasks.names() if not name.startswith("mnist")])
 def test_a_task_is_its_seed(name, mode):
     def drawn():
