@@ -168,8 +168,8 @@ if wants ncu; then
   fi
 fi
 if wants tests; then
-  options="-q -p no:cacheprovider --durations=15"
-  has xdist && options="$options -n 8"
+  options="-q -p no:cacheprovider -p no:benchmark --durations=15"
+  has xdist && options="$options -n 12"
   has pytest_timeout && options="$options --timeout=60 --timeout-method=thread"
   # shellcheck disable=SC2086  # several words
   part tests 110 env OMP_NUM_THREADS=2 "$python" -m pytest tests/cuda -m cuda $options

@@ -323,7 +323,7 @@ def test_what_is_not_needed_is_empty_and_changes_nothing(device, needed):
     for config in (PAPER._replace(hidden_size=6), RNNPROP._replace(hidden_size=6)):
         args = torch.randn(3, 40), None, make_grads(3, 40), make_state(40, config)
         args = [*args, make_weights(config), torch.tensor(1.0)]
-        args = [None if t is None else placed(t, device) for t in args] + list(config)
+        args = [None if t is None else placed(t, device) for t in args] + [*codes(config)]
         full = OP.lstm_unroll_backward(*args, True, True, True)
         part = OP.lstm_unroll_backward(*args, *map(bool, needed))
         for a, b, need in zip(part, full, needed, strict=True):
