@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
 
 template <class T>
 Scratch step_scratch(const Network& net) {
-  return scratch_of<T>(forward_rows(net) * kStride);
+  return scratch_of<T>(forward_rows(net) * kStride<T>);
 }
 
 template <class T>
