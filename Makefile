@@ -6,8 +6,10 @@ VENV    ?= .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The tests are many and small: a process a core, with one thread each, is the quickest. A process takes up to a gigabyte.
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup demo test bench compat sanitize cuda-check lint clean
+.PHONY: help setup demo test test-all bench compat sanitize cuda-check lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,10 +28,11 @@ $(READY): pyproject.toml $(wildcard setup.py) $(shell find csrc -name '*.h' -o -
 demo: $(READY)  ## learn an optimizer, beat tuned Adam with it, train a network: a few minutes
 	$(BIN)/l2l-fast demo
 
-test: $(READY)  ## the whole test suite, with coverage
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+test: lint  ## the test suite, with coverage: minutes
+	$(PYTEST) -m "not slow" --cov --cov-report=term --cov-fail-under=90
+
+test-all: test  ## and what takes long: sanitizers, every GPU architecture, a hundred kills, the soak
+	$(PYTEST) -m slow
 
 bench: $(READY)  ## time every step and meta-gradient beside its rivals: under ten minutes, on a quiet machine
 	@mkdir -p runs

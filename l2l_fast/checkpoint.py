@@ -71,6 +71,8 @@ def from_pretrained(name_or_folder: str | PathLike, *, revision: str | None = No
             shipped names.
         ValueError: the folder's files are damaged, or of a later format.
     """
+    if not isinstance(name_or_folder, str | PathLike):
+        raise TypeError(f"name_or_folder must be a name or a path, got {type(name_or_folder).__name__}")
     name = os.fspath(name_or_folder)
     # First, so that what a name means does not depend on the folder in which a program was started.
     if isinstance(name_or_folder, str) and name in shipped():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from operator import attrgetter
 from os import PathLike
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_fast import ops, reference
-from l2l_fast.checks import is_whole, require
+from l2l_fast.checks import is_number, is_whole, require
 from l2l_fast.reference import FEATURES, OUTPUTS, Config
 
 MAX_HIDDEN = 64
@@ -64,17 +65,23 @@ class CoordinatewiseLSTM(nn.Module):
         eps: float = 1e-8,
     ) -> None:
         super().__init__()
-        require(features in FEATURES, "features", features, f"one of {', '.join(map(repr, FEATURES))}")
+        known = isinstance(features, str) and features in FEATURES
+        require(known, "features", features, f"one of {', '.join(map(repr, FEATURES))}")
         require(
             is_whole(hidden_size, 1) and hidden_size <= MAX_HIDDEN, "hidden_size", hidden_size, "an int from 1 to 64"
         )
         require(is_whole(num_layers, 1) and num_layers <= MAX_LAYERS, "num_layers", num_layers, "an int from 1 to 64")
         require(isinstance(projection, bool), "projection", projection, "True or False")
-        require(output in OUTPUTS, "output", output, f"one of {', '.join(map(repr, OUTPUTS))}")
-        require(0 < output_scale < math.inf, "output_scale", output_scale, "a positive number")
-        require(0 < preprocess_p <= 80, "preprocess_p", preprocess_p, "a number in (0, 80]")
-        require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
-        require(0 < eps < math.inf, "eps", eps, "a positive number")
+        require(
+            isinstance(output, str) and output in OUTPUTS, "output", output, f"one of {', '.join(map(repr, OUTPUTS))}"
+        )
+        require(is_number(output_scale) and output_scale > 0, "output_scale", output_scale, "a positive number")
+        good = is_number(preprocess_p) and 0 < preprocess_p <= 80
+        require(good, "preprocess_p", preprocess_p, "a number in (0, 80]")
+        pair = isinstance(betas, Sequence) and len(betas) == 2
+        good = pair and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
+        require(good, "betas", betas, "two numbers in [0, 1)")
+        require(is_number(eps) and eps > 0, "eps", eps, "a positive number")
         self.config = Config(
             features, hidden_size, num_layers, projection, output, float(output_scale), float(preprocess_p),
             float(betas[0]), float(betas[1]), float(eps),
@@ -134,6 +141,7 @@ class CoordinatewiseLSTM(nn.Module):
             AttributeError: a weight is parametrized, so it is computed and cannot be written; nothing is changed then.
         """
         shape = (reference.num_weights(self.config),)
+        require(isinstance(flat, Tensor), "flat", flat, f"a tensor {list(shape)}")
         require(flat.shape == shape, "shape of flat", tuple(flat.shape), str(shape))
         named = reference.split_weights(flat, self.config)
         parameters = [self.get_parameter(name) for name in named]

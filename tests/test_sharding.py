@@ -165,7 +165,6 @@ os._exit(0)  # all is checked; gloo's threads sometimes abort an interpreter tha
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_ranks_make_the_steps_of_the_whole(tmp_path):
     cases = [_FULLY_SHARDED, _SUMMANDS, _OTHERWISE_SHARDED, _NOT_FINITE_ON_ONE_RANK]

@@ -10,19 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from l2l_fast import meta
+from l2l_fast.checks import usable_device
 from l2l_fast.evaluate.comparison import json_text
 
 
 def _device(name: str) -> str:
     try:
-        torch.empty(0, dtype=torch.float32, device=name)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise typer.BadParameter(f"{name!r} is not a device that this torch can use ({reason}); try cpu") from None
+        usable_device(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}; try cpu") from None
     return name
 
 

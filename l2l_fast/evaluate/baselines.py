@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from l2l_fast.checks import usable_device, whole
 from l2l_fast.evaluate.trajectories import Lane, Progress, smoothed, trajectories
 from l2l_fast.tasks.base import Task
 
@@ -189,10 +190,10 @@ def tune_horizons(
         >>> tuned[10].lr >= tuned[20].lr
         True
     """
-    seeds, horizons = list(seeds), sorted(set(horizons))
-    baseline = find_baseline(baseline, horizons)
-    if not horizons or horizons[0] < 1:
-        raise ValueError(f"horizon must be at least 1, got {horizons[0] if horizons else 'none'}")
+    seeds, horizons = list(seeds), sorted({whole("horizon", horizon, 1) for horizon in horizons})
+    baseline, device = find_baseline(baseline, horizons), usable_device(device)
+    if not horizons:
+        raise ValueError("horizon must be at least 1, got none")
     if not seeds:
         raise ValueError("seeds must name at least one instance to tune on, got none")
     longest = horizons[-1]

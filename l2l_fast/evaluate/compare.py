@@ -9,7 +9,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from l2l_fast import __version__
+from l2l_fast.checks import is_whole, require, usable_device, whole
 from l2l_fast.evaluate.baselines import BASELINES, USUAL, Baseline, final_loss, find_baseline, mean_loss
 from l2l_fast.evaluate.comparison import Comparison, Result
 from l2l_fast.evaluate.store import Store, stored_trajectories, stored_tuning
@@ -113,18 +114,15 @@ def compare_horizons(
         >>> found[5].horizon, found[10].horizon
         (5, 10)
     """
-    store = store or Store(None)
-    horizons = sorted(set(horizons))
-    shortest = horizons[0] if horizons else 0
-    for name, value in (("horizon", shortest), ("seeds", seeds), ("tuning_seeds", tuning_seeds)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    store, device = store or Store(None), usable_device(device)
+    horizons = sorted({whole("horizon", horizon, 1) for horizon in horizons})
+    seeds, tuning_seeds = whole("seeds", seeds, 1), whole("tuning_seeds", tuning_seeds, 1)
     if max(seeds, tuning_seeds) > _SEEDS_EACH:
         raise ValueError(f"seeds and tuning_seeds must be at most {_SEEDS_EACH}, got {max(seeds, tuning_seeds)}")
-    if not 0 <= seed <= 9999:
-        raise ValueError(f"seed must be from 0 to 9999, got {seed}")
+    require(is_whole(seed, 0) and seed <= 9999, "seed", seed, "an int from 0 to 9999")
     learned = learned_lanes(optimizers, state_dtype)
-    baselines = [baselines] if isinstance(baselines, str) else baselines
+    baselines = [baselines] if isinstance(baselines, str | Baseline) else baselines
+    require(isinstance(baselines, Iterable), "baselines", baselines, "a sequence of names")
     baselines = [find_baseline(baseline, horizons) for baseline in baselines]
     if not baselines:
         raise ValueError(f"baselines must name at least one of {', '.join(BASELINES)}, got none")
@@ -231,6 +229,7 @@ def held_out(task: Task | str) -> Task:
         from l2l_fast import tasks
 
         task = tasks.get(task)
+    require(isinstance(task, Task), "task", task, "a task or the name of one")
     return task.with_half("meta-test") if hasattr(task, "with_half") else task
 
 

@@ -180,14 +180,21 @@ class Comparison:
 
     @classmethod
     def from_json(cls, path: str | PathLike) -> Comparison:
-        """Read what :meth:`to_json` wrote."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: the file is something else.
+        """
         fields = {entry.name for entry in dataclasses.fields(Result)}
-        optimizers = {
-            name: Result(**{key: _infinite(value) for key, value in result.items() if key in fields})
-            for name, result in content["optimizers"].items()
-        }
-        kept = {key: content[key] for key in ("task", "horizon", "seeds", "learned", "environment")}
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            optimizers = {
+                name: Result(**{key: _infinite(value) for key, value in result.items() if key in fields})
+                for name, result in content["optimizers"].items()
+            }
+            kept = {key: content[key] for key in ("task", "horizon", "seeds", "learned", "environment")}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not what Comparison.to_json writes: {error!r}; compare again") from None
         return cls(optimizers=optimizers, **kept)
 
     # ------------------------------------------------------------ for people

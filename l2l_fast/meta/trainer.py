@@ -21,7 +21,7 @@ from torch import Tensor
 
 from l2l_fast import reference
 from l2l_fast import tasks as task_names
-from l2l_fast.checks import is_number, is_whole, require
+from l2l_fast.checks import is_number, is_whole, require, usable_device
 from l2l_fast.meta import progress as bars
 from l2l_fast.meta import ranks
 from l2l_fast.meta.checkpoints import CheckpointFolder
@@ -230,7 +230,10 @@ class MetaTrainer:
         require(not (second_derivatives and any(share)), "imitation", imitation, "0 with second_derivatives=True")
         require(isinstance(horizon, Horizon) or is_whole(horizon, 1), "horizon", horizon,
                 "an int of at least 1, or a curriculum of l2l_fast.meta.curricula")  # fmt: skip
-        device = torch.device(device)
+        device = usable_device(device)
+        require(teacher is None or callable(teacher), "teacher", teacher, "a function that makes an optimizer, or None")
+        for name, value in {"checkpoint": checkpoint, "log_dir": log_dir}.items():
+            require(value is None or isinstance(value, str | PathLike), name, value, "a folder or None")
         graphs = device.type == "cuda" if graphs is None else graphs
         require(not graphs or device.type == "cuda", "graphs", graphs, f"False or None on {device}")
         ranks.require_group()
@@ -314,6 +317,7 @@ class MetaTrainer:
         """
         require(is_whole(meta_steps, 1), "meta_steps", meta_steps, "an int of at least 1")
         require(max_seconds == math.inf or is_number(max_seconds), "max_seconds", max_seconds, "a number")
+        require(on_step is None or callable(on_step), "on_step", on_step, "a function of the meta-step, or None")
         self._update.check()
         with plain(self.device), self._folder.held() if self._folder else nullcontext():
             self._take_up()

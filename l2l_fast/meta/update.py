@@ -62,6 +62,8 @@ class MetaUpdate:
         self.results = self.weights.new_zeros(windows + 1)
         self.found_inf = torch.zeros((), dtype=torch.float32, device=self.weights.device)
         self.optimizer = optimizer = make_optimizer(self.parameters)
+        made = hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")
+        require(made, "meta_optimizer", optimizer, "a function that makes a torch.optim.Optimizer")
         self.skips = getattr(optimizer, "_step_supports_amp_scaling", False)
         self.capturable = self.skips and all(group.get("capturable", False) for group in optimizer.param_groups)
         if self.skips:

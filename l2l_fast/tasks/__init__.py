@@ -62,8 +62,8 @@ def get(name: str, /, **overrides) -> Task:
         >>> l2l.tasks.get("digits-mlp", init_scale=0.01).half
         'meta-train'
     """
-    if name not in _TABLE:
-        close = difflib.get_close_matches(name, _TABLE, n=1)
+    if not isinstance(name, str) or name not in _TABLE:
+        close = difflib.get_close_matches(str(name), _TABLE, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ValueError(f"there is no task {name!r}.{hint} Known: {', '.join(_TABLE)}")
     make, options = _TABLE[name]

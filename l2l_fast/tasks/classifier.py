@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l2l_fast.checks import require, whole
 from l2l_fast.data import HALVES, Dataset, digits, halves, mnist
 from l2l_fast.modes import plain
 from l2l_fast.tasks.base import Resident, look_up
@@ -83,13 +84,9 @@ class Classifier:
         _one_of("activation", activation, ACTIVATIONS)
         _one_of("kind", kind, KINDS)
         _one_of("half", half, HALVES)
-        hidden = tuple(hidden)
-        if any(width < 1 for width in hidden):
-            raise ValueError(f"hidden must hold positive widths, got {hidden}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if pool < 1:
-            raise ValueError(f"pool must be at least 1, got {pool}")
+        require(isinstance(hidden, Iterable), "hidden", hidden, "a sequence of widths")
+        hidden = tuple(whole("hidden", width, 1) for width in hidden)
+        batch_size, pool = whole("batch_size", batch_size, 1), whole("pool", pool, 1)
         self.dataset, self.hidden, self.activation, self.kind = dataset, hidden, activation, kind
         self.batch_size, self.pool, self.half, self.folder = batch_size, pool, half, folder
         self.init_scale = _checked_scale(init_scale)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
 from torch.utils._pytree import tree_map
 
-from l2l_fast.checks import require
+from l2l_fast.checks import is_number, require, whole
 from l2l_fast.reference import log_sign
 from l2l_fast.tasks.base import Batch, Instances, Params, Task, batched, unflatten
 
@@ -74,10 +73,9 @@ class MetaTraining:
 
             task = tasks.get(task)
         require(isinstance(task, Task), "task", task, "a task or the name of one")
-        for option, value in {"hidden": hidden, "unroll": unroll, "instances": instances}.items():
-            require(value >= 1, option, value, "at least 1")
-        require(0 < output_scale < math.inf, "output_scale", output_scale, "a positive number")
-        self.task, self.hidden, self.unroll, self.instances = task, hidden, unroll, instances
+        require(is_number(output_scale) and output_scale > 0, "output_scale", output_scale, "a positive number")
+        self.task, self.hidden = task, whole("hidden", hidden, 1)
+        self.unroll, self.instances = whole("unroll", unroll, 1), whole("instances", instances, 1)
         self.output_scale, self.second_derivatives = output_scale, second_derivatives
         self.name = name or f"meta-{task.name}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from l2l_fast.checks import require
+from l2l_fast.checks import function, require, whole
 from l2l_fast.modes import plain
 from l2l_fast.tasks.base import Resident, batched, look_up
 
+_one_thread = threading.RLock()  # at a time: modules are made with torch's global generator
 TRIES = 8  # evaluations of the same, in which a module or a loss that is not a function shows itself
 _SAME = {"rtol": 1e-4, "atol": 1e-6, "equal_nan": True}  # two evaluations of one point
 
@@ -80,10 +82,9 @@ class ModuleTask:
         if test_data is not None:
             self._halves["meta-test"] = _as_tuple(test_data)
             _check_test_data(self._halves["meta-test"], self.data)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.make_module, self.loss_fn = make_module, loss_fn
-        self.batch_size, self.name, self.resample = batch_size, name, resample
+        self.make_module = function("make_module", make_module, "a function that makes a module")
+        self.loss_fn = function("loss_fn", loss_fn, "a function of the module's output and the targets")
+        self.batch_size, self.name, self.resample = whole("batch_size", batch_size, 1), name, resample
         with plain():
             self._module = self._make(seed=0)
             _check_module(self._module)
@@ -201,8 +202,8 @@ class ModuleTask:
         return self.loss_fn(functional_call(module, tensors, (inputs,)), *targets)
 
     def _make(self, seed: int) -> nn.Module:
-        # Only the CPU's generator: torch.manual_seed would reseed every GPU's as well.
-        with torch.random.fork_rng(devices=[]), plain():
+        # Only the CPU's generator: torch.manual_seed would reseed every GPU's as well. It is every thread's.
+        with _one_thread, torch.random.fork_rng(devices=[]), plain():
             torch.default_generator.manual_seed(seed)
             module = self.make_module()
         if not isinstance(module, nn.Module):
@@ -223,7 +224,7 @@ class ModuleTask:
         tensors = [*_tensors(self._module).items(), *params.items()]
         before = [tensor.detach().clone() for _, tensor in tensors]
         try:
-            with _watched_generators():
+            with _one_thread, _watched_generators():
                 loss, _ = self.loss_and_buffers(params, rows)
                 _check_loss(loss)
                 grads = _gradients(loss, params)

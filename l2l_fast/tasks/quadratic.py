@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from l2l_fast.checks import is_number, require, whole
+
 
 class Quadratic:
     r"""Random least-squares functions.
@@ -17,7 +19,7 @@ class Quadratic:
         name: what tables call it.
 
     Raises:
-        ValueError: if ``dimension`` is not positive or ``start_scale`` is negative.
+        ValueError: if ``dimension`` is no int of at least 1, or ``start_scale`` no number of at least 0.
 
     Example:
         >>> import torch, l2l_fast as l2l
@@ -32,11 +34,9 @@ class Quadratic:
     resample = False  # W and y are the function, drawn once a trajectory
 
     def __init__(self, dimension: int = 10, *, start_scale: float = 1.0, name: str = "quadratic") -> None:
-        if dimension < 1:
-            raise ValueError(f"dimension must be at least 1, got {dimension}")
-        if start_scale < 0:
-            raise ValueError(f"start_scale must not be negative, got {start_scale}")
-        self.dimension, self.start_scale, self.name = dimension, start_scale, name
+        good = is_number(start_scale) and start_scale >= 0
+        require(good, "start_scale", start_scale, "a number of at least 0")
+        self.dimension, self.start_scale, self.name = whole("dimension", dimension, 1), start_scale, name
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Start of one trajectory, x_0 ~ N(0, start_scale^2).

@@ -263,7 +263,6 @@ def test_sweep_names_the_best_rate(run, tmp_path):
     assert (tmp_path / "runs" / "sweep-quadratic" / "sweep.png").stat().st_size > 5000
 
 
-@pytest.mark.slow
 def test_demo_tells_the_whole_story(run, tmp_path):
     code, text, err = run("demo", "--meta-steps", 5, "--out", "demo")
     assert code == 0

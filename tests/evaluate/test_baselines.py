@@ -155,7 +155,7 @@ def test_smoothed_is_a_trailing_mean():
     ("options", "message"),
     [
         ({"baseline": "adamm"}, "sgd, nesterov, rmsprop, adam, adamw"),
-        ({"horizon": 0}, "horizon must be at least 1"),
+        ({"horizon": 0}, "horizon must be an int of at least 1"),
         ({"seeds": []}, "seeds must name at least one"),
     ],
 )

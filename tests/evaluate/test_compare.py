@@ -264,11 +264,11 @@ def test_table_fits_80_columns_at_its_widest():
 @pytest.mark.parametrize(
     ("optimizers", "options", "message"),
     [
-        (momentum, {"horizon": 0}, "horizon must be at least 1, got 0"),
-        (momentum, {"seeds": 0}, "seeds must be at least 1, got 0"),
-        (momentum, {"tuning_seeds": 0}, "tuning_seeds must be at least 1, got 0"),
+        (momentum, {"horizon": 0}, "horizon must be an int of at least 1, got 0"),
+        (momentum, {"seeds": 0}, "seeds must be an int of at least 1, got 0"),
+        (momentum, {"tuning_seeds": 0}, "tuning_seeds must be an int of at least 1, got 0"),
         (momentum, {"seeds": 100_001}, "at most 100000"),
-        (momentum, {"seed": -1}, "seed must be from 0 to 9999"),
+        (momentum, {"seed": -1}, "seed must be an int from 0 to 9999"),
         (momentum, {"baselines": ["adam", "lion"]}, "sgd, nesterov, rmsprop, adam, adamw, adam-fused, one .*'lion'"),
         (momentum, {"baselines": []}, "baselines must name at least one"),
         (momentum, {"baselines": ["adam", "adam"]}, "got adam twice"),

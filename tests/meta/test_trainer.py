@@ -432,7 +432,6 @@ if world > 1:
 """
 
 
-@pytest.mark.slow
 def test_two_ranks_equal_one_with_twice_the_instances(tmp_path):
     def run(rank, world, instances):
         arguments = [sys.executable, "-c", _RANK, str(rank), str(world), str(instances), str(tmp_path)]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from l2l_fast import _native
 
@@ -32,3 +33,12 @@ def isa(request):
 @pytest.fixture(autouse=True)
 def _poisoned(poisoned_memory):
     """Every test here."""
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    """Kernels share their tiles among threads, however few the environment allows to tests that run beside others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

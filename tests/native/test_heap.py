@@ -1,24 +1,10 @@
 """No call loses memory of the native heap, which torch's own counters and Python's do not see."""
 
-import ctypes
-
+import heap
 import pytest
 import torch
 
 from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, arguments, ops
-
-
-class _Info(ctypes.Structure):
-    """glibc's struct mallinfo2."""
-
-    _fields_ = tuple((name, ctypes.c_size_t) for name in [*"abcdefg", "in_use", *"ij"])
-
-
-try:
-    _mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
-except (OSError, AttributeError):
-    pytest.skip("no mallinfo2 of glibc 2.33", allow_module_level=True)
-_mallinfo.restype = _Info
 
 CALLS = 20_000
 
@@ -61,7 +47,7 @@ def test_calls_lose_no_memory(make, features):
     call = make(features)
     for _ in range(1000):
         call()
-    before = _mallinfo().in_use
+    before = heap.in_use()
     for _ in range(CALLS):
         call()
-    assert (_mallinfo().in_use - before) / CALLS < 1
+    assert (heap.in_use() - before) / CALLS < 1

@@ -189,7 +189,7 @@ def test_own_data():
         ({"init_scale": (0.3, 0.003)}, "init_scale"),
         ({"init_scale": (0, 1)}, "init_scale"),
         ({"init_scale": (1, 2, 3)}, "init_scale"),
-        ({"pool": 0}, "pool must be at least 1"),
+        ({"pool": 0}, "pool must be an int of at least 1"),
     ],
 )
 def test_refuses(options, why):

@@ -153,9 +153,9 @@ def test_an_lstm_learns_to_train_it_and_stands_beside_tuned_adam():
     [
         ({"task": 3}, "task must be a task or the name of one, got 3"),
         ({"task": "quadratc"}, "Did you mean quadratic"),
-        ({"hidden": 0}, "hidden must be at least 1, got 0"),
-        ({"unroll": 0}, "unroll must be at least 1, got 0"),
-        ({"instances": -1}, "instances must be at least 1, got -1"),
+        ({"hidden": 0}, "hidden must be an int of at least 1, got 0"),
+        ({"unroll": 0}, "unroll must be an int of at least 1, got 0"),
+        ({"instances": -1}, "instances must be an int of at least 1, got -1"),
         ({"output_scale": 0.0}, "output_scale must be a positive number, got 0"),
         ({"output_scale": math.inf}, "output_scale must be a positive number, got inf"),
     ],
