@@ -13,6 +13,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from l2l_fast.files import write_text
+
 HERE = Path(__file__).resolve().parent
 KINDS = ("step", "step in a graph", "training-step", "meta-gradient", "meta-update", "overhead", "memory")
 STATISTICS = ("median", "mean", "q1", "q3", "iqr", "min", "rounds")
@@ -274,9 +276,9 @@ def write(raw: dict, out: Path) -> dict:
     """All files into ``out``; returns the trimmed result."""
     result = trim(raw)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.md").write_text(summary(result) + "\n")
-    (out / "tables.md").write_text(tables(result) + "\n")
-    (out / result_name(result)).write_text(json.dumps(result, indent=1) + "\n")
+    write_text(out / "summary.md", summary(result) + "\n")
+    write_text(out / "tables.md", tables(result) + "\n")
+    write_text(out / result_name(result), json.dumps(result, indent=1) + "\n")
     picture(result, out / "steps.png")
     return result
 
@@ -286,7 +288,7 @@ def main() -> None:
     parser.add_argument("json", type=Path, nargs="+", help="what --benchmark-json wrote; runs of one machine and day")
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs", help="folder (default: runs)")
     arguments = parser.parse_args()
-    runs = [json.loads(path.read_text()) for path in arguments.json if path.stat().st_size]
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.json if path.stat().st_size]
     print(summary(write(joined(runs), arguments.out)))
 
 

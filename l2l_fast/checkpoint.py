@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from os import PathLike
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
+from torch import Tensor
 
+from l2l_fast.files import replacing, write_text
 from l2l_fast.networks import CoordinatewiseLSTM
 
 FORMAT_VERSION = 1
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 WEIGHTS = Path(__file__).parent / "weights"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def shipped() -> list[str]:
     """Names of the networks that come with the package."""
-    return sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
+    return sorted(path.parent.name for path in WEIGHTS.glob(f"*/{CONFIG_FILE}"))
 
 
 def save_pretrained(network: CoordinatewiseLSTM, folder: str | PathLike) -> None:
-    """Write a network into ``folder``; each of the two files appears whole or not at all.
+    """Write a network into ``folder``, made if it is not there.
+
+    ``model.safetensors`` holds the options too, so that one rename puts a network in the place of another; then
+    ``config.json`` follows, the same options for people and for the hub. Who reads in between, or after a kill there,
+    finds one network, whole.
+
+    Args:
+        network: what to save.
+        folder: where; other files in it stay.
+
+    Raises:
+        OSError: it cannot be written; the network that was there is there still.
 
     Example:
         >>> import tempfile, l2l_fast as l2l
@@ -36,10 +52,10 @@ def save_pretrained(network: CoordinatewiseLSTM, folder: str | PathLike) -> None
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     config = {"format_version": FORMAT_VERSION, "network": "CoordinatewiseLSTM", "options": network.options}
-    save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
-    (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n")
-    for name in ("model.safetensors", "config.json"):
-        os.replace(folder / f"{name}.part", folder / name)
+    text = json.dumps(config | {"weights": _digest(tensors)}, indent=2) + "\n"
+    with replacing(folder / WEIGHTS_FILE) as file:
+        file.write(save(tensors, metadata={"format": "pt", "config": text}))
+    write_text(folder / CONFIG_FILE, text)
 
 
 def from_pretrained(name_or_folder: str | PathLike, *, revision: str | None = None) -> CoordinatewiseLSTM:
@@ -78,7 +94,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
             f"{hub_id!r} is no folder, and a hub id needs huggingface_hub: pip install 'l2l_fast[hub]'"
         ) from None
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["model.safetensors", "config.json"]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
     except LocalEntryNotFoundError:
         reason = "the hub cannot be reached"
     except (HfHubHTTPError, HFValidationError) as error:
@@ -89,15 +105,64 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 
 def _load(folder: Path) -> CoordinatewiseLSTM:
-    path = folder / "config.json"
+    weights, path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    config = _read_config(path)
+    tensors, own = _read_weights(weights, config is not None)
+    if own is not None:
+        if config is not None and config.get("weights") == own["weights"] and config != own:
+            changed = [name for name in config | own if config.get(name) != own.get(name)]
+            raise ValueError(
+                f"{weights} does not hold the network of config.json, whose {', '.join(changed)} "
+                f"{config.get(changed[0])!r} it was not saved with: save the network again with save_pretrained"
+            )
+        config = own  # a config.json of other weights is that of a save that is under way, or was killed
+    if config is None:
+        raise FileNotFoundError(f"{folder} holds no network: config.json is missing; save one with save_pretrained")
     try:
-        config = json.loads(path.read_text())
-        version, kind, options = config["format_version"], config["network"], config["options"]
+        network = CoordinatewiseLSTM._blank(**config["options"])
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}; upgrade l2l_fast or save the network again") from None
+    try:
+        network.to(tensors["head.weight"].dtype).load_state_dict(tensors)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(_not_the_network(weights, error)) from None
+    if config.get("weights", digest := _digest(tensors)) != digest:
+        raise ValueError(_not_the_network(weights, "these weights are not those that were saved with it"))
+    return network
+
+
+def _read_config(path: Path) -> dict | None:
+    """What ``config.json`` says; None if it is not there."""
+    try:
+        return _checked(path.read_bytes(), path)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{folder} holds no network: config.json is missing; save one with save_pretrained"
-        ) from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return None
+
+
+def _read_weights(path: Path, needed: bool) -> tuple[dict[str, Tensor], dict | None]:
+    """The tensors of one file, and the config that was saved with them; of earlier versions there is none."""
+    try:
+        contents = path.read_bytes()  # at once, whatever takes the file's name meanwhile
+    except FileNotFoundError:
+        if not needed:
+            return {}, None
+        raise FileNotFoundError(f"{path} is missing; save the network again with save_pretrained") from None
+    try:
+        tensors = load(contents)
+    except SafetensorError as error:
+        raise ValueError(_not_the_network(path, error)) from None
+    # The format begins with the length of a JSON header, of which safetensors shows all but this.
+    header = json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])
+    metadata = header.get("__metadata__", {})
+    return tensors, _checked(metadata["config"], path) if "config" in metadata else None
+
+
+def _checked(text: str | bytes, path: Path) -> dict:
+    """A config that this version reads."""
+    try:
+        config = json.loads(text)
+        version, kind, _ = config["format_version"], config["network"], config["options"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a config written by save_pretrained: {error!r}; save the network again"
         ) from None
@@ -106,17 +171,18 @@ def _load(folder: Path) -> CoordinatewiseLSTM:
             f"{path} is a {kind} of format {version}, and this l2l_fast reads CoordinatewiseLSTM of format "
             f"{FORMAT_VERSION}: upgrade l2l_fast"
         )
-    try:
-        network = CoordinatewiseLSTM._blank(**options)
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}; upgrade l2l_fast or save the network again") from None
-    weights = folder / "model.safetensors"
-    try:
-        tensors = load_file(weights)
-        network.to(tensors["head.weight"].dtype).load_state_dict(tensors)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{weights} is missing; save the network again with save_pretrained") from None
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{weights} does not hold the network of config.json: {reason}; save it again") from None
-    return network
+    return config
+
+
+def _not_the_network(path: Path, reason: object) -> str:
+    reason = str(reason).splitlines()[-1].strip()
+    return f"{path} does not hold the network of config.json: {reason}; save it again"
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Tells a network's weights from others."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

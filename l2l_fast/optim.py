@@ -377,7 +377,7 @@ class LSTMOptimizer(Optimizer):
             )
         state = _new_state(param, config, self.state_dtype)
         state.copy_(lstm)
-        step = torch.as_tensor(step, dtype=torch.float32).reshape(()).to(param.device, copy=True)
+        step = torch.as_tensor(step, dtype=torch.float32, device=param.device).reshape(()).clone()
         return {"lstm": state, "step": step}
 
     def __setstate__(self, state: dict) -> None:

@@ -1,9 +1,16 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+import l2l_fast
 from l2l_fast import CoordinatewiseLSTM
+
+# Processes that tests start have the package that the tests have, wherever they run.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(l2l_fast.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 
 @pytest.fixture(autouse=True)

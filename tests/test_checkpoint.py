@@ -1,9 +1,11 @@
 import json
+import os
 import sys
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from l2l_fast import CoordinatewiseLSTM, checkpoint
 
@@ -73,24 +75,96 @@ def _edit(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+def _as_before(folder):
+    """As earlier versions saved it: weights and options tied by nothing but the folder."""
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["weights"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _other_weights(folder):
+    tensors = {name: tensor + 1 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), FileNotFoundError, "config.json is missing"),
+        (
+            lambda folder: _as_before(folder) or (folder / "config.json").unlink(),
+            FileNotFoundError, r"holds no network: config.json is missing",
+        ),
+        (lambda folder: [path.unlink() for path in folder.iterdir()], FileNotFoundError, "holds no network"),
         (lambda folder: (folder / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), ValueError, "not a config"),
         (lambda folder: (folder / "config.json").write_text("[]"), ValueError, "not a config"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), ValueError, "not a config"),
         (lambda folder: _edit(folder, format_version=2), ValueError, "upgrade l2l_fast"),
         (lambda folder: _edit(folder, options={"wings": 2}), ValueError, "wings"),
         (lambda folder: _edit(folder, options={"hidden_size": 9, "num_layers": 2}), ValueError, "does not hold"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), ValueError, "does not hold"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), ValueError, "does not hold"),
+        (_other_weights, ValueError, "does not hold the network of config.json: these weights are not those that were"),
     ],
-)
+)  # fmt: skip
 def test_damage_is_named(network, tmp_path, damage, error, message):
     network.save_pretrained(tmp_path)
     damage(tmp_path)
     with pytest.raises(error, match=message):
         CoordinatewiseLSTM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_truncated_file_is_damage(network, tmp_path, name):
+    network.save_pretrained(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    for kept in (1, 9, len(whole) // 2, len(whole) - 2):
+        (tmp_path / name).write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match=r"not a config|does not hold"):
+            CoordinatewiseLSTM.from_pretrained(tmp_path)
+
+
+def test_a_bit_that_has_flipped_is_damage(network, tmp_path):
+    network.save_pretrained(tmp_path)
+    contents = bytearray((tmp_path / "model.safetensors").read_bytes())
+    contents[-3] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(contents)
+    with pytest.raises(ValueError, match="these weights are not those that were saved with it"):
+        CoordinatewiseLSTM.from_pretrained(tmp_path)
+
+
+def test_what_earlier_versions_saved_is_loaded(network, tmp_path):
+    network.save_pretrained(tmp_path)
+    _as_before(tmp_path)
+    assert torch.equal(CoordinatewiseLSTM.from_pretrained(tmp_path).flat_weights(), network.flat_weights())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_save_that_was_killed_between_its_files_is_the_new_network(network, tmp_path, monkeypatch, first):
+    other = CoordinatewiseLSTM("both", 5, 1)
+    if not first:
+        other.save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_text", MagicMock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            network.save_pretrained(tmp_path)
+    found = CoordinatewiseLSTM.from_pretrained(tmp_path)
+    assert found.config == network.config
+    assert torch.equal(found.flat_weights(), network.flat_weights())
+    other.save_pretrained(tmp_path)
+    assert CoordinatewiseLSTM.from_pretrained(tmp_path).config == other.config
+
+
+def test_a_save_that_fails_leaves_the_network_that_was_there(network, tmp_path, monkeypatch):
+    other = CoordinatewiseLSTM("both", 5, 1)
+    other.save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", MagicMock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left on device, so it stays as it was"):
+            network.save_pretrained(tmp_path)
+    assert torch.equal(CoordinatewiseLSTM.from_pretrained(tmp_path).flat_weights(), other.flat_weights())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_shipped_name_means_the_same_in_every_folder(network, tmp_path, monkeypatch):

@@ -105,6 +105,13 @@ def test_from_torch_refuses_what_it_cannot_hold(lstm, head, options, message):
         CoordinatewiseLSTM.from_torch(lstm, head, **options)
 
 
+def test_from_torch_keeps_every_digit():
+    lstm, head = nn.LSTM(2, 3, 1).double(), nn.Linear(3, 1).double()
+    network = CoordinatewiseLSTM.from_torch(lstm, head)
+    assert torch.equal(network.weight_ih_l0, lstm.weight_ih_l0)
+    assert torch.equal(network.head.weight, head.weight)
+
+
 def test_forward_carries_state(network):
     grads = torch.randn(6, 5)
     whole, last = network(grads)

@@ -48,14 +48,14 @@ def bench(
     raw.unlink(missing_ok=True)
     # The checkout's own package, wherever pytest is started from; its progress goes to our stderr.
     path = os.pathsep.join([str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
     code = subprocess.run(command, cwd=folder.parent, stdout=2, env=environment).returncode
     if code == 5:
         raise RuntimeError(f"no bench matches --select {select!r}; see the names with: pytest bench --collect-only -q")
     if code:
         raise RuntimeError("the benches failed, so nothing is reported; what failed is above")
     command = [sys.executable, str(folder / "report.py"), str(raw), "--out", str(out)]
-    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8").stdout
+    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8", env=environment).stdout
     note(f"summary.md, tables.md, the results and steps.png (of two sizes or more) are in {out}")
     report(_rows(out), text.rstrip("\n"), as_json)
 
@@ -63,4 +63,4 @@ def bench(
 def _rows(out: Path) -> dict:
     """The newest result file, which report.py names by kernels and commit."""
     found = [path for path in out.glob("*.json") if path.name != "benchmark.json"]
-    return json.loads(max(found, key=lambda path: path.stat().st_mtime_ns).read_text())
+    return json.loads(max(found, key=lambda path: path.stat().st_mtime_ns).read_text(encoding="utf-8"))

@@ -46,4 +46,4 @@ def compare(
     comparison.to_json(out / "comparison.json")
     comparison.plot(out / "comparison.png")
     note(f"comparison.json and comparison.png are in {out}")
-    report(json.loads((out / "comparison.json").read_text()), comparison.table(), as_json)
+    report(json.loads((out / "comparison.json").read_text(encoding="utf-8")), comparison.table(), as_json)

@@ -54,7 +54,7 @@ def demo(
     note("3 of 3: the same optimizer trains a network on handwritten digits")
     digits_result = _train_digits(network, seed, device, out)
     note(f"network, comparison.json, comparison.png and digits.png are in {out}")
-    result = json.loads((out / "comparison.json").read_text()) | {"digits": digits_result}
+    result = json.loads((out / "comparison.json").read_text(encoding="utf-8")) | {"digits": digits_result}
     lines = [
         comparison.table(),
         "",
@@ -95,7 +95,7 @@ def _train_once(make, train: Dataset, test: Dataset, seed: int, device: str) -> 
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Sigmoid(), nn.Linear(20, 10)).to(device)
     optimizer, losses = make(model.parameters()), []
     for _ in range(DIGITS_STEPS):
-        rows = torch.randint(len(train), (128,))
+        rows = torch.randint(len(train), (128,), dtype=torch.int64, device="cpu")
         loss = nn.functional.cross_entropy(model(train.inputs[rows].to(device)), train.targets[rows].to(device))
         optimizer.zero_grad()
         loss.backward()

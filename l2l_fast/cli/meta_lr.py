@@ -78,7 +78,7 @@ def _trained(problem, rate, meta_steps, horizon, seed, device, on_step, store) -
     if kept is None:
         network, history, trainer = train_at_rate(problem, rate, meta_steps, horizon, seed, device, on_step)
         windows = max(1, horizon // trainer.unroll)
-        losses = torch.tensor(history.meta_losses, dtype=torch.float64)
+        losses = torch.tensor(history.meta_losses, dtype=torch.float64, device="cpu")
         sums = torch.cat([losses[:1].expand(windows - 1), losses]).unfold(0, windows, 1).sum(1)
         kept = {"curve": sums / (windows * trainer.unroll), "weights": network.flat_weights().detach().cpu()}
         store.put(kept, **facts)

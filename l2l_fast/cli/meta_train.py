@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 
@@ -17,6 +18,7 @@ from l2l_fast.cli.options import HORIZONS, Data, Device, Json, Out, Seed, note, 
 from l2l_fast.cli.training import prepare, read_recipe, stage_folders, stages
 from l2l_fast.evaluate import plot_curves
 from l2l_fast.evaluate.comparison import json_text
+from l2l_fast.files import write_text
 from l2l_fast.meta import History, MetaTrainer, recipes
 from l2l_fast.networks import CoordinatewiseLSTM
 
@@ -147,9 +149,9 @@ def meta_train(
 
 
 def _record(history: History, trainer: MetaTrainer, folder: Path, title: str) -> None:
-    (folder / "history.json").write_text(json_text(dataclasses.asdict(history)) + "\n")
+    write_text(folder / "history.json", json_text(dataclasses.asdict(history)) + "\n")
     plot_curves(
-        {"meta-loss": torch.tensor(history.meta_losses)}, folder / "meta_training.png",
+        {"meta-loss": np.array(history.meta_losses)}, folder / "meta_training.png",
         f"meta-training: {title}",
         xlabel="meta-step (meta-updates)", ylabel=f"meta-loss of a window ({trainer.objective})",
         log=min(history.meta_losses) > 0,

@@ -19,7 +19,7 @@ from l2l_fast.evaluate.comparison import json_text
 
 def _device(name: str) -> str:
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, dtype=torch.float32, device=name)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise typer.BadParameter(f"{name!r} is not a device that this torch can use ({reason}); try cpu") from None

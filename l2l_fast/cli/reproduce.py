@@ -20,6 +20,7 @@ from l2l_fast.evaluate import reproduce as runner
 from l2l_fast.evaluate.figures import Findings
 from l2l_fast.evaluate.report import html, markdown
 from l2l_fast.evaluate.rows import FULL, QUICK, ROWS, find
+from l2l_fast.files import write_text
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.tasks.classifier import DATASETS
 
@@ -90,8 +91,8 @@ def reproduce(
         found.append(findings)
         note(f"{name}: row.json, table.txt and pictures are in {out / name}")
     if row == "all":
-        (out / "report.html").write_text(html(found, out, run.command("all")), encoding="utf-8")
-        (out / "results.md").write_text(markdown(found), encoding="utf-8")
+        write_text(out / "report.html", html(found, out, run.command("all")))
+        write_text(out / "results.md", markdown(found))
         note(f"report.html and results.md are in {out}")
     report(_result(row, found), "\n\n\n".join(findings.table() for findings in found), as_json)
 

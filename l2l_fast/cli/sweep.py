@@ -13,6 +13,7 @@ from l2l_fast.cli.training import train_at_rate
 from l2l_fast.evaluate import plot_curves
 from l2l_fast.evaluate.comparison import json_text
 from l2l_fast.evaluate.trajectories import Lane, trajectories
+from l2l_fast.files import write_text
 from l2l_fast.optim import LSTMOptimizer
 
 FIRST_TEST_SEED = 3_000_000_000
@@ -69,7 +70,7 @@ def sweep(
         "meta_lrs": {f"{rate:g}": {"mean_loss": means[rate],
                                    "curve": curve.mean(0).tolist()} for rate, curve in curves.items()},
     }  # fmt: skip
-    (out / "sweep.json").write_text(json_text(result) + "\n")
+    write_text(out / "sweep.json", json_text(result) + "\n")
     note(f"sweep.json and sweep.png are in {out}")
     lines = [f"{task}: mean loss over {horizon} steps by meta learning rate, {seeds} held-out seeds", ""]
     lines += [f"{rate:>10g}  {means[rate]:>10.4g}{'  best' if rate == best else ''}" for rate in rates]

@@ -66,8 +66,8 @@ def read_recipe(name: str) -> dict:
             f"no recipe {name!r}: give a path that ends in .json, or one of {', '.join(recipe_names())}"
         )
     try:
-        recipe = json.loads(place.read_text())
-    except json.JSONDecodeError as error:
+        recipe = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError as error:  # of bytes that are no text, too
         raise ValueError(f"{place} is not JSON: {error}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"{place} must hold tasks, network, training and meta_steps by name, got {recipe!r}")

@@ -7,9 +7,11 @@ import functools
 import torch
 
 from l2l_fast.data.dataset import Dataset, fixed_order
+from l2l_fast.modes import plain
 
 
 @functools.cache
+@plain()
 def digits() -> Dataset:
     """1,797 images of 8x8 pixels in ten classes, in a fixed shuffled order; every call returns the same tensors.
 

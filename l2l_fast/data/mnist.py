@@ -12,6 +12,7 @@ from torch import Tensor
 
 from l2l_fast.data.dataset import Dataset, fixed_order
 from l2l_fast.data.idx import IdxError, read_idx
+from l2l_fast.modes import plain
 
 # sha256 of the unzipped content: the .gz files differ between mirrors in their headers.
 _SHA256 = {
@@ -66,6 +67,7 @@ def mnist(folder: str | Path | None = None, *, split: str = "train") -> Dataset:
 
 
 @functools.cache
+@plain()
 def _load(images: Path, labels: Path) -> Dataset:
     inputs, targets = _read(images), _read(labels)
     order = fixed_order(len(targets))  # applied to bytes, a quarter of the work

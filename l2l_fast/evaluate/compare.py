@@ -23,6 +23,7 @@ from l2l_fast.evaluate.baselines import BASELINES, USUAL, Baseline, final_loss, 
 from l2l_fast.evaluate.comparison import Comparison, Result
 from l2l_fast.evaluate.store import Store, stored_trajectories, stored_tuning
 from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress, smoothed
+from l2l_fast.modes import plain
 from l2l_fast.tasks.base import Instances, Task
 
 TIMED_STEPS, WARM_UP_STEPS = 40, 5
@@ -150,7 +151,8 @@ def compare_horizons(
     # What a step costs does not depend on the rate.
     makers = {name: lane.make for name, lane in learned.items()}
     makers |= {baseline.name: partial(baseline.factory, lr=tuned[baseline.name][longest].lr) for baseline in baselines}
-    seconds, rates = _seconds_and_rates(task, makers, test[0], device, progress)
+    with plain(device):
+        seconds, rates = _seconds_and_rates(task, makers, test[0], device, progress)
 
     comparisons = {}
     for horizon in horizons:
@@ -295,7 +297,9 @@ def environment(device: torch.device | str) -> dict:
     """What a figure depends on besides the code."""
     device = torch.device(device)
     try:
-        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))[
+            1
+        ]
     except (OSError, TypeError):  # not Linux, or an architecture whose cpuinfo has no such line
         cpu = platform.processor() or platform.machine()
     return {

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from l2l_fast.evaluate.trajectories import smoothed
+from l2l_fast.files import write_text
 
 
 @dataclass
@@ -120,7 +121,7 @@ class Comparison:
     def ratios(self, name: str) -> dict[str, float | None]:
         """The four ratios of a learned optimizer, None where there is none."""
         mine, best = self.optimizers[name], self.optimizers[self.best_baseline_final]
-        target = smoothed(torch.tensor(best.curve_final), self.horizon)[-1].item()
+        target = smoothed(_numbers(best.curve_final), self.horizon)[-1].item()
         steps = _divide(self._steps_to(mine.curve, target), self._steps_to(best.curve_final, target))
         seconds = _divide(mine.seconds_per_step, best.seconds_per_step)
         return {
@@ -149,7 +150,7 @@ class Comparison:
 
     def _steps_to(self, curve: list[float], target: float) -> int | None:
         """Updates after which the smoothed curve is first at or below ``target``; None if it never is."""
-        reached = smoothed(torch.tensor(curve), self.horizon)[1:] <= target
+        reached = smoothed(_numbers(curve), self.horizon)[1:] <= target
         return int(reached.nonzero()[0]) + 1 if reached.any() else None
 
     # ------------------------------------------------------------ JSON
@@ -175,12 +176,12 @@ class Comparison:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json_text(content) + "\n")
+        write_text(path, json_text(content) + "\n")
 
     @classmethod
     def from_json(cls, path: str | PathLike) -> Comparison:
         """Read what :meth:`to_json` wrote."""
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
         fields = {entry.name for entry in dataclasses.fields(Result)}
         optimizers = {
             name: Result(**{key: _infinite(value) for key, value in result.items() if key in fields})
@@ -251,9 +252,13 @@ def _divide(a: float | None, b: float | None) -> float | None:
     return a / b
 
 
+def _numbers(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
 def _jackknife(mine: list[float], best: list[float]) -> float | None:
     """Standard error of mean(mine) / mean(best), paired."""
-    a, b = torch.tensor(mine).double(), torch.tensor(best).double()
+    a, b = _numbers(mine), _numbers(best)
     if len(a) < 2 or len(a) != len(b) or not (a.isfinite().all() and b.isfinite().all()):
         return None
     ratios = (a.sum() - a) / (b.sum() - b)

@@ -42,8 +42,8 @@ def measure_cost(network: CoordinatewiseLSTM, device: torch.device | str = "cpu"
         (40, 100, True)
     """
     shapes = weight_shapes(network.config).values()
-    param = torch.zeros(COORDINATES, device=device, requires_grad=True)
-    param.grad = torch.randn(COORDINATES, device=device)
+    param = torch.zeros(COORDINATES, dtype=torch.float32, device=device, requires_grad=True)
+    param.grad = torch.randn(COORDINATES, dtype=torch.float32, device=device)
     optimizer, times = LSTMOptimizer([param], network=network), []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()

@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 
 from l2l_fast.evaluate.comparison import Comparison, json_text, with_error
 from l2l_fast.evaluate.rows import METRICS
+from l2l_fast.files import write_text
 
 MEDIAN = "median"
 
@@ -122,7 +122,7 @@ class Findings:
 
     def to_json(self, path: str | PathLike) -> None:
         """Write :meth:`to_dict`."""
-        Path(path).write_text(json_text(self.to_dict()) + "\n")
+        write_text(path, json_text(self.to_dict()) + "\n")
 
     # ------------------------------------------------------------ for people
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from l2l_fast.files import replacing
+
 if TYPE_CHECKING:
     from l2l_fast.evaluate.comparison import Comparison, Result
 
@@ -88,11 +90,11 @@ def plot_curves(
     """
     lines = {}
     for label, values in curves.items():
-        values = np.atleast_2d(np.asarray(torch.as_tensor(values).detach().cpu(), dtype=float))
+        values = np.atleast_2d(_array(values))
         with np.errstate(all="ignore"):  # a diverged curve has no spread
             error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(values.shape[1])
             lines[label] = (values.mean(0), error)
-    several = any(torch.as_tensor(values).ndim > 1 and len(values) > 1 for values in curves.values())
+    several = any(_array(values).ndim > 1 and len(values) > 1 for values in curves.values())
     band = _BAND if several else None
     _draw(lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band=band)
 
@@ -146,6 +148,10 @@ def plot_front(costs: Mapping[str, float], comparisons: Sequence[Comparison], pa
     labels["ylabel"] = "mean loss over the best baseline's"
     labels["band"] = _BAND
     _draw(lines, path, title, [], x=np.array([costs[name] for name in names]), ticks=ticks, log=False, **labels)
+
+
+def _array(values: np.ndarray | torch.Tensor) -> np.ndarray:
+    return np.asarray(values.detach().cpu().double() if isinstance(values, torch.Tensor) else values, dtype=float)
 
 
 def _mean_losses(results: Sequence[Result], seeds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -225,8 +231,10 @@ def _draw(
     # Beside the axes: nowhere inside is free of curves for sure.
     figure.legend(title=band, frameon=False, fontsize=9, title_fontsize=8, loc="outside right upper")
     path = Path(path)
+    path = path if path.suffix else path.with_suffix(".png")  # as matplotlib does
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:])
 
 
 def _limits(means: list[np.ndarray], log: bool) -> tuple[float, float] | None:

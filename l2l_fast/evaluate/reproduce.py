@@ -22,6 +22,7 @@ from l2l_fast.evaluate.plots import plot_curves, plot_front, plot_start_scales
 from l2l_fast.evaluate.rows import FULL, ROWS, Case, Settings
 from l2l_fast.evaluate.store import Store, stored_trajectories
 from l2l_fast.evaluate.trajectories import Progress, smoothed
+from l2l_fast.files import write_text
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.reference import state_size
 from l2l_fast.tasks import Task
@@ -105,7 +106,7 @@ def reproduce(name: str, networks: Mapping[str, torch.nn.Module | str | PathLike
 def write(findings: Findings, folder: Path) -> None:
     """The record of a row: ``row.json`` and ``table.txt``."""
     findings.to_json(folder / "row.json")
-    (folder / "table.txt").write_text(findings.table() + "\n")
+    write_text(folder / "table.txt", findings.table() + "\n")
 
 
 def _compare(case: Case, networks, run: Run, findings: Findings, folder: Path) -> dict[int, Comparison]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from l2l_fast.evaluate.baselines import BASELINES, Baseline, Tuned, tune_horizons
 from l2l_fast.evaluate.trajectories import Lane, Progress, trajectories
+from l2l_fast.files import replacing
 from l2l_fast.tasks.base import Task
 
 FORMAT_VERSION = 1
@@ -49,7 +50,7 @@ class Store:
         if path is None or not path.exists():
             return None
         try:
-            return torch.load(path, weights_only=True)["value"]
+            return torch.load(path, map_location="cpu", weights_only=True)["value"]
         except Exception:  # not a file of ours, or damaged: it is measured again
             return None
 
@@ -59,9 +60,10 @@ class Store:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        torch.save({"facts": self._key(facts), "value": value}, part)
-        os.replace(part, path)
+        contents = io.BytesIO()
+        torch.save({"facts": self._key(facts), "value": value}, contents)
+        with replacing(path) as file:
+            file.write(contents.getbuffer())
 
     def _key(self, facts) -> str:
         return json.dumps({"format_version": FORMAT_VERSION} | self.facts | facts, sort_keys=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2l_fast.tasks.base import Instances, Task
+from l2l_fast.modes import plain
+from l2l_fast.tasks.base import Instances, Task, batched
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
@@ -69,30 +70,31 @@ def trajectories(
         >>> trajectories(l2l.tasks.Quadratic(), lanes, horizon=5, seeds=[1, 2, 3]).shape
         torch.Size([2, 3, 6])
     """
-    instances = Instances(task, seeds, device)
-    start = instances.start()
-    theta = start.expand(len(lanes), *start.shape).clone()  # [K, B, N]; the leaves below are views of it
-    grads = torch.zeros_like(theta)
-    optimizers = [
-        optimizer
-        for lane, rows, row_grads in zip(lanes, theta, grads, strict=True)
-        for optimizer in _optimizers(lane, instances, rows, row_grads)
-    ]
-    # Lanes outside, instances inside; a batch has no lane dimension, so all lanes share it.
-    stacked_loss = torch.vmap(torch.vmap(task.loss), in_dims=(0, None))
-    together = max(1, STACKED_COORDINATES[theta.device.type != "cpu"] // start.numel())
-    losses = theta.new_empty(horizon + 1, *theta.shape[:2])
-    for step in range(horizon + 1):
-        batch = instances.draw()
-        for some in (slice(k, k + together) for k in range(0, len(lanes), together)):
-            losses[step, some] = _gradients(stacked_loss, theta[some], batch, instances, out=grads[some])
-        if step == horizon:
-            break
-        for optimizer in optimizers:
-            optimizer.step()
-        if on_step:
-            on_step(step + 1)
-    return losses.permute(1, 2, 0).cpu()
+    with plain(device):
+        instances = Instances(task, seeds, device)
+        start = instances.start()
+        theta = start.expand(len(lanes), *start.shape).clone()  # [K, B, N]; the leaves below are views of it
+        grads = torch.zeros_like(theta)
+        optimizers = [
+            optimizer
+            for lane, rows, row_grads in zip(lanes, theta, grads, strict=True)
+            for optimizer in _optimizers(lane, instances, rows, row_grads)
+        ]
+        # Lanes outside, instances inside; a batch has no lane dimension, so all lanes share it.
+        stacked_loss = batched(task, batched(task, task.loss), in_dims=(0, None))
+        together = max(1, STACKED_COORDINATES[theta.device.type != "cpu"] // start.numel())
+        losses = theta.new_empty(horizon + 1, *theta.shape[:2])
+        for step in range(horizon + 1):
+            batch = instances.draw()
+            for some in (slice(k, k + together) for k in range(0, len(lanes), together)):
+                losses[step, some] = _gradients(stacked_loss, theta[some], batch, instances, out=grads[some])
+            if step == horizon:
+                break
+            for optimizer in optimizers:
+                optimizer.step()
+            if on_step:
+                on_step(step + 1)
+        return losses.permute(1, 2, 0).cpu()
 
 
 def smoothed(curves: Tensor, horizon: int) -> Tensor:

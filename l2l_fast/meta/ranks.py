@@ -52,9 +52,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether any rank says so: all stop together."""
     if world() == 1:
         return flag
-    flags = torch.tensor(float(flag), device=device)
+    flags = torch.full((), float(flag), dtype=torch.float32, device=device)
     distributed.all_reduce(flags)
     return flags.item() > 0
+
+
+def raise_together(error: Exception | None, device: torch.device) -> None:
+    """Where a rank has an error, raise on all of them: none is left waiting for one that has stopped."""
+    if any_rank(error is not None, device):
+        raise error or RuntimeError("another rank of this run has failed; its own message says why")
 
 
 def gather(value, device: torch.device) -> list:
@@ -67,10 +73,6 @@ def gather(value, device: torch.device) -> list:
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         distributed.gather_object(value, values)
     return values
-
-
-def wait_for_all(device: torch.device) -> None:
-    any_rank(False, device)  # unlike a barrier, which would choose a GPU itself
 
 
 def _grouped() -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from l2l_fast.checks import is_number, is_whole, require
+from l2l_fast.modes import plain
 
 MAX_WEIGHTS = 8192  # an eigendecomposition of that size takes minutes, and the matrices a quarter of a gigabyte each
 
@@ -67,19 +68,23 @@ class Soap(torch.optim.Optimizer):
         if size > MAX_WEIGHTS:
             raise ValueError(f"params must hold at most {MAX_WEIGHTS} numbers in all, got {size}; use torch.optim.Adam")
 
-    @torch.no_grad()
     def step(self, closure=None):
-        """One update; every parameter must have a gradient."""
+        """One update; a parameter without a gradient stays, and counts as one whose gradient is 0."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with plain(self.param_groups[0]["params"][0].device), torch.no_grad():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         (group,) = self.param_groups
         params = group["params"]
-        gradient = parameters_to_vector([param.grad for param in params])
+        gradient = parameters_to_vector([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
         state = self.state[params[0]]  # of all of them
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["mean"], state["square"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
             state["covariance"] = gradient.new_zeros(len(gradient), len(gradient))
             state["basis"] = torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)
@@ -96,8 +101,8 @@ class Soap(torch.optim.Optimizer):
         root = (state["square"] / (1 - beta2**step)).sqrt()
         update = state["basis"] @ (mean / (root + group["eps"]))
         for param, piece in zip(params, update.split([param.numel() for param in params]), strict=True):
-            param.sub_(group["lr"] * piece.view_as(param))
-        return loss
+            if param.grad is not None:
+                param.sub_(group["lr"] * piece.view_as(param))
 
 
 def _turn(state: dict[str, Tensor]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import threading
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from os import PathLike
@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l2l_fast import reference
 from l2l_fast import tasks as task_names
 from l2l_fast.checks import is_number, is_whole, require
 from l2l_fast.meta import progress as bars
 from l2l_fast.meta import ranks
+from l2l_fast.meta.checkpoints import CheckpointFolder
 from l2l_fast.meta.curricula import Horizon
 from l2l_fast.meta.graphs import CudaCapture, Graphs
-from l2l_fast.meta.identity import describe, differences
+from l2l_fast.meta.identity import describe, describe_horizon, describe_optimizer
 from l2l_fast.meta.soap import Soap
 from l2l_fast.meta.unroll import (
     OBJECTIVES,
@@ -37,14 +39,13 @@ from l2l_fast.meta.unroll import (
     window_,
 )
 from l2l_fast.meta.update import MetaUpdate
+from l2l_fast.modes import plain
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.tasks import Instances, Task
 from l2l_fast.tasks.base import Batch, send
 
-FORMAT_VERSION = 2  # 1 knew tasks by their plain options alone
 SCHEDULES = ("constant", "cosine")
 META_OPTIMIZERS = ("adam", "soap")
-NAMED = 5  # differences that the refusal of a checkpoint names
 MAX_SCALING = 10.0  # factors from 5e-5 to 2e4; far beyond it, losses and gradients leave float32
 # What a seed is for; the first word of every seed sequence, so that no two purposes share random numbers.
 _INSTANCE, _SCALING, _TRAJECTORY, _VALIDATION = range(4)
@@ -85,7 +86,8 @@ class MetaTrainer:
     trajectory and the gradients are averaged: W ranks of B equal one of W * B.
 
     Args:
-        network: the :class:`CoordinatewiseLSTM`, float32; trained in place.
+        network: the :class:`CoordinatewiseLSTM`, float32; trained in place, but for parameters that are frozen by
+            ``requires_grad_(False)``.
         tasks: a task or its name, or a sequence of them to mix.
         unroll: steps a window, T.
         horizon: steps a trajectory; an int, or a curriculum of :mod:`l2l_fast.meta.curricula`.
@@ -96,8 +98,8 @@ class MetaTrainer:
         parallel: trajectories, each with its own task and horizon, that one meta-step averages over.
         meta_lr: learning rate of the meta-optimizer.
         meta_optimizer: "adam"; "soap", Adam in the eigenbasis of the meta-gradients' covariance
-            (:class:`~l2l_fast.meta.soap.Soap`), which needs fewer meta-steps; or a callable that makes one from the
-            network's parameters.
+            (:class:`~l2l_fast.meta.soap.Soap`), which needs fewer meta-steps; or a callable that makes one from a list
+            of the network's parameters, those that are not frozen.
         schedule: of the meta learning rate over ``fit``'s steps: "constant", or "cosine" down to a hundredth.
         warmup: meta-steps over which the rate comes up linearly. A trained network that goes on with a new
             meta-optimizer needs them: the first updates follow a gradient or two, at full length.
@@ -113,13 +115,17 @@ class MetaTrainer:
             most 10.
         imitation: share of trajectories led by ``teacher``, whose updates the network then fits; a number, or
             (first, last) for a share that changes linearly over ``fit``.
-        teacher: makes the teacher from a list of parameters; ``torch.optim.Adam(lr=0.01)`` if None.
+        teacher: makes the teacher from a list of parameters; ``torch.optim.Adam(lr=0.01)`` if None. With a
+            ``checkpoint`` it is known, as a ``meta_optimizer`` of one's own is, by its class, its options and its first
+            steps on a copy of such parameters.
         lr, weight_decay: of the learned update, as :class:`LSTMOptimizer` has them.
         second_derivatives: keep the gradients' dependence on theta; needs twice differentiable tasks, every coordinate.
             Slower to learn at first, and what moves a network on that first-order training has brought to rest.
         validate_every: meta-steps between validations; the weights with the best score are kept.
         validation_instances: instances of each task in a validation, on seeds of their own.
-        checkpoint: folder for exact resume; an unfinished run found there is continued.
+        checkpoint: folder for exact resume; an unfinished run found there is continued, if all that decides its
+            numbers is the same: the tasks and every option but ``device``, ``graphs``, ``progress``, ``log_dir`` and
+            those of the checkpoint itself. One run uses a folder at a time.
         checkpoint_every: meta-steps between checkpoints.
         log_dir: folder for TensorBoard.
         seed: of everything random.
@@ -132,7 +138,8 @@ class MetaTrainer:
         progress: show a progress bar (needs rich).
 
     Raises:
-        ValueError: an option out of its range, or a checkpoint of a run with other options; the message names it.
+        ValueError: an option out of its range, a network that cannot be trained, or a checkpoint of a run with other
+            options; the message names it.
         RuntimeError: ``WORLD_SIZE`` is above 1 and there is no process group.
 
     Example:
@@ -205,7 +212,8 @@ class MetaTrainer:
         require(is_number(weight_decay) and weight_decay >= 0, "weight_decay", weight_decay, "a number of at least 0")
         require(schedule in SCHEDULES, "schedule", schedule, f"one of {SCHEDULES}")
         require(objective in OBJECTIVES, "objective", objective, f"one of {OBJECTIVES}")
-        require(callable(meta_optimizer) or meta_optimizer in META_OPTIMIZERS, "meta_optimizer", meta_optimizer,
+        known = meta_optimizer in META_OPTIMIZERS if isinstance(meta_optimizer, str) else callable(meta_optimizer)
+        require(known, "meta_optimizer", meta_optimizer,
                 f"one of {META_OPTIMIZERS}, or a callable")  # fmt: skip
         require(is_number(average) and 0 <= average < 1, "average", average, "a number in [0, 1)")
         require(is_number(scaling) and 0 <= scaling <= MAX_SCALING, "scaling", scaling, f"in [0, {MAX_SCALING:g}]")
@@ -241,28 +249,36 @@ class MetaTrainer:
         self.second_derivatives = second_derivatives
         self.validate_every, self.validation_instances = validate_every, validation_instances
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self._folder = None if checkpoint is None else CheckpointFolder(checkpoint, device)
         self.checkpoint_every, self.log_dir, self.seed = checkpoint_every, log_dir, seed
         self.device, self.progress = device, progress
 
-        makers = {"adam": partial(torch.optim.Adam, lr=meta_lr, fused=True, capturable=graphs),
-                  "soap": partial(Soap, lr=meta_lr)}  # fmt: skip
-        make_optimizer = makers.get(meta_optimizer, meta_optimizer)
-        self._update = MetaUpdate(network, make_optimizer, clip, parallel, clip_windows)
-        self.meta_optimizer, self.parameters = self._update.optimizer, self._update.parameters
-        self._rule = Rule(network.config, self._update.weights, lr, weight_decay)
-        self._graphs, self._eager = Graphs(CudaCapture(device) if graphs else None), Graphs()
-        # Trajectories that have ended: in their memory the next ones find the graphs that were captured on it.
-        self._ended: defaultdict[tuple, list[Trajectory]] = defaultdict(list)
-        self._drawn: tuple | None = None  # the number of a trajectory to come, and what :meth:`_draw` gives for it
-        self._meta_loss = self._update.weights.new_zeros(())  # of the window just run
-        self._ratios = self._update.weights.new_zeros(validation_instances)  # sums of f_t / f_0
+        with plain(device):  # tensors that were made for inference alone could not be trained with
+            makers = {"adam": partial(torch.optim.Adam, lr=meta_lr, fused=True, capturable=graphs),
+                      "soap": partial(Soap, lr=meta_lr)}  # fmt: skip
+            named = isinstance(meta_optimizer, str)
+            make_optimizer = makers[meta_optimizer] if named else meta_optimizer
+            # A name and the other options say everything; what a callable makes has to be looked at.
+            self._optimizer_facts = (lambda: meta_optimizer) if named else partial(self._describe, make_optimizer)
+            self._update = MetaUpdate(network, make_optimizer, clip, parallel, clip_windows)
+            self.meta_optimizer, self.parameters = self._update.optimizer, self._update.parameters
+            rated = all("lr" in group for group in self.meta_optimizer.param_groups)
+            require(rated or (schedule == "constant" and not warmup), "schedule", schedule,
+                    '"constant", without warmup, for a meta_optimizer whose param groups have no lr')  # fmt: skip
+            self._rule = Rule(network.config, self._update.weights, lr, weight_decay)
+            self._graphs, self._eager = Graphs(CudaCapture(device) if graphs else None), Graphs()
+            # Trajectories that have ended: in their memory the next ones find the graphs that were captured on it.
+            self._ended: defaultdict[tuple, list[Trajectory]] = defaultdict(list)
+            self._drawn: tuple | None = None  # the number of a trajectory to come, and what :meth:`_draw` gives for it
+            self._meta_loss = self._update.weights.new_zeros(())  # of the window just run
+            self._ratios = self._update.weights.new_zeros(validation_instances)  # sums of f_t / f_0
 
-        self.meta_step, self.started, self.history = 0, 0, History()
-        self.streams: list[_Stream | None] = [None] * parallel
-        self._best = self._weights()
-        self._averaged = self._weights()
-        self._current = self._weights()  # under training, while the network holds the best ones between two fits
-        self._total = 1
+            self.meta_step, self.started, self.history = 0, 0, History()
+            self.streams: list[_Stream | None] = [None] * parallel
+            self._best = self._weights()
+            self._averaged = self._weights()
+            self._current = self._weights()  # under training, while the network holds the best ones between two fits
+            self._total = 1
 
     # ------------------------------------------------------------ the loop
 
@@ -286,8 +302,11 @@ class MetaTrainer:
             on_step: called with the number of meta-steps done, after each.
 
         Raises:
-            ValueError: an argument out of its range, or a ``checkpoint`` of a run with other options or tasks; the
-                message names it, and nothing is changed.
+            ValueError: an argument out of its range, a network that was changed since the trainer was made, or a
+                ``checkpoint`` of a run with other options or tasks; the message names it, and nothing is changed.
+            RuntimeError: another run is using the ``checkpoint`` folder; nothing is changed.
+            OSError: a checkpoint cannot be written, such as for a full disk; the same call goes on with the next
+                meta-step, and the last checkpoint is there still.
             KeyboardInterrupt: after Ctrl-C, once everything is saved.
 
         Warns:
@@ -295,12 +314,14 @@ class MetaTrainer:
         """
         require(is_whole(meta_steps, 1), "meta_steps", meta_steps, "an int of at least 1")
         require(max_seconds == math.inf or is_number(max_seconds), "max_seconds", max_seconds, "a number")
-        self._take_up()
-        try:
-            interrupted = self._run(meta_steps, max_seconds, on_step)
-        finally:  # whatever a task, on_step or a second Ctrl-C raises
-            self._current = self._weights()
-            self.network.load_flat_weights_(self._best)
+        self._update.check()
+        with plain(self.device), self._folder.held() if self._folder else nullcontext():
+            self._take_up()
+            try:
+                interrupted = self._run(meta_steps, max_seconds, on_step)
+            finally:  # whatever a task, on_step or a second Ctrl-C raises
+                self._current = self._weights()
+                self.network.load_flat_weights_(self._best)
         if interrupted:
             where = f"saved to {self.checkpoint}; run the same command again to go on" if self.checkpoint else (
                 "the network holds the best weights so far; give checkpoint=FOLDER to be able to go on"
@@ -328,12 +349,10 @@ class MetaTrainer:
     def _run(self, meta_steps: int, max_seconds: float, on_step: Callable[[int], None] | None) -> bool:
         """The loop of :meth:`fit`; says whether Ctrl-C has ended it."""
         self._total = meta_steps
-        if self.checkpoint is not None and self.meta_step == 0:
-            self._make_folder()
+        if self._folder is not None and self.meta_step == 0:
             self._resume()
-        deadline, writer = time.monotonic() + max_seconds, self._writer()
-        shown = self.progress and ranks.rank() == 0
-        with _DeferredInterrupt() as interrupt, bars.meta_training(shown, meta_steps) as bar:
+        deadline, shown = time.monotonic() + max_seconds, self.progress and ranks.rank() == 0
+        with _DeferredInterrupt() as interrupt, self._writer() as writer, bars.meta_training(shown, meta_steps) as bar:
             if self._due(meta_steps):  # one that an exception has prevented
                 self._validate()
             while self.meta_step < meta_steps:
@@ -348,14 +367,12 @@ class MetaTrainer:
                     self._validate()
                 if writer:
                     self._log(writer)
-                if self.checkpoint is not None and self.meta_step % self.checkpoint_every == 0:
+                if self._folder is not None and self.meta_step % self.checkpoint_every == 0:
                     self._save()
                 bar(self.meta_step, self.history.meta_losses[-1], self.history.best_score)
                 if on_step:
                     on_step(self.meta_step)
-        if writer:
-            writer.close()
-        if self.checkpoint is not None:
+        if self._folder is not None:
             self._save()
         if self.meta_step < meta_steps and not interrupt.requested:
             self._validate()  # after saving: a run that goes on later is the same as one never stopped
@@ -475,7 +492,9 @@ class MetaTrainer:
         if self.scaling:
             size = sum(math.prod(shape) for shape in instances.shapes.values())
             generators = [torch.Generator().manual_seed(_seed(_SCALING, self.seed, number, i)) for i in ids]
-            exponents = torch.stack([torch.rand(size, generator=generator) for generator in generators])
+            exponents = torch.stack([
+                torch.rand(size, generator=generator, dtype=torch.float32, device="cpu") for generator in generators
+            ])  # fmt: skip
             scaling = send(((2 * exponents - 1) * self.scaling).exp(), self.device)
         return instances, scaling
 
@@ -541,24 +560,25 @@ class MetaTrainer:
 
     # ------------------------------------------------------------ checkpoints and logs
 
+    @cached_property
     def _settings(self) -> dict:
-        """Everything that must be the same for a resumed run to be the same run."""
+        """Everything that must be the same for a resumed run to be the same run, as it is before the run."""
         names = ("unroll", "instances", "coordinates", "parallel", "meta_lr", "schedule", "warmup", "objective",
                  "clip", "clip_windows", "average", "scaling", "lr", "weight_decay", "second_derivatives",
                  "validate_every", "validation_instances", "seed")  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
-        settings["horizon"], settings["imitation"] = repr(self.horizon), list(self.imitation)
-        settings |= {f"tasks[{number}]": facts for number, facts in enumerate(self._facts)}
-        settings["network"] = list(self.network.config)
+        settings["horizon"], settings["imitation"] = describe_horizon(self.horizon), list(self.imitation)
+        settings |= {f"tasks[{number}]": describe(task, self.device) for number, task in enumerate(self.tasks)}
+        settings["network"], settings["frozen"] = list(self.network.config), self._update.frozen
         settings["loss_weights"] = None if self.loss_weights is None else self.loss_weights.tolist()
-        settings["meta_optimizer"] = type(self.meta_optimizer).__name__
+        settings["meta_optimizer"] = self._optimizer_facts()
+        led = any(self.imitation)
+        settings["teacher"] = describe_optimizer(self.teacher, [self._weights()[None]]) if led else None
         settings["ranks"] = ranks.world()
         return settings
 
-    @cached_property
-    def _facts(self) -> list[dict]:
-        """Of the tasks, as they are before a run: the hash of their data is taken once."""
-        return [describe(task, self.device) for task in self.tasks]
+    def _describe(self, make_optimizer: Callable[[list], torch.optim.Optimizer]) -> dict:
+        return describe_optimizer(make_optimizer, self.parameters)
 
     def _save(self) -> None:
         streams = [
@@ -569,69 +589,48 @@ class MetaTrainer:
             }
             for stream in self.streams
         ]  # fmt: skip
-        every_rank = ranks.gather(streams, self.device)
+        every_rank, saved = ranks.gather(streams, self.device), None
         if ranks.rank() == 0:
-            self._write(every_rank)
-        ranks.wait_for_all(self.device)  # no rank goes on before the checkpoint is there
-
-    def _write(self, every_rank: list) -> None:
-        self.checkpoint.mkdir(parents=True, exist_ok=True)
-        saved = {
-            "format_version": FORMAT_VERSION,
-            "settings": self._settings(),
-            "meta_step": self.meta_step,
-            "started": self.started,
-            "weights": self._weights(),
-            "best": self._best,
-            "averaged": self._averaged,
-            "meta_optimizer": self.meta_optimizer.state_dict(),
-            "horizon": self.horizon.state_dict(),
-            "streams": every_rank,
-            "history": vars(self.history),
-        }
-        part = self.checkpoint / "trainer.pt.part"
-        with part.open("wb") as file:
-            torch.save(saved, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, self.checkpoint / "trainer.pt")  # a kill leaves the old checkpoint or the new one, whole
-
-    def _make_folder(self) -> None:
-        """Before any work: what cannot be saved need not be begun."""
-        try:
-            self.checkpoint.mkdir(parents=True, exist_ok=True)
-            reason = None if os.access(self.checkpoint, os.W_OK | os.X_OK) else "it cannot be written to"
-        except OSError as error:
-            reason = error.strerror
-        if reason:
-            raise ValueError(f"checkpoint must be a folder, got {str(self.checkpoint)!r} ({reason}): name another one")
+            saved = {
+                "settings": self._settings,
+                "meta_step": self.meta_step,
+                "started": self.started,
+                "weights": self._weights(),
+                "best": self._best,
+                "averaged": self._averaged,
+                "meta_optimizer": self.meta_optimizer.state_dict(),
+                "horizon": self.horizon.state_dict(),
+                "streams": every_rank,
+                "history": vars(self.history),
+            }
+        self._folder.write(saved)
 
     def _resume(self) -> None:
-        path, ours = self.checkpoint / "trainer.pt", self._settings()
-        if not path.exists():
+        """Go on from the checkpoint if there is one, or leave everything as it is."""
+        saved = self._folder.read(self._settings)
+        if saved is None:
             return
+        before = self.meta_optimizer.state_dict(), self.horizon.state_dict(), self._drawn
+        refusal = None
         try:
-            saved = torch.load(path, map_location=self.device, weights_only=True)
-            version, theirs = saved["format_version"], saved["settings"]
+            weights = [saved[name] for name in ("weights", "best", "averaged")]
+            for flat in weights:
+                reference.split_weights(flat, self.network.config)
+            streams = [entry and self._restore_stream(entry) for entry in saved["streams"][ranks.rank()]]
+            numbers, history = (saved["meta_step"], saved["started"]), History(**saved["history"])
+            self.horizon.load_state_dict(saved["horizon"])
+            self._update.load_state_dict(saved["meta_optimizer"])
         except Exception as error:
-            raise ValueError(
-                f"{path} is not a checkpoint of MetaTrainer ({error}); give another checkpoint folder"
-            ) from None
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{path} has format {version}, this l2l_fast reads {FORMAT_VERSION}: give another folder")
-        if differing := differences(theirs, ours):
-            more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
-            raise ValueError(
-                f"{path} belongs to a run with {', '.join(differing[:NAMED])}{more}: use the same options and tasks to "
-                "go on with it, or another checkpoint folder to start anew"
+            self._update.load_state_dict(before[0])
+            self.horizon.load_state_dict(before[1])
+            self._drawn = before[2]
+            refusal = ValueError(
+                f"{self._folder.path} is damaged ({type(error).__name__}: {error}): give another checkpoint folder"
             )
-        self.meta_step, self.started = saved["meta_step"], saved["started"]
-        self.network.load_flat_weights_(saved["weights"])
-        self._best, self._averaged = saved["best"], saved["averaged"]
-        self._update.load_state_dict(saved["meta_optimizer"])
-        self.horizon.load_state_dict(saved["horizon"])
-        self.history = History(**saved["history"])
-        self.streams = [entry and self._restore_stream(entry) for entry in saved["streams"][ranks.rank()]]
+        ranks.raise_together(refusal, self.device)
+        self.network.load_flat_weights_(weights[0])
+        self._best, self._averaged = weights[1:]
+        (self.meta_step, self.started), self.history, self.streams = numbers, history, streams
 
     def _restore_stream(self, entry: dict) -> _Stream:
         led = entry["teacher"] is not None
@@ -642,14 +641,21 @@ class MetaTrainer:
             stream.teacher.load_state_dict(entry["teacher"])
         return stream
 
+    @contextmanager
     def _writer(self):
+        """TensorBoard's, if it is asked for."""
         if self.log_dir is None or ranks.rank() != 0:
-            return None
+            yield None
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ImportError("log_dir needs TensorBoard: pip install 'l2l_fast[tensorboard]'") from None
-        return SummaryWriter(self.log_dir, purge_step=self.meta_step + 1)
+        writer = SummaryWriter(self.log_dir, purge_step=self.meta_step + 1)
+        try:
+            yield writer
+        finally:
+            writer.close()
 
     def _log(self, writer) -> None:
         writer.add_scalar("meta_loss", self.history.meta_losses[-1], self.meta_step)
@@ -658,12 +664,17 @@ class MetaTrainer:
 
 
 class _DeferredInterrupt:
-    """Turns Ctrl-C into a request that the loop reads between meta-steps; a second one interrupts at once."""
+    """Turns Ctrl-C into a request that the loop reads between meta-steps; a second one interrupts at once.
+
+    Only where Ctrl-C would raise KeyboardInterrupt. Whoever ignores it (a shell does for a job in the background), or
+    has a handler of another kind, means that.
+    """
 
     def __enter__(self) -> _DeferredInterrupt:
-        self.requested, self._previous = False, None
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._request)
+        self.requested, main = False, threading.current_thread() is threading.main_thread()
+        self._installed = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._installed:
+            signal.signal(signal.SIGINT, self._request)
         return self
 
     def _request(self, number, frame) -> None:
@@ -672,8 +683,8 @@ class _DeferredInterrupt:
         self.requested = True
 
     def __exit__(self, *error) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _seed(*words: int) -> int:

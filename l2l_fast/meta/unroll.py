@@ -60,7 +60,9 @@ class Trajectory:
         self.theta = torch.empty_like(instances.start(), dtype=dtype)
         self.scaling = None if scaling is None else torch.empty_like(scaling)
         self.state = ops.new_state(self.theta, config, dtype)
-        self.step = torch.zeros((), device=self.theta.device)  # steps_done, where the kernels read it
+        self.step = torch.zeros(
+            (), dtype=torch.float32, device=self.theta.device
+        )  # steps_done, where the kernels read it
         self.shift = torch.zeros((), dtype=torch.float64, device=self.theta.device)  # the window's random number
         self.grad = torch.empty_like(self.theta)
         self._window, self._batches = window, None

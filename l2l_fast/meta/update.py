@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 from l2l_fast import reference
+from l2l_fast.checks import require
 from l2l_fast.networks import CoordinatewiseLSTM
+
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class MetaUpdate:
     """What a meta-step gathers, and the meta-optimizer that turns it into an update. All tensors keep their places.
 
+    The gradient is not autograd's, so what autograd would mind is minded here: frozen parameters have a gradient of 0,
+    are no part of the norm, and are not given to the meta-optimizer.
+
     Args:
         network: what is trained.
-        make_optimizer: makes the meta-optimizer from the network's parameters.
+        make_optimizer: makes the meta-optimizer from the network's parameters, those that are not frozen.
         clip: largest norm of the gradient, or None.
         windows: how many a meta-step averages over.
         clip_windows: largest norm of one window's gradient, or None.
@@ -28,6 +34,10 @@ class MetaUpdate:
         skips: whether the meta-optimizer itself, told by ``found_inf``, leaves the weights alone where a result is
             not finite, as torch's fused ones do. Otherwise the caller has to look before :meth:`step`.
         capturable: whether the update can be captured in a CUDA graph.
+        frozen: names of the parameters that do not require a gradient.
+
+    Raises:
+        ValueError: a weight of the network cannot be trained here, or none is to be; the message names it.
     """
 
     def __init__(
@@ -39,8 +49,15 @@ class MetaUpdate:
         clip_windows: float | None = None,
     ) -> None:
         self.network, self.clip, self.windows, self.clip_windows = network, clip, windows, clip_windows
-        self.parameters = [network.get_parameter(name) for name in reference.weight_shapes(network.config)]
+        self._all = _parameters(network)
+        self.frozen = [name for name, parameter in self._all.items() if not parameter.requires_grad]
+        self.parameters = [parameter for name, parameter in self._all.items() if name not in self.frozen]
+        require(bool(self.parameters), "network", "one whose parameters all are frozen", "one with something to train")
         self.weights = network.flat_weights().detach()
+        self._trains = None  # [W], where there is a choice
+        if self.frozen:
+            flags = [torch.full_like(one.detach(), one.requires_grad, dtype=torch.bool) for one in self._all.values()]
+            self._trains = torch.cat([flag.view(-1) for flag in flags])
         self.gradient = torch.zeros_like(self.weights)
         self.results = self.weights.new_zeros(windows + 1)
         self.found_inf = torch.zeros((), dtype=torch.float32, device=self.weights.device)
@@ -53,6 +70,26 @@ class MetaUpdate:
             for group in optimizer.param_groups:  # a number would be captured as it is today
                 group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=self.weights.device)
 
+    def check(self) -> None:
+        """Refuse a network that is not any more what it was when this was made.
+
+        Raises:
+            ValueError: the message names the parameter.
+        """
+        for name, parameter in _parameters(self.network).items():
+            was = self._all[name]
+            changed = (
+                "was replaced" if parameter is not was
+                else "was frozen or thawed" if parameter.requires_grad == (name in self.frozen)
+                else f"is {parameter.dtype} on {parameter.device} by now"
+                if (parameter.dtype, parameter.device) != (self.weights.dtype, self.weights.device)
+                else None
+            )  # fmt: skip
+            if changed:
+                raise ValueError(
+                    f"the network's {name} {changed} after its MetaTrainer was made: make a new MetaTrainer of it"
+                )
+
     @torch.no_grad()
     def begin(self) -> None:
         """Of a meta-step: the weights as the network has them by now, and no gradient yet."""
@@ -62,6 +99,8 @@ class MetaUpdate:
     @torch.no_grad()
     def add(self, d_weights: Tensor) -> None:
         """One window's gradient to the mean over them."""
+        if self._trains is not None:
+            d_weights = torch.where(self._trains, d_weights, 0.0)
         if self.clip_windows is not None:
             d_weights = d_weights * _share(d_weights.norm(), self.clip_windows)
         self.gradient += d_weights / self.windows
@@ -84,9 +123,9 @@ class MetaUpdate:
 
     def step(self) -> None:
         """Of the meta-optimizer, along the gradient measured."""
-        pieces = reference.split_weights(self.gradient, self.network.config).values()
-        for parameter, piece in zip(self.parameters, pieces, strict=True):
-            parameter.grad = piece
+        for name, piece in reference.split_weights(self.gradient, self.network.config).items():
+            if name not in self.frozen:
+                self._all[name].grad = piece
         self.optimizer.step()
 
     def measure_and_step(self) -> None:
@@ -96,13 +135,34 @@ class MetaUpdate:
 
     def load_state_dict(self, state: dict) -> None:
         """The meta-optimizer's, from any device; what says how it runs here stays as it is."""
-        before = [(group["lr"], group.get("capturable")) for group in self.optimizer.param_groups]
+        before = [(group.get("lr"), group.get("capturable")) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         for group, (lr, capturable) in zip(self.optimizer.param_groups, before, strict=True):
-            saved = float(group["lr"])
-            group["lr"] = lr.fill_(saved) if isinstance(lr, Tensor) else saved
+            if lr is not None:
+                saved = float(group["lr"])
+                group["lr"] = lr.fill_(saved) if isinstance(lr, Tensor) else saved
             if capturable is not None:
                 group["capturable"] = capturable
+
+
+def _parameters(network: CoordinatewiseLSTM) -> dict[str, torch.nn.Parameter]:
+    """By name, in the order of the flat weights."""
+    found = {}
+    for name in reference.weight_shapes(network.config):
+        try:
+            found[name] = network.get_parameter(name)
+        except AttributeError:
+            raise ValueError(
+                f"the network's {name} is computed, not a parameter: remove its parametrization before MetaTrainer"
+            ) from None
+        if found[name].is_inference():
+            raise ValueError(f"the network's {name} cannot be trained: make the network outside torch.inference_mode()")
+        if any(getattr(found[name], hooks, None) for hooks in _HOOKS):
+            raise ValueError(
+                f"the network's {name} has a gradient hook, which a meta-gradient does not pass, as it is not "
+                "autograd's: remove the hook; requires_grad_(False) freezes a parameter"
+            )
+    return found
 
 
 def _share(norm: Tensor, largest: float) -> Tensor:

@@ -6,13 +6,17 @@ on, ``loss`` maps both to a scalar. All randomness comes from the generator hand
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from l2l_fast.modes import plain
 
 Params = dict[str, Tensor]
 Batch = Any  # a tensor, or a nested tuple, list or dictionary of tensors
@@ -21,6 +25,9 @@ Batch = Any  # a tensor, or a nested tuple, list or dictionary of tensors
 @runtime_checkable
 class Task(Protocol):
     """A family of optimizees.
+
+    A task may have one attribute more, ``vmap``: False where ``torch.vmap`` cannot batch its loss, such as for
+    recurrent layers or a branch on values. Instances are then evaluated one after another.
 
     Attributes:
         name: what tables and file names call it.
@@ -40,7 +47,10 @@ class Task(Protocol):
         ...
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """0-dim loss; pure, and made of operations that ``torch.vmap`` can batch. ``batch`` is where the params are."""
+        """0-dim loss; pure, and made of operations that ``torch.vmap`` can batch unless the task has ``vmap = False``.
+
+        ``batch`` is where the params are.
+        """
         ...
 
 
@@ -57,7 +67,8 @@ class Resident:
     def on(self, device: torch.device) -> Batch:
         """The tensors on ``device``, in the structure they were given in."""
         if device not in self._copies:
-            self._copies[device] = tree_map(lambda tensor: tensor.to(device), self._tensors)
+            with plain():  # kept for whoever comes next, who may want gradients
+                self._copies[device] = tree_map(lambda tensor: tensor.to(device), self._tensors)
         return self._copies[device]
 
 
@@ -74,6 +85,40 @@ def look_up(table: Tensor, rows: Tensor) -> Tensor:
         return table[rows]
     # ``torch.vmap`` batches an embedding many times faster than an index_select.
     return F.embedding(rows, table.flatten(1)).view(*rows.shape, *table.shape[1:])
+
+
+def batched(task: Task, function: Callable, in_dims: int | tuple[int | None, ...] = 0) -> Callable:
+    """``torch.vmap(function, in_dims)`` of a task's function; where ``vmap`` is False, a loop that does the same.
+
+    Args:
+        task: whose function it is.
+        function: its ``loss``, such, or what is already batched, of tensors in nested structures.
+        in_dims: of each argument the dimension that its leaves are batched along, or None.
+
+    Example:
+        >>> import torch, l2l_fast as l2l
+        >>> from l2l_fast.tasks.base import batched
+        >>> batched(l2l.tasks.Quadratic(), lambda x, y: x + y, (0, None))(torch.arange(3), torch.tensor(1))
+        tensor([1, 2, 3])
+    """
+    if getattr(task, "vmap", True):
+        return torch.vmap(function, in_dims)
+
+    def loop(*arguments):
+        dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
+        rows = zip(*(_unbound(argument, dim) for argument, dim in zip(arguments, dims, strict=True)), strict=False)
+        results = [function(*row) for row in rows]
+        return tree_map(lambda *leaves: torch.stack(leaves), *results)
+
+    return loop
+
+
+def _unbound(tree, dim: int | None):
+    """A nested structure of tensors, once for each index of a dimension of theirs; without one, for ever the same."""
+    if dim is None:
+        return itertools.repeat(tree)
+    leaves, structure = tree_flatten(tree)
+    return [tree_unflatten(list(row), structure) for row in zip(*(leaf.unbind(dim) for leaf in leaves), strict=True)]
 
 
 def unflatten(theta: Tensor, shapes: dict[str, torch.Size]) -> Params:
@@ -105,6 +150,13 @@ class Instances:
         self.task, self.device = task, torch.device(device)
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         starts = [task.init(generator) for generator in self.generators]
+        for name, param in starts[0].items():
+            found = param.dtype, param.device.type
+            if found != (torch.float32, "cpu"):
+                raise ValueError(
+                    f"the task {task.name} must start from float32 tensors on the CPU, got {found[0]} on {found[1]} "
+                    f"for {name}: name dtype and device in its init, whatever torch's defaults are"
+                )
         self.shapes = {name: param.shape for name, param in starts[0].items()}
         self._start = torch.stack([torch.cat([param.reshape(-1) for param in start.values()]) for start in starts])
         self._fixed = None if task.resample else self._draw(1)
@@ -147,10 +199,10 @@ class Instances:
             [B]; differentiable in ``params``.
 
         Raises:
-            RuntimeError: if B > 1 and the task's loss is not made for ``torch.vmap``.
+            RuntimeError: if B > 1 and the task's loss is not made for ``torch.vmap``, and the task does not say so.
         """
         if len(self.generators) > 1:
-            return torch.vmap(self.task.loss)(params, batch)
+            return batched(self.task, self.task.loss)(params, batch)
         # One instance by itself: the batching rules would take as long as a small network.
         params = {name: param.squeeze(0) for name, param in params.items()}
         return self.task.loss(params, tree_map(lambda leaf: leaf.squeeze(0), batch)).unsqueeze(0)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l2l_fast.data import HALVES, Dataset, digits, halves, mnist
+from l2l_fast.modes import plain
 from l2l_fast.tasks.base import Resident, look_up
 
 ACTIVATIONS = {
@@ -123,7 +124,8 @@ class Classifier:
         params = {}
         std = self._draw_std(generator)
         for layer, shape in self._shapes.items():
-            weight, bias = torch.empty(shape), torch.zeros(shape[0])
+            weight = torch.empty(shape, dtype=torch.float32, device="cpu")
+            bias = torch.zeros(shape[0], dtype=torch.float32, device="cpu")
             if std is None:
                 bound = 1 / math.sqrt(math.prod(shape[1:]))
                 weight.uniform_(-bound, bound, generator=generator)
@@ -135,7 +137,8 @@ class Classifier:
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """Rows [n] of the task's half, int64, on the CPU; :meth:`examples` has what stands there."""
-        return torch.randint(len(self._half), (self.batch_size,), generator=generator)
+        size = (self.batch_size,)
+        return torch.randint(len(self._half), size, generator=generator, dtype=torch.int64, device="cpu")
 
     def examples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs [n, ...], float32 as the network takes them, and targets [n], int64, on the device of ``rows``."""
@@ -167,6 +170,7 @@ class Classifier:
         return -F.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).mean()
 
     @functools.cached_property
+    @plain()
     def _half(self) -> Dataset:
         """This task's half, with inputs as the network takes them."""
         dataset = self.dataset
@@ -210,7 +214,8 @@ class Classifier:
         if isinstance(self.init_scale, float):
             return self.init_scale
         low, high = map(math.log, self.init_scale)
-        return math.exp(low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item())
+        drawn = torch.rand((), generator=generator, dtype=torch.float64, device="cpu").item()
+        return math.exp(low + (high - low) * drawn)
 
 
 def _pooled(dataset: Dataset, side: int) -> Dataset:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from l2l_fast.checks import require
 from l2l_fast.reference import log_sign
-from l2l_fast.tasks.base import Batch, Instances, Params, Task, unflatten
+from l2l_fast.tasks.base import Batch, Instances, Params, Task, batched, unflatten
 
 FEATURES = 4  # log and sign of a gradient coordinate, and both of its ratios to the root of its running square
 PREPROCESS_P, BETA, EPSILON = 10.0, 0.95, 1e-8  # p, decay and eps of the LSTM's own features
@@ -81,6 +81,11 @@ class MetaTraining:
         self.output_scale, self.second_derivatives = output_scale, second_derivatives
         self.name = name or f"meta-{task.name}"
 
+    @property
+    def vmap(self) -> bool:
+        """Whether ``torch.vmap`` can batch the inner task's loss, and so this one's."""
+        return getattr(self.task, "vmap", True)
+
     def with_half(self, half: str) -> MetaTraining:
         """The same, phi learning on ``half`` of the inner task's data if that has halves."""
         other = copy.copy(self)
@@ -99,13 +104,14 @@ class MetaTraining:
         """
 
         def uniform(rows: int, columns: int, inputs: int) -> Tensor:
-            return torch.empty(rows, columns).uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+            empty = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
+            return empty.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
 
         return {
             "hidden.weight": uniform(self.hidden, FEATURES, FEATURES),
             "hidden.bias": uniform(self.hidden, 1, FEATURES),
             "head.weight": uniform(1, self.hidden, self.hidden),
-            "head.bias": torch.zeros(1, 1),
+            "head.bias": torch.zeros(1, 1, dtype=torch.float32, device="cpu"),
         }
 
     def sample(self, generator: torch.Generator) -> tuple[Params, Batch]:
@@ -113,7 +119,7 @@ class MetaTraining:
 
         Float32 as the inner task gives them, from a generator of the CPU.
         """
-        seeds = torch.randint(2**62, (self.instances,), generator=generator)
+        seeds = torch.randint(2**62, (self.instances,), generator=generator, dtype=torch.int64, device="cpu")
         inner = Instances(self.task, seeds.tolist())
         batches = inner.draws(self.unroll + 1 if self.task.resample else 1)
         return inner.unflatten(inner.start()), batches
@@ -147,7 +153,7 @@ class MetaTraining:
         """Sum of the B losses at theta [B, N], and the gradient [B, N]."""
 
         def losses(theta: Tensor) -> Tensor:
-            return torch.vmap(self.task.loss)(unflatten(theta, shapes), batch).sum()
+            return batched(self.task, self.task.loss)(unflatten(theta, shapes), batch).sum()
 
         if self.second_derivatives:
             grad, loss = grad_and_value(losses)(theta)

@@ -47,12 +47,12 @@ class Quadratic:
         Returns:
             ``x`` [d], float32.
         """
-        return {"x": self.start_scale * torch.randn(self.dimension, generator=generator)}
+        return {"x": self.start_scale * _normal(generator, self.dimension)}
 
     def sample(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """W [d, d] and y [d], the function; float32, from a generator of the CPU."""
-        matrix = torch.randn(self.dimension, self.dimension, generator=generator)
-        return matrix, torch.randn(self.dimension, generator=generator)
+        matrix = _normal(generator, self.dimension, self.dimension)
+        return matrix, _normal(generator, self.dimension)
 
     def loss(self, params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         """||W x - y||^2.
@@ -66,3 +66,7 @@ class Quadratic:
         """
         matrix, target = batch
         return (matrix @ params["x"] - target).square().sum()
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")

@@ -14,7 +14,8 @@ def test_help_has_examples(run):
     assert "--json" in out
 
 
-def test_a_tiny_selection(run, tmp_path):
+def test_a_tiny_selection(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # which is not that of the files between the processes
     selection = "test_step and 1k and (ours or SGD) and not bf16 and not moments and not fused and not foreach"
     code, out, err = run(
         "bench", "--quick", "--sizes", "1k", "--select", selection, "--out", tmp_path / "found", "--json"

@@ -1,7 +1,9 @@
 """``l2l-fast reproduce`` with rows cut to seconds: what it writes, how it goes on, how it fails."""
 
 import dataclasses
+import io
 import json
+import sys
 
 import pytest
 
@@ -36,12 +38,20 @@ def test_a_row(run, tmp_path):
     assert "mine" in out
     assert "tuning Adam" in err
     folder = tmp_path / "runs" / "reproduce-digits" / "mnist"
-    assert (folder / "table.txt").read_text() == out
+    assert (folder / "table.txt").read_text(encoding="utf-8") == out
     content = json.loads((folder / "row.json").read_text())
     assert content["command"] == "l2l-fast reproduce mnist --network mine/network --dataset digits --quick"
     comparison = json.loads((folder / "digits-mlp-6.json").read_text())
     assert set(comparison["optimizers"]) == {"mine", "sgd", "nesterov", "rmsprop", "adam"}
     assert (folder / "digits-mlp-6.png").stat().st_size > 5000
+
+
+def test_a_row_on_an_ascii_terminal(run, monkeypatch):
+    contents = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(contents, encoding="ascii"))
+    code, *_ = run("reproduce", "mnist", "--network", "mine/network", "--quick")
+    assert code == 0
+    assert b" +- " in contents.getvalue()
 
 
 def test_all_rows(run, tmp_path):

@@ -45,7 +45,7 @@ def group(monkeypatch):
     return group
 
 
-@pytest.mark.parametrize("send", [lambda: ranks.any_rank(False, META), lambda: ranks.wait_for_all(META)])
+@pytest.mark.parametrize("send", [lambda: ranks.any_rank(False, META), lambda: ranks.raise_together(None, META)])
 def test_flags_are_on_the_device_that_is_named(group, send):
     with pytest.raises(Sent):
         send()
@@ -62,7 +62,7 @@ def test_objects_go_by_the_device_that_is_named(group, name):
 
 def test_a_trainer_sends_from_its_own_device(group, monkeypatch, tmp_path):
     group.device = torch.device("cpu")
-    seen = {"any_rank": set(), "gather": set(), "wait_for_all": set()}
+    seen = {"any_rank": set(), "gather": set(), "raise_together": set()}
     for name in seen:
         call = getattr(ranks, name)
         spy = lambda *arguments, name=name, call=call: seen[name].add(arguments[-1]) or call(*arguments)  # noqa: E731
@@ -71,3 +71,12 @@ def test_a_trainer_sends_from_its_own_device(group, monkeypatch, tmp_path):
     trainer = l2l.MetaTrainer(network, "quadratic", horizon=12, unroll=5, checkpoint=tmp_path, progress=False)
     assert len(trainer.fit(3).meta_losses) == 3
     assert seen == {name: {trainer.device} for name in seen}
+
+
+def test_an_error_of_one_rank_is_raised_on_all(group, monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(ranks, "any_rank", lambda flag, device: True)  # this rank's, or another's
+    with pytest.raises(OSError, match="No space left"):
+        ranks.raise_together(OSError(28, "No space left"), device)
+    with pytest.raises(RuntimeError, match="another rank of this run has failed"):
+        ranks.raise_together(None, device)

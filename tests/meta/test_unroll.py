@@ -17,7 +17,7 @@ from l2l_fast.meta.unroll import (
     unroll_second_derivatives,
 )
 from l2l_fast.reference import FEATURES
-from l2l_fast.tasks import Instances, Quadratic
+from l2l_fast.tasks import Instances, ModuleTask, Quadratic
 
 
 class DoubleQuadratic(Quadratic):
@@ -81,6 +81,51 @@ def test_second_derivatives_are_full_autograd(features, objective, length):
     assert_same(unroll_second_derivatives(trajectory, rule, length, objective=objective)[1:], expected)
     if length > 1:  # and they are not the first-order gradient under another name
         assert (expected[1] - detached[1]).norm() / detached[1].norm() > 1e-8
+
+
+class InDouble(torch.nn.Module):
+    """Computes in the dtype of its parameters, which a task draws in float32."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, torch.nn.Linear(3, 1)
+
+    def forward(self, x):
+        found = self.layer(x.to(self.head.weight.dtype))
+        return self.head(found[0] if isinstance(found, tuple) else found)
+
+
+OPTIMIZEES = {
+    "lstm": lambda: torch.nn.LSTM(2, 3, batch_first=True),
+    "gru": lambda: torch.nn.GRU(2, 3, batch_first=True),
+    "batch normalised": lambda: torch.nn.Sequential(
+        torch.nn.Linear(2, 3),
+        torch.nn.Flatten(0, 1),
+        torch.nn.BatchNorm1d(3, track_running_stats=False),
+        torch.nn.Unflatten(0, (-1, 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZEES)
+def test_optimizees_of_every_kind_have_the_meta_gradient_of_autograd(name, second):
+    x = torch.linspace(-2, 2, 80).view(10, 4, 2).sin()
+    task = ModuleTask(
+        lambda: InDouble(OPTIMIZEES[name]()), (x, x.sum(2, keepdim=True)), lambda out, y: (out - y).square().mean(),
+        batch_size=6,
+    )  # fmt: skip
+    assert task.vmap == (name == "batch normalised")
+    network = CoordinatewiseLSTM("moments", 4, 1).double()
+    rule = Rule(network.config, network.flat_weights().detach(), lr=0.7, weight_decay=0.05)
+    walk = unroll_second_derivatives if second else unroll
+    runs = []
+    for _ in range(2):
+        trajectory = Trajectory(Instances(task, [1, 2, 3]), rule.config, torch.float64)
+        walk(trajectory, rule, 2)  # so that the state is somewhere
+        runs.append(trajectory)
+    expected = autograd(rule, runs[0], 4, "sum", detach=not second)
+    assert_same(walk(runs[1], rule, 4)[1:], expected)
 
 
 def test_loss_weights_and_scaling_enter_the_gradient():
