@@ -100,7 +100,7 @@ def _other_weights(folder):
         (lambda folder: (folder / "config.json").write_text("{"), ValueError, "not a config"),
         (lambda folder: (folder / "config.json").write_text("[]"), ValueError, "not a config"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), ValueError, "not a config"),
-        (lambda folder: _edit(folder, format_version=2), ValueError, "upgrade l2l_fast"),
+        (lambda folder: _edit(folder, format_version=3), ValueError, "upgrade l2l_fast"),
         (lambda folder: _edit(folder, options={"wings": 2}), ValueError, "wings"),
         (lambda folder: _edit(folder, options={"hidden_size": 9, "num_layers": 2}), ValueError, "does not hold"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), ValueError, "does not hold"),
