@@ -4,8 +4,8 @@
 
 Every optimizer has warm-up over 5% of the steps and a cosine to 0, weight decay 0.01 and the same five rates, tried on
 seed 0; the one with the lowest mean training loss is shown on the other seeds. Starts and batches are the same for all.
-``l2l-base-v1`` has no rate: it takes its own steps, lr 1 all along. A row more has the default network at the rate that was
-AdamW's best: nothing about it is tuned. No data are downloaded.
+``l2l-base-v1`` has no rate: it takes its own steps, lr 1 all along. A row more has the default network at the rate that
+was AdamW's best: nothing about it is tuned. No data are downloaded.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import warnings
 from contextlib import ExitStack
 from numbers import Real
 from os import PathLike
@@ -59,7 +60,7 @@ class LSTMOptimizer(Optimizer):
     square being over the whole tensor, so ``lr``, its schedule and ``weight_decay`` are what they are for AdamW.
 
     A coordinate whose gradient is not finite, or so large that its square is not, keeps its value and its state, and
-    counts as u = 0. The network is copied when the optimizer is made: training it further does not change this optimizer.
+    counts as u = 0. The network is copied when the optimizer is made: training it further does not change the optimizer.
 
     Args:
         params: parameters, or param groups, each with its own ``lr``, ``weight_decay``, ``maximize``, ``orthogonalize``
@@ -81,6 +82,9 @@ class LSTMOptimizer(Optimizer):
         error_if_nonfinite: raise on a gradient that is not finite, before anything is changed.
 
     Parameters may be sharded, as DTensors (``fully_shard``, tensor parallelism): their state then shards with them.
+
+    Warns:
+        UserWarning: a rate that would move whole tensors by more than 0.5 a step, for a network with ``update_rms``.
 
     Raises:
         ValueError: an option out of its range, or a state_dict that belongs to another network.
@@ -178,6 +182,7 @@ class LSTMOptimizer(Optimizer):
                 group.setdefault("lr", self._networks[group["network"]].default_lr)
         self._check_rule({**self.defaults, **group})
         super().add_param_group(group)
+        self._warn_of_leaps(self.param_groups[-1])
 
     def _check_rule(self, options: dict, where: str = "") -> None:
         """What a group's options ask of its network."""
@@ -186,6 +191,16 @@ class LSTMOptimizer(Optimizer):
             raise ValueError(
                 f"{where}orthogonalize must be False for a network without update_rms, whose update has a size of its "
                 "own that would be lost: use a network that has it, such as l2l-base"
+            )
+
+    def _warn_of_leaps(self, group: dict) -> None:
+        """A rate meant for a network that gives its update a size of its own would be silent ruin here."""
+        lr, rms = group["lr"], self._networks[group["network"]].update_rms
+        if rms is not None and isinstance(lr, Real) and lr * rms > 0.5:
+            warnings.warn(
+                f"lr={lr:g} moves every tensor by {lr * rms:g} a step, root mean square: a network with update_rms has "
+                "AdamW's rates, such as 0.003. l2l-base has it now; what it was before, for lr=1, is l2l-base-v1",
+                stacklevel=4,
             )
 
     def _adopt(self, network) -> str:

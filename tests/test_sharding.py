@@ -70,13 +70,14 @@ for dtype in (torch.float32, torch.bfloat16, torch.complex64):
     for orthogonalize in (False, True):
         shapes = [(5, 6), (3, 7), (6, 2, 3), (1, 4)]  # uneven, and a rank with nothing of it
         whole = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes for _ in ways]
-        parts = [nn.Parameter(distribute_tensor(torch.ones(shape, dtype=dtype), *way)) for shape in shapes for way in ways]
+        parts = [nn.Parameter(distribute_tensor(one.detach(), *way)) for one, way in zip(whole, ways * len(shapes))]
         mixed = [nn.Parameter(torch.ones(4, 3, dtype=dtype)) for _ in range(2)]  # one of a plain kind among them
         options = {"lr": 0.1, "weight_decay": 0.1, "orthogonalize": orthogonalize}
-        optimizers = [l2l.LSTMOptimizer([*group, extra], scaled, **options) for group, extra in zip((whole, parts), mixed)]
+        groups = [*whole, mixed[0]], [*parts, mixed[1]]
+        optimizers = [l2l.LSTMOptimizer(group, scaled, **options) for group in groups]
         for t in range(3):
             generator = torch.Generator().manual_seed(t)
-            for one, part in zip([*whole, mixed[0]], [*parts, mixed[1]]):
+            for one, part in zip(*groups):
                 kind = dtype if dtype.is_complex else torch.float32
                 grad = torch.randn(one.shape, generator=generator, dtype=kind).to(dtype)
                 if one.ndim == 2:

@@ -117,8 +117,8 @@ def meta_train(
         learned = CoordinatewiseLSTM.from_pretrained(network)
     changed = _given(
         unroll=unroll, instances=instances, parallel=parallel, meta_lr=meta_lr, schedule=schedule,
-        objective=objective, meta_optimizer=meta_optimizer, average=average, scaling=scaling, imitation=imitation, lr=lr,
-        second_derivatives=second_derivatives, horizon=None if horizon is None else parse_horizon(horizon),
+        objective=objective, meta_optimizer=meta_optimizer, average=average, scaling=scaling, imitation=imitation,
+        lr=lr, second_derivatives=second_derivatives, horizon=None if horizon is None else parse_horizon(horizon),
     )  # fmt: skip
     if second_derivatives:
         changed["coordinates"] = None  # a sample of them cannot carry second derivatives

@@ -38,7 +38,9 @@ def test_it_learns_with_its_update_scaled():
     options = {"instances": 32, "horizon": 40, "meta_lr": 0.01, "validate_every": 50, "lr": 0.1, "progress": False}
     trainer = MetaTrainer(network, Quadratic(4), **options)
     history = trainer.fit(150)
-    before = MetaTrainer(make_network("moments", hidden=8, update_rms=0.6), Quadratic(4), **options | {"meta_lr": 1e-30})
+    before = MetaTrainer(
+        make_network("moments", hidden=8, update_rms=0.6), Quadratic(4), **options | {"meta_lr": 1e-30}
+    )
     assert history.best_score < 0.7 * before.fit(1).best_score
 
 

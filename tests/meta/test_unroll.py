@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, normalize, reference
+from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, reference
 from l2l_fast.meta.unroll import (
     OBJECTIVES,
     Rule,
@@ -82,7 +82,11 @@ def autograd(rule, trajectory, length, objective, weights=None, *, detach):
     for t in range(length):
         step = torch.tensor(trajectory.steps_done + t + 1.0)
         updates, state = reference.lstm_unroll(grad.reshape(1, -1), state, phi, step, *rule.config)
-        theta = theta - rule.lr * rule.weight_decay * theta + rule.lr * scaled(updates.view_as(theta), rule, trajectory.sizes)
+        theta = (
+            theta
+            - rule.lr * rule.weight_decay * theta
+            + rule.lr * scaled(updates.view_as(theta), rule, trajectory.sizes)
+        )
         loss, grad = trajectory.evaluate(theta, create_graph=True)
         grad = grad.detach() if detach else grad
         losses.append(loss)
