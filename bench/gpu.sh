@@ -2,7 +2,7 @@
 # Tests and times everything on a machine with an NVIDIA GPU, without a network, within seconds that are known before.
 #   usage: bench/gpu.sh OUT [A | B | rehearse | PART...]
 # A answers whether it works and what it is worth, B measures everything that has a bar (both: 330 s each, of which no
-# part takes more than its share); without a plan both run. PARTs: kernels smoke first ncu tests meta (A), steps
+# part takes more than its share; WHOLE=SECONDS says otherwise); without a plan both run. PARTs: kernels smoke first ncu tests meta (A), steps
 # compiled gradients memcheck racecheck sizes autotune (B). PYTHON (default python3) names an interpreter with a torch
 # for CUDA. PREBUILT (default build/gpu), which bench/gpu_build.sh fills, saves the compilation where its key fits.
 # It leaves in OUT: log.txt, sanitizer.txt, ncu*.txt and what bench/report.py writes. A part that fails or runs out of
@@ -19,10 +19,10 @@ shift
 device=cuda
 plan_a="kernels smoke first ncu tests meta"
 plan_b="steps compiled gradients memcheck racecheck sizes autotune"
-whole=700
+whole=${WHOLE:-700}
 case "${1:-}" in
-  A) chosen=$plan_a whole=330 && shift ;;
-  B) chosen=$plan_b whole=330 && shift ;;
+  A) chosen=$plan_a whole=${WHOLE:-330} && shift ;;
+  B) chosen=$plan_b whole=${WHOLE:-330} && shift ;;
   rehearse) chosen="smoke first steps" device=cpu && shift ;;
   *) chosen=${*:-$plan_a $plan_b} ;;
 esac
@@ -177,7 +177,7 @@ fi
 wants meta && part meta 60 "$python" bench/gpu_first.py --device $device meta
 if wants steps; then
   if [ $device = cuda ]; then
-    bench steps 80 bench/test_overhead.py bench/test_step.py --sizes 16k,10M -k "not compile"
+    bench steps 80 bench/test_overhead.py bench/test_step.py --sizes 16k,10M -k "not compile and not SGD and not loop"
   else
     bench steps 100 bench/test_step.py --quick --sizes 1k -k "ours or fused"
   fi
@@ -186,7 +186,7 @@ wants compiled && bench compiled 75 bench/test_step.py --sizes 16k,10M -k "compi
 wants gradients && bench gradients 60 bench/test_meta_update.py bench/test_meta_gradient.py bench/test_training_step.py -k "not compile"
 wants memcheck && : >"$out/sanitizer.txt" && check_memory memcheck 45
 wants racecheck && check_memory racecheck 45
-wants sizes && bench sizes 60 bench/test_step.py --sizes 1k,resnet,1M -k "not compile"
+wants sizes && bench sizes 60 bench/test_step.py --sizes 1k,resnet,1M -k "not compile and not SGD and not loop"
 wants autotune && bench autotune 60 bench/test_step.py bench/test_meta_gradient.py --sizes 10M -k "autotune or gradient and compile"
 clocks
 

@@ -119,7 +119,7 @@ double measure_copy(size_t bytes) {
 void line(const char* what, const char* how, int64_t coordinates, double us, double bytes) {
   const double rate = bytes / us * 1e6;
   std::printf(
-      "%-10s %-26s %9lld  %9.2f us  %7.1f GB/s", what, how, (long long)coordinates, us, rate / 1e9);
+      "%-10s %-40s %9lld  %9.2f us  %7.1f GB/s", what, how, (long long)coordinates, us, rate / 1e9);
   if (copy_rate > 0 && bytes > 0) std::printf("  %5.1f%% of copy", 100 * rate / copy_rate);
   std::printf("\n");
   std::fflush(stdout);
@@ -127,24 +127,29 @@ void line(const char* what, const char* how, int64_t coordinates, double us, dou
 
 // ---------------------------------------------------------------- the step's memory, without its arithmetic
 
+// Where the 16 bytes of a lane are, in float4s: of tile t, coordinates 4 r .. 4 r + 3 of row 4 s + q.
+struct Layout {
+  const char* name;
+  int64_t tile, slot, r, q;
+};
+
 // Reads and writes again kRows rows of 32-coordinate pieces, as the kernels do: a warp a tile, a lane 16 bytes; kAhead
-// loads of a lane are under way at a time. together: the warps of a block take neighbouring tiles.
+// loads of a lane are under way at a time.
 template <int kRows, int kAhead>
-__global__ void __launch_bounds__(256)
-    pattern(float4* state, int64_t row, int64_t tile_stride, int64_t tiles, bool together) {
-  const int lane = threadIdx.x % 32, r = lane / 4, q = lane % 4, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int64_t start = together ? blockIdx.x * int64_t(warps) + warp : warp * int64_t(gridDim.x) + blockIdx.x;
-  for (int64_t tile = start; tile < tiles; tile += int64_t(gridDim.x) * warps) {
-    float4* const at = state + tile * tile_stride + r + q * row;
+__global__ void __launch_bounds__(256) pattern(float4* state, Layout layout, int64_t tiles) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int64_t own = lane / 4 * layout.r + lane % 4 * layout.q;
+  for (int64_t tile = warp * int64_t(gridDim.x) + blockIdx.x; tile < tiles; tile += int64_t(gridDim.x) * warps) {
+    float4* const at = state + tile * layout.tile + own;
 #pragma unroll 1
-    for (int first = 0; first < kRows; first += 4 * kAhead) {
+    for (int first = 0; first < kRows / 4; first += kAhead) {
       float4 held[kAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) held[i] = at[(first + 4 * i) * row];
+      for (int i = 0; i < kAhead; ++i) held[i] = at[(first + i) * layout.slot];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         held[i].x += 1;
-        at[(first + 4 * i) * row] = held[i];
+        at[(first + i) * layout.slot] = held[i];
       }
     }
   }
@@ -152,25 +157,26 @@ __global__ void __launch_bounds__(256)
 
 void patterns() {
   constexpr int kRows = 80;
-  const int64_t count = 10'000'000, tiles = count / 32, piece = 8;  // float4s of a row in a tile
+  const int64_t count = 10'000'000, tiles = count / 32;  // whole lines of 128 bytes, of which a tile's row is one
+  const int64_t row = count / 4, odd = row + 4;
   Buffer state(size_t(kRows) * (count + 1024) * 4);
   CHECK(cudaMemset(state.data, 0, state.bytes));
-  auto run = [&](const char* how, int64_t row, int64_t tile_stride) {
-    auto time = [&](const char* what, int ahead, int blocks, bool together) {
-      const auto kernel = ahead == 5 ? pattern<kRows, 5> : ahead == 10 ? pattern<kRows, 10> : pattern<kRows, 20>;
-      const double us = microseconds(
-          [&] { kernel<<<132 * blocks, 256>>>(state.as<float4>(), row, tile_stride, tiles, together); }, 5);
-      char name[80];
-      std::snprintf(name, sizeof name, "%s, %d ahead, %d x 8%s", how, ahead, blocks, what);
-      line("pattern", name, count, us, 2.0 * kRows * 4 * count);
-    };
-    for (int ahead : {5, 10, 20})
-      for (int blocks : {1, 2}) time("", ahead, blocks, false);
-    time(", together", 10, 1, true);
-  };
-  run("lines of 64 B", (count + 16) / 4, piece);  // 10M floats are whole lines of 128
-  run("lines of 128 B", (count + 32) / 4, piece);
-  run("tiles of 10 KB", piece, piece * kRows);
+  const Layout layouts[] = {
+      {"rows, lines of 64 B", 8, 4 * odd, 1, odd},
+      {"rows, lines of 128 B", 8, 4 * (row + 8), 1, row + 8},
+      {"rows 4 KB further apart", 8, 4 * (row + 8 * 33), 1, row + 8 * 33},
+      {"four rows side by side", 32, 4 * row + 32, 4, 1},
+      {"tiles of 10 KB", 8 * kRows, 32, 1, 8}};
+  for (const Layout& layout : layouts)
+    for (int ahead : {5, 20})
+      for (int blocks : {1, 2}) {
+        const auto kernel = ahead == 5 ? pattern<kRows, 5> : pattern<kRows, 20>;
+        const double us =
+            microseconds([&] { kernel<<<132 * blocks, 256>>>(state.as<float4>(), layout, tiles); }, 5);
+        char name[80];
+        std::snprintf(name, sizeof name, "%s, %d ahead, %d x 8", layout.name, ahead, blocks);
+        line("pattern", name, count, us, 2.0 * kRows * 4 * count);
+      }
   CHECK(cudaDeviceSynchronize());
 }
 
@@ -264,7 +270,7 @@ bool repeats() {
       found.push_back(digest_of(group.state) * 31 + digest_of(group.param));
     }
     const bool all = std::all_of(found.begin(), found.end(), [&](auto x) { return x == found[0]; });
-    std::printf("repeat     %-26s   %9d  20 runs of 3 steps: %s (%016llx)\n", name_of(dtype), 10'000'000,
+    std::printf("repeat     %-40s   %9d  20 runs of 3 steps: %s (%016llx)\n", name_of(dtype), 10'000'000,
                 all ? "the same to the last bit" : "DIFFER", found[0]);
     same = same && all;
   }

@@ -3,6 +3,7 @@
 // The twin of Config, state_size and weight_shapes in l2l_fast/reference.py.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -34,11 +35,6 @@ L2L_HOST_DEVICE double read(const Scalar& scalar) {
 
 enum class Features { identity, log_sign, moments, both };  // numbered as reference.FEATURES
 
-// The magnitude from which on a gradient counts as not finite; reference.gradient_limit.
-L2L_HOST_DEVICE constexpr double gradient_limit(bool wide_arithmetic, DType state) {
-  return wide_arithmetic && state == DType::float64 ? 0x1p511 : 0x1p63;
-}
-
 struct Network {
   Features features;
   int hidden;
@@ -55,6 +51,13 @@ struct Network {
   L2L_HOST_DEVICE bool has_log_sign() const { return features == Features::log_sign || features == Features::both; }
   L2L_HOST_DEVICE int inputs() const { return features == Features::identity ? 1 : features == Features::both ? 4 : 2; }
   L2L_HOST_DEVICE int layer_inputs(int layer) const { return layer == 0 && !projection ? inputs() : hidden; }
+
+  // The magnitude from which on a gradient counts as not finite; reference.gradient_limit.
+  L2L_HOST_DEVICE double gradient_limit(bool wide_arithmetic, DType state) const {
+    if (features == Features::log_sign) return INFINITY;
+    if (wide_arithmetic && state == DType::float64) return 0x1p511;
+    return has_moments() ? 0x1p63 : 0x1p100;
+  }
 
   // State rows of one coordinate: m, v (with moments), then h and c of every layer.
   L2L_HOST_DEVICE int moment_rows() const { return has_moments() ? 2 : 0; }

@@ -21,7 +21,7 @@ _CONFIG = (
     "float output_scale, float preprocess_p, float beta1, float beta2, float eps"
 )
 _LIBRARY = torch.library.Library("l2l_fast", "DEF")
-REFERENCE: dict[str, Callable] = {}  # by op: what runs where there is no kernel, or by request
+REFERENCE: dict[str, Callable] = {}  # by op: what runs where there is no kernel
 
 
 def _define(schema: str, check, implementation, fake) -> None:
@@ -38,13 +38,15 @@ def _define(schema: str, check, implementation, fake) -> None:
 
 # ---------------------------------------------------------------- lstm_step_
 
-_define(
-    "lstm_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor weights, Tensor lr, Tensor[] steps, "
-    f"{_CONFIG}, float weight_decay, bool maximize) -> ()",
-    arguments.check_step,
-    reference.lstm_step_,
-    lambda *args: None,
-)
+# The second has no kernels: the reference by request. An operator as well, or torch.compile would trace its tiles.
+for _name in ("lstm_step_", "lstm_step_reference_"):
+    _define(
+        f"{_name}(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor weights, Tensor lr, Tensor[] steps, "
+        f"{_CONFIG}, float weight_decay, bool maximize) -> ()",
+        arguments.check_step,
+        reference.lstm_step_,
+        lambda *args: None,
+    )
 
 
 def lstm_step_(
@@ -63,7 +65,8 @@ def lstm_step_(
 
     theta <- theta - lr * weight_decay * theta + lr * u,   (u, state) <- m(grad, state; weights)
 
-    A coordinate whose gradient is not finite keeps its value and its state. No autograd: the optimizer's own path.
+    A coordinate whose gradient is not finite (:func:`reference.gradient_limit`) keeps its value and its state. No
+    autograd: the optimizer's own path.
 
     Args:
         params: tensors of any shape, strides and floating dtype; changed in place.
@@ -133,7 +136,8 @@ def lstm_unroll(
 
     (u[t], state[t+1]) = m(grads[t], state[t]; weights),  t = 0 .. T-1
 
-    Under the transforms of ``torch.func`` the reference runs.
+    A gradient that is not finite (:func:`reference.gradient_limit`) gives u = 0 and passes the state on. Under the
+    transforms of ``torch.func`` the reference runs.
 
     Args:
         grads: [T, N], of the dtype of ``weights``.

@@ -59,8 +59,8 @@ class LSTMOptimizer(Optimizer):
     A network with ``update_rms`` = r, such as the default one, moves a tensor by lr * r * u / RMS(u), the root mean
     square being over the whole tensor, so ``lr``, its schedule and ``weight_decay`` are what they are for AdamW.
 
-    A coordinate whose gradient is not finite, or so large that its square is not, keeps its value and its state, and
-    counts as u = 0. The network is copied when the optimizer is made: training it further does not change the optimizer.
+    A coordinate whose gradient is not finite keeps its value and its state, and counts as u = 0. The network is copied
+    when the optimizer is made: training it further does not change this optimizer.
 
     Args:
         params: parameters, or param groups, each with its own ``lr``, ``weight_decay``, ``maximize``, ``orthogonalize``
@@ -75,8 +75,9 @@ class LSTMOptimizer(Optimizer):
             its momentum. What is no matrix in this sense, an embedding or the last layer, belongs into a group with
             ``orthogonalize=False``; tensors of one dimension are left as they are. A sharded matrix is gathered.
         state_dtype: float32, or bfloat16: half the memory, but a step may be slower where the CPU has only AVX2; the
-            arithmetic stays float32, and gradients of 2^63 and more are not finite. float64 computes in float64, up to
-            gradients of 2^511.
+            arithmetic stays float32. float64 computes in float64. A gradient that is not finite in the dtype of the
+            arithmetic counts as one that is not; so does one whose square is not (2^63 in float32), which networks with
+            moments form.
         fused: None: the compiled kernel where there is one; False: always the plain PyTorch reference; True: the
             compiled kernel, or an error that says why there is none for a parameter's device.
         error_if_nonfinite: raise on a gradient that is not finite, before anything is changed.
@@ -261,7 +262,7 @@ class LSTMOptimizer(Optimizer):
         return loss
 
     def _run(self, call: _Call) -> None:
-        op = ops.REFERENCE["lstm_step_"] if self.fused is False else torch.ops.l2l_fast.lstm_step_
+        op = torch.ops.l2l_fast.lstm_step_reference_ if self.fused is False else torch.ops.l2l_fast.lstm_step_
         tensors, *_, lr, steps = call.arguments[:6]
         rms, updates = call.network.update_rms, None
         ops.count_versions(call.params)
@@ -308,6 +309,7 @@ class LSTMOptimizer(Optimizer):
                 f"network of a param group must be one that it was added with, got {group['network']!r}: a group keeps "
                 "its network; make a new optimizer, or give it with add_param_group"
             )
+        config = self._networks[group["network"]].config
         params = [param for param in group["params"] if param.grad is not None]
         for param in params:
             if param.grad.layout != torch.strided:
@@ -315,7 +317,7 @@ class LSTMOptimizer(Optimizer):
                     f"{self._label(group, param)} has a {param.grad.layout} gradient; LSTMOptimizer needs dense ones "
                     "(for nn.Embedding: sparse=False)"
                 )
-            if self.error_if_nonfinite and not self._is_finite(param):
+            if self.error_if_nonfinite and not self._is_finite(param, config):
                 raise RuntimeError(
                     f"{self._label(group, param)} has a gradient that is not finite (error_if_nonfinite=True)"
                 )
@@ -334,11 +336,12 @@ class LSTMOptimizer(Optimizer):
             state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
         return state
 
-    def _is_finite(self, param: Tensor) -> bool:
+    def _is_finite(self, param: Tensor, config: Config) -> bool:
         """Whether the gradient is, as the ops mean it; of a sharded one, whether it is on every rank."""
         grad = _real(_beside(param.grad, param))
         arithmetic = torch.float64 if self.state_dtype == torch.float64 else torch.float32
-        finite = (grad.to(arithmetic).abs() < reference.gradient_limit(arithmetic, self.state_dtype)).all()
+        limit = reference.gradient_limit(config, arithmetic, self.state_dtype)
+        finite = (grad.to(arithmetic).abs() < limit).all()
         finite = finite.full_tensor() if is_sharded(finite) else finite
         return isinstance(finite, FakeTensor) or bool(finite)  # a fake one has no values
 
@@ -503,7 +506,8 @@ def _check_options(options: dict, where: str = "") -> None:
         value = options[name]
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(
-                f"{where}{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}"
+                f"{where}{name} must be a number or a tensor of one element, got shape {tuple(value.shape)} "
+                f"(Tensor {name} must be 1-element)"  # torch's own words
             )
         if not _is_number(value):
             raise ValueError(f"{where}{name} must be finite and not negative, got {value!r}")

@@ -53,16 +53,21 @@ class Config(NamedTuple):
         return config._replace(features=tuple(FEATURES)[features], output=OUTPUTS[config.output])
 
 
-def gradient_limit(arithmetic: torch.dtype, state: torch.dtype) -> float:
-    """The magnitude from which on a gradient counts as not finite, given the dtypes of the weights and of the state.
-
-    Below it v, a mean of squares, is finite in both. An infinite v would never come down again.
-    """
-    return 2.0**511 if arithmetic == state == torch.float64 else 2.0**63
-
-
 def has_moments(config: Config) -> bool:
     return config.features in ("moments", "both")
+
+
+def gradient_limit(config: Config, arithmetic: torch.dtype, state: torch.dtype) -> float:
+    """The magnitude from which on a gradient counts as not finite, given the dtypes of the weights and of the state.
+
+    Below it the state stays finite. Moments square a gradient, and an infinite v would never come down again. As it is,
+    it meets weights (up to a thousand or so, twice), and a sum of products that overflow is NaN. A logarithm is finite.
+    """
+    if config.features == "log_sign":
+        return math.inf
+    if arithmetic == state == torch.float64:
+        return 2.0**511
+    return 2.0**63 if has_moments(config) else 2.0**100
 
 
 def state_size(config: Config) -> int:
@@ -186,7 +191,7 @@ def cell(
     Returns:
         updates [n] and the new state [S, n].
     """
-    limit = gradient_limit(grad.dtype, grad.dtype) if limit is None else limit
+    limit = gradient_limit(config, grad.dtype, grad.dtype) if limit is None else limit
     finite, step = grad.abs() < limit, step.to(grad.dtype)
     grad = torch.where(finite, grad, 0.0)
     rows = split_state(state, config)
@@ -316,7 +321,7 @@ def lstm_step_(params, grads, states, weights, lr, steps, *args) -> None:
     for param, grad, state, step in zip(params, grads, states, steps, strict=True):
         # Views where the strides allow it, copies elsewhere; copies are written back below.
         flat_param, flat_grad, flat_state = param.reshape(-1), grad.reshape(-1), state.reshape(-1, state.shape[-1])
-        limit = gradient_limit(weights.dtype, state.dtype)
+        limit = gradient_limit(config, weights.dtype, state.dtype)
         for tile in _tiles(flat_param.numel()):
             d = flat_grad[tile].to(weights.dtype)
             columns = flat_state[tile].T.to(weights.dtype)
@@ -338,7 +343,7 @@ def lstm_unroll(grads: Tensor, state: Tensor, weights: Tensor, step: Tensor, *ar
     """
     config = Config.of(*args)
     named = split_weights(weights, config)
-    updates, columns, limit = [], state.T.to(weights.dtype), gradient_limit(weights.dtype, state.dtype)
+    updates, columns, limit = [], state.T.to(weights.dtype), gradient_limit(config, weights.dtype, state.dtype)
     for t, grad in enumerate(grads):
         update, columns = cell(grad, columns, step + t, named, config, limit=limit)
         updates.append(update)
@@ -372,7 +377,7 @@ def lstm_unroll_backward(
     named_d_weights = split_weights(d_weights, config)
     d_grads = torch.empty_like(grads) if need_grads else grads.new_empty(0)
     d_state = new_state_like(state) if need_state else state.new_empty(0)
-    horizon, limit = grads.shape[0], gradient_limit(weights.dtype, state.dtype)
+    horizon, limit = grads.shape[0], gradient_limit(config, weights.dtype, state.dtype)
     for tile in _tiles(grads.shape[1]):
         columns, saved = state[tile].T.to(weights.dtype), [{} for _ in range(horizon)]
         for t in range(horizon):

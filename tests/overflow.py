@@ -1,4 +1,4 @@
-"""Gradients that are finite and too large: to every op they are what NaN is, to the last bit."""
+"""Gradients that are finite and too large for a finite state: to every op they are what NaN is, to the last bit."""
 
 import itertools
 
@@ -16,6 +16,7 @@ def check_step(op, config, dtype, state_dtype, device="cpu", size=70):
 
     Args:
         op: ``lstm_step_`` of some backend, with the schema's arguments.
+        config: not of "log_sign", which takes any gradient that is finite.
         dtype: of the weights, and so of the arithmetic.
     """
     weights, (grad, state), huge = _problem(config, dtype, state_dtype, size)
@@ -31,11 +32,11 @@ def check_step(op, config, dtype, state_dtype, device="cpu", size=70):
     assert torch.equal(states[0][0], states[1][0])
     assert torch.equal(states[0][1], states[1][1])
 
-    # The largest that counts is forgotten again.
-    largest = torch.full((size,), reference.gradient_limit(dtype, state_dtype) * 0.999, dtype=dtype)
+    # The largest that counts leaves a finite state, also with large weights, and is forgotten again.
+    largest = torch.full((size,), reference.gradient_limit(config, dtype, state_dtype) * 0.999, dtype=dtype)
     param, held = torch.zeros(size, dtype=dtype, device=device), _placed(state, device)
     for this in (largest, largest, -largest):
-        _step(op, param, this.to(device), held, weights.to(device), config)
+        _step(op, param, this.to(device), held, 200 * weights.to(device), config)
     assert held.isfinite().all()
     assert param.isfinite().all()
     if reference.has_moments(config):
@@ -67,7 +68,7 @@ def _problem(config, dtype, state_dtype, size):
     generator = torch.Generator().manual_seed(0)
     weights = torch.empty(reference.num_weights(config)).uniform_(-0.5, 0.5, generator=generator).to(dtype)
     grad, huge = torch.randn(size, generator=generator).to(dtype), torch.arange(size) % 5 == 0
-    limit, most = reference.gradient_limit(dtype, state_dtype), torch.finfo(dtype).max
+    limit, most = reference.gradient_limit(config, dtype, state_dtype), torch.finfo(dtype).max
     grad[huge] = torch.tensor([limit, -limit, 11.0 * limit, most, -most], dtype=dtype).repeat(size)[: int(huge.sum())]
     state = ops.new_state(grad, config, state_dtype)
     return weights, (grad, state), huge

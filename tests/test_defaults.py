@@ -223,9 +223,17 @@ def test_a_task_of_another_dtype_is_refused_by_name():
             return {"x": torch.zeros(self.dimension)}
 
     with default_dtype(torch.float64), pytest.raises(
-        ValueError, match=r"task quadratic must start from float32 tensors on the CPU, got torch.float64 on cpu for x"
+        ValueError, match=r"the task quadratic must start from float32 tensors, .*, got torch.float64: name the dtype"
     ):  # fmt: skip
         trained(Default())
+    with (
+        torch.device(META),
+        pytest.raises(
+            ValueError,
+            match=r"must start from floating-point tensors on the CPU, got torch.float32 on meta for x: name",
+        ),
+    ):
+        l2l.tasks.Instances(Default(), [0])
     with default_device(META):  # a device is not everybody's, so it is set right for the call
         assert trained(Default())
 

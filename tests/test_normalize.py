@@ -28,7 +28,7 @@ def expected_step(theta, grad, state, step, network, lr, weight_decay=0.0, maxim
     updates, new_state = reference.lstm_unroll(
         g.reshape(1, -1), state.reshape(-1, state.shape[-1]), weights, torch.tensor(float(step)), *network.config
     )
-    finite = g.abs() < reference.gradient_limit(weights.dtype, state.dtype)
+    finite = g.abs() < reference.gradient_limit(network.config, weights.dtype, state.dtype)
     d = updates.view(real.shape)
     if orthogonalize and theta.ndim > 1:
         d = torch.view_as_complex(d) if theta.is_complex() else d
@@ -403,7 +403,7 @@ def test_the_step_marks_what_is_held_and_nothing_else(features, fused):
     network, theta = make_network(features), nn.Parameter(torch.zeros(40))
     grads = torch.randn(40)
     grads[::5], grads[1::5], grads[2] = float("nan"), 0.0, -float("inf")
-    op = ops.REFERENCE["lstm_step_"] if fused is False else torch.ops.l2l_fast.lstm_step_
+    op = torch.ops.l2l_fast.lstm_step_reference_ if fused is False else torch.ops.l2l_fast.lstm_step_
     call = [[theta.detach()], [grads], [ops.new_state(theta, network.config)], network.flat_weights().detach()]
     for maximize in (False, True):
         fields = *optim.arguments.codes(network.config), 0.3, maximize

@@ -26,7 +26,9 @@ def make_arguments(features="both", dtype=torch.float64, steps=3, size=6, projec
 def test_step_passes_opcheck(features):
     config, weights, grads, state = make_arguments(features, torch.float32)
     params, lr, steps = torch.zeros(6), torch.tensor(1.0), [torch.tensor(1.0)]
-    opcheck(OPS.lstm_step_, ([params], [grads[0]], [state], weights, lr, steps, *arguments.codes(config), 0.01, False))
+    args = [params], [grads[0]], [state], weights, lr, steps, *arguments.codes(config), 0.01, False
+    for op in (OPS.lstm_step_, OPS.lstm_step_reference_):
+        opcheck(op, args)
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -243,12 +245,24 @@ def test_transforms_of_torch_func_run_the_reference(transform):
     )
 
 
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("features", ["identity", "moments", "both"])
 @pytest.mark.parametrize(("dtype", "state_dtype"), overflow.DTYPES)
-def test_gradients_whose_square_overflows_are_not_finite(backend, features, dtype, state_dtype):
+def test_gradients_too_large_for_a_finite_state_are_not_finite(backend, features, dtype, state_dtype):
     config = overflow.CONFIG._replace(features=features)
     overflow.check_step(backend("lstm_step_"), config, dtype, state_dtype)
     overflow.check_unroll(backend("lstm_unroll"), backend("lstm_unroll_backward"), config, dtype, state_dtype)
+
+
+def test_the_logarithm_takes_any_gradient_that_is_finite(backend):
+    config = overflow.CONFIG._replace(features="log_sign")
+    weights, one = torch.linspace(-1, 1, reference.num_weights(config)), torch.tensor(1.0)
+    theta, grad, state = torch.zeros(3), torch.tensor([1e20, -3e38, 1.0]), ops.new_state(torch.empty(3), config)
+    backend("lstm_step_")([theta], [grad], [state], weights, one, [one], *arguments.codes(config), 0.0, False)
+    assert state.isfinite().all()
+    assert state.any(1).all()
+    updates, _ = backend("lstm_unroll")(grad[None], torch.zeros_like(state), weights, one, *arguments.codes(config))
+    torch.testing.assert_close(updates[0], theta)
+    assert theta.all()
 
 
 @pytest.mark.parametrize("name", ["lstm_step_", "lstm_unroll", "lstm_unroll_backward"])

@@ -324,8 +324,8 @@ void forward(const Packed<typename V::Scalar>& packed, const TileStep<typename V
 // Sets gradients that are not finite, or too large for a state of this dtype, to zero and marks them; true when there
 // are any.
 template <class V, class T>
-bool skip_not_finite(T* grad, int width, DType state, bool* skip) {
-  const T limit = T(gradient_limit(sizeof(T) == 8, state));
+bool skip_not_finite(const Network& net, T* grad, int width, DType state, bool* skip) {
+  const T limit = T(net.gradient_limit(sizeof(T) == 8, state));
   bool every = true;
   for (int at = 0; at < width; at += V::kLanes) every &= all(less(abs(V::load(grad + at)), V(limit)));
   if (every) return false;

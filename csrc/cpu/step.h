@@ -57,7 +57,7 @@ void step_tile(
   if (call.maximize)
     for (int i = 0; i < width; ++i) grad[i] = -grad[i];
   bool marks[width];
-  const bool* skip = skip_not_finite<V>(grad, width, state_place.dtype, marks) ? marks : nullptr;
+  const bool* skip = skip_not_finite<V>(net, grad, width, state_place.dtype, marks) ? marks : nullptr;
 
   // A state that lies as new_state lays it out is worked on where it is; any other goes through the scratch.
   const bool direct = !skip && count == width && aligned<V>(state_place, tensor.state_row);

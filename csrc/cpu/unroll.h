@@ -39,7 +39,7 @@ void unroll_tile(
   for (int64_t t = 0; t < arguments.steps; ++t) {
     const Matrix& grads = arguments.grads;
     load_rows(grad, width, 1, steps(grads), t * grads.row + first * grads.column, 0, count);
-    const bool some = skip_not_finite<V>(grad, width, arguments.state.dtype, skip);
+    const bool some = skip_not_finite<V>(net, grad, width, arguments.state.dtype, skip);
     forward<V, NV, false>(
         *call.packed,
         {grad, state, new_state, width, features, projected, columns, activations, output, call.corrections[t], {}});

@@ -293,7 +293,7 @@ void unroll_backward_tile(
     T* new_state = at.states + (t + 1) * rows * width;
     KeptStep<T> step(at.kept + t * kept_rows * width, net, width);
     load_rows(step.grad, width, 1, of_grads.place, t * grads.row + of_grads.start, 0, count);
-    const bool some = skip_not_finite<V>(step.grad, width, arguments.state.dtype, skip);
+    const bool some = skip_not_finite<V>(net, step.grad, width, arguments.state.dtype, skip);
     for (int i = 0; i < width; ++i) step.live[i] = some && skip[i] ? T(0) : T(1);
     forward<V, NV, true>(
         packed, {step.grad,

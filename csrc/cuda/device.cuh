@@ -100,6 +100,12 @@ L2L_DEVICE float fast_reciprocal(float x) {  // 1 ulp
   return y;
 }
 
+L2L_DEVICE float fast_tanh(float x) {  // 2^-11 of its value
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // NaN where either is.
 L2L_DEVICE float min_nan(float x, float y) {
   float z;

@@ -5,98 +5,45 @@
 //   rows     the lane's four rows, r and r + 8 of two fragments, are the coordinates 4 r .. 4 r + 3 of the tile: 16
 //            bytes of a state row
 //   columns  its two columns of fragments (j, 0) and (j, 1) are the gates i, f and g, o of unit 4 j + q
-//   k        q and q + 4 of chunk m are element q of the slots 2 m and 2 m + 1; slot s of h is the units 4 s .. 4 s + 3
+//   k        the lane's k of chunk m are element q of the slots g m .. g m + g - 1, g being the arithmetic's kGroup; slot s
+//            of h is the units 4 s .. 4 s + 3
 // So a lane owns units q, 4 + q, 8 + q, .. of four coordinates: it has all four gates of each and its c, and the h that
 // it forms is its part of the left operand of the next product. Activations never leave the lane.
-//
-// The products keep float32's accuracy. A factor is high + low, high its nearest in tf32, and
-//   x w = high(x) high(w) + low(x) w + x low(w)
-// to within low * low, 2^-24 of it. The last two are at most 2^-12 of it each, so float16 is enough for their factors,
-// and its instruction takes 16 k in the time of 8 in tf32: both sums in one. A factor in float16 is off by 2^-12 of
-// itself or 2^-25 (see kBelow); beyond 65,504 it stays there, which leaves such a product tf32's accuracy.
 #pragma once
 
-#include "matrix_weights.cuh"
+#include "matrix_arithmetic.cuh"
 #include "tile.cuh"
 
 namespace l2l {
 namespace matrix {
 
-using V = Real<float>;
-
-constexpr int kOwn = 4;  // coordinates of which a lane holds states
-
 struct Place {
   int r = device::lane() / 4, q = device::lane() % 4;
 };
 
-// One number for each of the lane's coordinates.
-struct Four {
-  float at[kOwn];
-};
-
-// A chunk of a left operand, two slots, for each of the two row fragments.
-struct Chunk {
-  uint32_t high[2][4];  // in tf32
-  uint32_t both[2][4];  // in float16: the pair of low, then the pair of the whole
-};
-
-// below: as fragment has it.
-L2L_DEVICE Chunk chunk(const Four& first, const Four& second, int below) {
-  const float scale[2] = {scale_of(below > 0), scale_of(below > 1)};
-  Chunk made;
-#pragma unroll
-  for (int n = 0; n < kOwn; ++n) {
-    const int t = n / 2, row = n % 2;
-    const float a = high(first.at[n]), b = high(second.at[n]);
-    made.high[t][row] = device::float_bits(a);
-    made.high[t][row + 2] = device::float_bits(b);
-    made.both[t][row] = device::floats_float16(first.at[n] - a, second.at[n] - b);
-    made.both[t][row + 2] = device::floats_float16(scale[0] * first.at[n], scale[1] * second.at[n]);
-  }
-  return made;
-}
-
-// acc[column fragment][row fragment] += a chunk of the operand times fragments of weights, the small products first.
-template <int kColumns>
-L2L_DEVICE void multiply(float (&acc)[kColumns][2][4], const Chunk& left, const float4 (&weights)[kColumns]) {
-#pragma unroll
-  for (int column = 0; column < kColumns; ++column) {
-    const uint32_t both[2] = {device::float_bits(weights[column].z), device::float_bits(weights[column].w)};
-#pragma unroll
-    for (int t = 0; t < 2; ++t) device::multiply_float16(acc[column][t], left.both[t], both);
-  }
-#pragma unroll
-  for (int column = 0; column < kColumns; ++column) {
-    const uint32_t high[2] = {device::float_bits(weights[column].x), device::float_bits(weights[column].y)};
-#pragma unroll
-    for (int t = 0; t < 2; ++t) device::multiply_tf32(acc[column][t], left.high[t], high);
-  }
-}
-
-// What a layer multiplies: the slots from below, its own h and, if that makes them even, zeros.
-template <int kInputs, int kSlots>
+// What a layer multiplies: the slots from below, its own h and, if that fills the last chunk, zeros.
+template <class A, int kInputs, int kSlots>
 struct Operand {
-  static constexpr int kChunks = chunks(kInputs, kSlots);
-  Chunk parts[kChunks];
+  static constexpr int kChunks = chunks<A>(kInputs, kSlots);
+  typename A::Chunk parts[kChunks];
 
   template <class Below, class H>
   L2L_DEVICE Operand(const Below& below, const H& h) {
-    Four slots[2 * kChunks] = {};
+    Four slots[kChunks][A::kGroup] = {};
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) slots[i] = below(i);
+    for (int i = 0; i < kInputs; ++i) slots[i / A::kGroup][i % A::kGroup] = below(i);
 #pragma unroll
-    for (int j = 0; j < kSlots; ++j) slots[kInputs + j] = h(j);
+    for (int j = kInputs; j < kInputs + kSlots; ++j) slots[j / A::kGroup][j % A::kGroup] = h(j - kInputs);
 #pragma unroll
-    for (int m = 0; m < kChunks; ++m) parts[m] = chunk(slots[2 * m], slots[2 * m + 1], kInputs - 2 * m);
+    for (int m = 0; m < kChunks; ++m) parts[m] = A::chunk(slots[m], kInputs - A::kGroup * m);
   }
 };
 
 // The gates of one slot's units and what follows from them. fragments(m, half): of chunk m and gates i, f or g, o.
-template <int kChunks, class Fragments>
+template <class A, int kChunks, class Fragments>
 L2L_DEVICE void run_slot(
-    const Chunk (&operand)[kChunks], const float4& bias, const Fragments& fragments, const Four& c_old, Four& c,
-    Four& h) {
+    const typename A::Chunk (&operand)[kChunks], const float4& bias, const Fragments& fragments, const Four& c_old,
+    Four& c, Four& h) {
   float acc[2][2][4];
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
@@ -107,16 +54,15 @@ L2L_DEVICE void run_slot(
   }
 #pragma unroll
   for (int m = 0; m < kChunks; ++m) {
-    const float4 pair[2] = {fragments(m, 0), fragments(m, 1)};
-    multiply(acc, operand[m], pair);
+    const typename A::Fragment pair[2] = {fragments(m, 0), fragments(m, 1)};
+    A::multiply(acc, operand[m], pair);
   }
 #pragma unroll
   for (int n = 0; n < kOwn; ++n) {
     const float* const if_ = acc[0][n / 2] + n % 2 * 2;
     const float* const go = acc[1][n / 2] + n % 2 * 2;
-    const V c_new = lstm_c(V(if_[0]), V(if_[1]), V(go[0]), V(c_old.at[n]));
-    c.at[n] = c_new.v;
-    h.at[n] = lstm_h(V(go[1]), c_new).v;
+    c.at[n] = A::c(if_[0], if_[1], go[0], c_old.at[n]);
+    h.at[n] = A::h(go[1], c.at[n]);
   }
 }
 
@@ -124,19 +70,21 @@ L2L_DEVICE void run_slot(
 //   below(i)       slot i of what comes from below: features, projected features, the new h of the layer before
 //   h(j), c(j)     slot j of the old state; h_read() follows the last h
 //   keep(j, c, h)  takes the new ones, h for the next layer's below too: the last below and h were read before
-// There is no branch in it, so that the products of one slot and the activations of another overlap.
-template <int kSlots, int kInputs, class Memory>
+// One slot after the other, in a loop: unrolled, both layers would be 40 KB of instructions, more than the caches for them
+// hold, and other warps fill the waits as well as another slot of the same would.
+template <class A, int kSlots, int kInputs, class Memory>
 L2L_DEVICE void run_layer(const float4* weights, Memory& memory) {
-  constexpr int kChunks = chunks(kInputs, kSlots);
-  const Operand<kInputs, kSlots> operand([&](int i) { return memory.below(i); }, [&](int j) { return memory.h(j); });
+  constexpr int kChunks = chunks<A>(kInputs, kSlots);
+  const Operand<A, kInputs, kSlots> operand([&](int i) { return memory.below(i); }, [&](int j) { return memory.h(j); });
   memory.h_read();
 
-  const float4* const biases = weights + layer_fragments(kInputs, kSlots);
-#pragma unroll
+  const auto packed = reinterpret_cast<const typename A::Fragment*>(weights);
+  const float4* const biases = weights + Sizes<A>::layer_fragments(kInputs, kSlots);
+#pragma unroll 1
   for (int j = 0; j < kSlots; ++j) {
-    const float4* const from = weights + j * kChunks * 2 * device::kWarp + device::lane();
+    const auto from = packed + j * kChunks * 2 * device::kWarp + device::lane();
     Four c, h;
-    run_slot(
+    run_slot<A>(
         operand.parts, biases[4 * j + Place().q], [&](int m, int half) { return from[(2 * m + half) * device::kWarp]; },
         memory.c(j), c, h);
     memory.keep(j, c, h);
@@ -144,16 +92,16 @@ L2L_DEVICE void run_layer(const float4* weights, Memory& memory) {
 }
 
 // Two slots of the projected features, p and p + 1 with p even, put below the first layer.
-template <int kSlots, class Weights, class Memory>
-L2L_DEVICE void project_two(int p, const Chunk& features, const Weights& weights, Memory& memory) {
+template <class A, int kSlots, class Weights, class Memory>
+L2L_DEVICE void project_two(int p, const typename A::Chunk& features, const Weights& weights, Memory& memory) {
   float acc[1][2][4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const int slot = p + e % 2;
     acc[0][0][e] = acc[0][1][e] = slot < kSlots ? weights.bias(4 * slot + Place().q) : 0.0f;
   }
-  const float4 column[1] = {weights.fragment(p / 2, device::lane())};
-  multiply(acc, features, column);
+  const typename A::Fragment column[1] = {weights.fragment(p / 2, device::lane())};
+  A::multiply(acc, features, column);
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     Four projected;
@@ -240,31 +188,40 @@ L2L_DEVICE bool unmoved(const Network& net, const Moments<V>& moments) {
   return net.has_moments() && unmoved(moments.v);
 }
 
+// The projection's only chunk: the features' slot, then zeros.
+template <class A>
+L2L_DEVICE typename A::Chunk features_chunk(const Four& input) {
+  Four slots[A::kGroup] = {};
+  slots[0] = input;
+  return A::chunk(slots, 1);
+}
+
 // y of the lane's own coordinate; features: of that coordinate. memory.begin(layer) and memory.end() enclose a layer,
 // memory.put_below(i, x) leaves what the first one finds below.
-template <int kSlots, class Memory>
+template <class A, int kSlots, class Memory>
 L2L_DEVICE float run_network(const Network& net, const float4* weights, const float (&features)[4], Memory& memory) {
   const Four input = feature_slot(features, net.inputs());
   int layer = 0;
   if (net.projection) {
-    const Chunk operand = chunk(input, Four{}, 1);
+    const auto operand = features_chunk<A>(input);
 #pragma unroll
-    for (int p = 0; p < kSlots; p += 2) project_two<kSlots>(p, operand, PackedProjection(weights, kSlots), memory);
-    weights += projection_size(kSlots);
+    for (int p = 0; p < kSlots; p += 2)
+      project_two<A, kSlots>(p, operand, PackedProjection<A>(weights, kSlots), memory);
+    weights += Sizes<A>::projection(kSlots);
   } else {
     memory.put_below(0, input);
     memory.begin(0);
-    run_layer<kSlots, 1>(weights, memory);
+    run_layer<A, kSlots, 1>(weights, memory);
     memory.end();
-    weights += layer_size(1, kSlots);
+    weights += Sizes<A>::layer(1, kSlots);
     layer = 1;
   }
 #pragma unroll 1
   for (; layer < net.layers; ++layer) {
     memory.begin(layer);
-    run_layer<kSlots, kSlots>(weights, memory);
+    run_layer<A, kSlots, kSlots>(weights, memory);
     memory.end();
-    weights += layer_size(kSlots, kSlots);
+    weights += Sizes<A>::layer(kSlots, kSlots);
   }
   return head<kSlots>(net, reinterpret_cast<const float*>(weights), memory);
 }

@@ -15,6 +15,10 @@ struct StepCall {
   bool maximize;
 };
 
+// With a state of T.
+template <class T>
+using ArithmeticOf = std::conditional_t<sizeof(T) == 4, Exact, Quick>;
+
 // Four state elements.
 template <class T>
 using PieceOf = std::conditional_t<sizeof(T) == 4, float4, uint2>;

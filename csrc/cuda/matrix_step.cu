@@ -15,8 +15,9 @@ namespace {
 L2L_HOST_DEVICE constexpr int threads(int slots) { return slots > 5 ? 256 : 384; }
 
 // Up to so many tiles for each multiprocessor a team of warps takes each, which then is done sooner; from there on the
-// other kernel does more in all, as it packs the weights once for many tiles.
-constexpr int64_t kTeamTiles = 8;
+// other kernel does more in all, as it packs the weights once for many tiles. On an H100 the two cross between 16k and 33k
+// coordinates, for both dtypes of the state.
+constexpr int64_t kTeamTiles = 5;
 
 // Layers that a warp may send for ahead of the one that it works on, and bytes that a block should have under way:
 // latency times bandwidth asks for some 15 KB a multiprocessor, but a wait must also outlast a crowded memory's moods.
@@ -143,6 +144,7 @@ class Stream {
 template <int kSlots, class T, class Table>
 __global__ void __launch_bounds__(threads(kSlots), 1) step(
     const __grid_constant__ Table table, const __grid_constant__ StepCall call, const __grid_constant__ int depth) {
+  using A = ArithmeticOf<T>;
   float4* const weights = reinterpret_cast<float4*>(device::shared_memory());
   const Cell<float>& cell = call.cell;
   const Network& net = cell.net;
@@ -153,8 +155,8 @@ __global__ void __launch_bounds__(threads(kSlots), 1) step(
 
   Tile next = find(start);
   Own next_own = load_own<T>(table.entries[next.entry], next, net);
-  float4* const rest = weights + weights_size(net);
-  Packer<kSlots>(net, call.starts, cell.weights, weights, reinterpret_cast<float*>(rest));
+  float4* const rest = weights + Sizes<A>::all(net);
+  Packer<A, kSlots>(net, call.starts, cell.weights, weights, reinterpret_cast<float*>(rest));
   __syncthreads();
   int64_t ahead = start - stride;
   auto parts = [&] { return part_of(find(ahead += stride)); };
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(threads(kSlots), 1) step(
     const bool inside = device::lane() < tile.count;
     const float theta = inside ? load<float>(entry.param, entry.param_dtype, at) : 0;
 
-    const Gradient<float> gradient(call.maximize ? -next_own.grad : next_own.grad);
+    const Gradient<float> gradient(net, call.maximize ? -next_own.grad : next_own.grad);
     const bool changes = inside && gradient.live;
     if (net.has_moments() && scale_entry != tile.entry) {
       scale = cell.moments_at(read(entry.step_number()));
@@ -186,7 +188,7 @@ __global__ void __launch_bounds__(threads(kSlots), 1) step(
     stream.advance(part_of(tile), Changes::of(changes));
 
     const bool still = unmoved(net, moments);
-    float y = run_network<kSlots>(net, weights, features, stream);
+    float y = run_network<A, kSlots>(net, weights, features, stream);
     if (still) y = 0;
     if (changes) store(entry.param, entry.param_dtype, at, moved(theta, y, lr, call));
   }
@@ -205,7 +207,8 @@ int64_t shared_bytes(const Network& net, DType state, int depth) {
   const int slots = net.hidden / 4;
   const int64_t flat = WeightLayout{net}.count() * int64_t(sizeof(float));  // there before the streams begin
   const int64_t streams = slots * threads(slots) * int64_t(sizeof(float4)) + depth * mailbox_bytes(net, state);
-  return weights_size(net) * int64_t(sizeof(float4)) + std::max(flat, streams);
+  const int weights = state == DType::float32 ? Sizes<Exact>::all(net) : Sizes<Quick>::all(net);
+  return weights * int64_t(sizeof(float4)) + std::max(flat, streams);
 }
 
 // As deep as is useful and fits.

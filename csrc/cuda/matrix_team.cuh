@@ -17,14 +17,16 @@ L2L_HOST_DEVICE constexpr int team(int slots) { return slots * device::kWarp; }
 L2L_HOST_DEVICE constexpr int exchange_bytes(int slots) { return 2 * team(slots) * int(sizeof(float4)); }
 
 // What a warp needs of one layer, but for its c, of which the products need not wait.
-template <int kSlots, int kInputs>
+template <class T, int kSlots, int kInputs>
 struct Needed {
+  using A = ArithmeticOf<T>;
+  static constexpr int kChunks = chunks<A>(kInputs, kSlots);
+
   Four h[kSlots];
   float4 bias;
-  float weights[2][2 * chunks(kInputs, kSlots)];  // [half][slot]
+  float weights[2][kChunks][A::kGroup];  // [half][chunk]
 
   // whole: the tile has all its coordinates.
-  template <class T>
   L2L_DEVICE Needed(const StepCall& call, int layer, const Part<T>& state, bool whole) {
     const int row = 8 * kSlots * layer, j = warp();
     const Place place;
@@ -36,13 +38,13 @@ struct Needed {
       for (int i = 0; i < kSlots; ++i) h[i] = load_some(state.row(row + 4 * i), state.count);
     }
     const Cell<float>& cell = call.cell;
-    const LayerWeights<kSlots, kInputs> from(
+    const LayerWeights<A, kSlots, kInputs> from(
         cell.weights + call.starts.layer(layer), cell.net.layer_inputs(layer));
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int s = 0; s < 2 * chunks(kInputs, kSlots); ++s)
-        weights[half][s] = from.weight(j, half, place.r, s, place.q);
+      for (int s = 0; s < kChunks * A::kGroup; ++s)
+        weights[half][s / A::kGroup][s % A::kGroup] = from.weight(j, half, place.r, s, place.q);
     const int unit = 4 * j + place.q;
     bias = make_float4(
         from.bias(unit, kInput), from.bias(unit, kForget), from.bias(unit, kCell), from.bias(unit, kOutput));
@@ -71,19 +73,17 @@ class Exchange {
 // This warp's part of a layer; below(i): slot i from below.
 template <int kSlots, int kInputs, class T, class Below>
 L2L_DEVICE void run_part(
-    const Needed<kSlots, kInputs>& needed, const Below& below, int layer, const Part<T>& state, const Changes& changes,
+    const Needed<T, kSlots, kInputs>& needed, const Below& below, int layer, const Part<T>& state, const Changes& changes,
     Exchange<kSlots>& exchange) {
+  using A = ArithmeticOf<T>;
   constexpr int kHidden = 4 * kSlots;
   const int row = 2 * kHidden * layer + 4 * warp();
   const Four c_old = load_some(state.row(row + kHidden), state.count);
-  const Operand<kInputs, kSlots> operand(below, [&](int j) { return needed.h[j]; });
+  const Operand<A, kInputs, kSlots> operand(below, [&](int j) { return needed.h[j]; });
   Four c, h;
-  run_slot(
+  run_slot<A>(
       operand.parts, needed.bias,
-      [&](int m, int half) {
-        return fragment(needed.weights[half][2 * m], needed.weights[half][2 * m + 1], kInputs - 2 * m);
-      },
-      c_old, c, h);
+      [&](int m, int half) { return A::fragment(needed.weights[half][m], kInputs - A::kGroup * m); }, c_old, c, h);
   exchange.put_below(warp(), h);
   exchange.meet();  // every warp has read the old state, too
   if (changes.all) {
@@ -108,11 +108,11 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
   // All that comes from memory is sent for before the first of it is used.
   const Own own = load_own<T>(entry, tile, net);
   const Part<T> state = part<T>(entry, tile, net);
-  const Needed<kSlots, 1> lowest(call, 0, state, whole);
+  const Needed<T, kSlots, 1> lowest(call, 0, state, whole);
   int layer = net.projection ? 0 : 1;
-  Needed<kSlots, kSlots> needed(call, std::min(layer, net.layers - 1), state, whole);
+  Needed<T, kSlots, kSlots> needed(call, std::min(layer, net.layers - 1), state, whole);
 
-  const Gradient<float> gradient(call.maximize ? -own.grad : own.grad);
+  const Gradient<float> gradient(net, call.maximize ? -own.grad : own.grad);
   const bool changed = inside && gradient.live;
   const Changes changes = Changes::of(changed);
   MomentScale<V> scale = cell.moments;
@@ -124,8 +124,9 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
 
   Exchange<kSlots> exchange(reinterpret_cast<float4*>(device::shared_memory()));
   if (net.projection) {
-    const ProjectionWeights<kSlots> projection(net, cell.weights);
-    if (warp() % 2 == 0) project_two<kSlots>(warp(), chunk(input, Four{}, 1), projection, exchange);
+    using A = ArithmeticOf<T>;
+    const ProjectionWeights<A, kSlots> projection(net, cell.weights);
+    if (warp() % 2 == 0) project_two<A, kSlots>(warp(), features_chunk<A>(input), projection, exchange);
     exchange.meet();
   } else {
     run_part(lowest, [&](int) { return input; }, 0, state, changes, exchange);
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
   const float theta = inside && first ? load<float>(entry.param, entry.param_dtype, own_at) : 0;
   while (layer < net.layers) {
     run_part(needed, [&](int i) { return exchange.below(i); }, layer, state, changes, exchange);
-    if (++layer < net.layers) needed = Needed<kSlots, kSlots>(call, layer, state, whole);
+    if (++layer < net.layers) needed = Needed<T, kSlots, kSlots>(call, layer, state, whole);
   }
 
   if (!first) return;

@@ -63,14 +63,14 @@ struct Slots {
 template <int kSlots, int kInputs>
 L2L_DEVICE void run_part(
     const float4* weights, const float4* below, const float4* h_old, float4* h_new, float4* c, uint32_t finite) {
-  constexpr int kChunks = chunks(kInputs, kSlots);
+  constexpr int kChunks = chunks<Exact>(kInputs, kSlots);
   const int j = warp();
-  const Operand<kInputs, kSlots> operand([&](int i) { return get(below, i); }, [&](int i) { return get(h_old, i); });
+  const Operand<Exact, kInputs, kSlots> operand([&](int i) { return get(below, i); }, [&](int i) { return get(h_old, i); });
   const float4* const from = weights + j * kChunks * 2 * device::kWarp + device::lane();
   const Four c_old = get(c, j), old = get(h_old, j);
   Four c_new, h;
-  run_slot(
-      operand.parts, weights[layer_fragments(kInputs, kSlots) + 4 * j + Place().q],
+  run_slot<Exact>(
+      operand.parts, weights[Sizes<Exact>::layer_fragments(kInputs, kSlots) + 4 * j + Place().q],
       [&](int m, int half) { return from[(2 * m + half) * device::kWarp]; }, c_old, c_new, h);
 #pragma unroll
   for (int n = 0; n < kOwn; ++n) {
@@ -106,10 +106,10 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
   const int64_t count = arguments.count, steps = arguments.steps;
   const bool first_warp = warp() == 0, last_warp = warp() == kSlots - 1;
   float4* const weights = reinterpret_cast<float4*>(device::shared_memory());
-  float4* const rest = weights + weights_size(net);
-  Packer<kSlots>(net, call.starts, cell.weights, weights, reinterpret_cast<float*>(rest));
+  float4* const rest = weights + Sizes<Exact>::all(net);
+  Packer<Exact, kSlots>(net, call.starts, cell.weights, weights, reinterpret_cast<float*>(rest));
   const Shared<kSlots> shared(rest, net.layers);
-  const float4* const head_weights = rest - head_size(kSlots);
+  const float4* const head_weights = rest - Sizes<Exact>::head(kSlots);
   const double first_step = read(arguments.first_step);
 
   for (int64_t tile = int64_t(blockIdx.x) * kWidth; tile < count; tile += int64_t(gridDim.x) * kWidth) {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
     auto grad_of = [&](int64_t t) { return inside && t < steps ? element<float>(arguments.grads, t, own) : 0; };
     float grad = first_warp ? grad_of(0) : 0;
     auto prepare = [&](int64_t t) {
-      const Gradient<float> gradient(grad);
+      const Gradient<float> gradient(net, grad);
       grad = grad_of(t + 1);
       MomentScale<V> scale = cell.moments;
       if (net.has_moments()) scale = cell.moments_at(first_step + double(t));
@@ -149,9 +149,10 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
       }
       const Slots inputs = {shared.inputs_of(t)};
       if (!net.projection) return inputs.put_below(0, input);
-      const Chunk operand = chunk(input, Four{}, 1);
+      const auto operand = features_chunk<Exact>(input);
 #pragma unroll
-      for (int p = 0; p < kSlots; p += 2) project_two<kSlots>(p, operand, PackedProjection(weights, kSlots), inputs);
+      for (int p = 0; p < kSlots; p += 2) 
+        project_two<Exact, kSlots>(p, operand, PackedProjection<Exact>(weights, kSlots), inputs);
     };
     if (first_warp && steps > 0) prepare(0);
     __syncthreads();
@@ -163,10 +164,10 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
       const float4* at = weights;
       int layer = 0;
       if (net.projection) {
-        at += projection_size(kSlots);
+        at += Sizes<Exact>::projection(kSlots);
       } else {
         run_part<kSlots, 1>(at, shared.inputs_of(t), shared.h_of(t, 0), shared.h_of(t + 1, 0), shared.c, of_four);
-        at += layer_size(1, kSlots);
+        at += Sizes<Exact>::layer(1, kSlots);
         layer = 1;
       }
 #pragma unroll 1
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
         run_part<kSlots, kSlots>(
             at, layer ? shared.h_of(t + 1, layer - 1) : shared.inputs_of(t), shared.h_of(t, layer),
             shared.h_of(t + 1, layer), shared.c + layer * team(kSlots), of_four);
-        at += layer_size(kSlots, kSlots);
+        at += Sizes<Exact>::layer(kSlots, kSlots);
       }
       if (last_warp) {
         const Slots top = {shared.h_of(t + 1, net.layers - 1)};
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
 template <int kSlots>
 int64_t shared_bytes(const Network& net) {
   const int64_t flat = WeightLayout{net}.count() * int64_t(sizeof(float));  // there before the state
-  return (weights_size(net) + std::max<int64_t>(Shared<kSlots>::size(net.layers), (flat + 15) / 16)) * sizeof(float4);
+  return (Sizes<Exact>::all(net) + std::max<int64_t>(Shared<kSlots>::size(net.layers), (flat + 15) / 16)) * sizeof(float4);
 }
 
 template <int kSlots>

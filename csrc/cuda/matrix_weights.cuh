@@ -1,12 +1,11 @@
 // The weights in shared memory in the order in which the matrix units take them; see matrix_cell.cuh for the map.
 //
-// A fragment is what the 32 lanes hold of a [8 k, 8 columns] piece of a right operand: one float4 a lane. With
-// lane = 4 r + q that is, of column r, high(k = q), high(k = q + 4), and as two of float16 each, k = q in the lower half,
-// the pair of the whole and the pair of low. In the whole area, one after the other:
-//   projection        [units / 8, up][32 lanes] float4, then the biases [hidden] rounded up to float4
-//   layer 0, 1, ..    [hidden / 4][chunks of 8 k][2][32 lanes] float4, then the biases [hidden] float4: i, f, g, o
+// A fragment is what the 32 lanes hold of a piece of a right operand, 8 columns by the k of one chunk; what one lane holds
+// is the business of the arithmetic A (matrix_arithmetic.cuh). In the whole area, one after the other:
+//   projection        [units / 8, up] fragments, then the biases [hidden] rounded up to float4
+//   layer 0, 1, ..    [hidden / 4][chunks][2] fragments, then the biases [hidden] float4: i, f, g, o
 //   head              [hidden], then its bias, rounded up to float4
-// Gates are scaled by gate_scale.
+// Weights of gates are scaled by A::scale.
 #pragma once
 
 #include "../lstm_cell.h"
@@ -15,45 +14,35 @@
 namespace l2l {
 namespace matrix {
 
-// A slot is a group of 4 k. A layer's operand: the slots of its inputs, those of its own h, and one of zeros if that
-// makes them even.
-L2L_HOST_DEVICE constexpr int chunks(int input_slots, int slots) { return (input_slots + slots + 1) / 2; }
+// A slot is a group of 4 k. A layer's operand: the slots of its inputs, those of its own h, and zeros that fill the last
+// chunk.
+template <class A>
+L2L_HOST_DEVICE constexpr int chunks(int input_slots, int slots) {
+  return (input_slots + slots + A::kGroup - 1) / A::kGroup;
+}
 
 // float4s of each part.
-L2L_HOST_DEVICE constexpr int projection_fragments(int slots) { return (slots + 1) / 2 * device::kWarp; }
-L2L_HOST_DEVICE constexpr int layer_fragments(int input_slots, int slots) {
-  return slots * chunks(input_slots, slots) * 2 * device::kWarp;
-}
-L2L_HOST_DEVICE constexpr int layer_size(int input_slots, int slots) {
-  return layer_fragments(input_slots, slots) + 4 * slots;
-}
-L2L_HOST_DEVICE constexpr int projection_size(int slots) { return projection_fragments(slots) + slots; }
-L2L_HOST_DEVICE constexpr int head_size(int slots) { return slots + 1; }
+template <class A>
+struct Sizes {
+  L2L_HOST_DEVICE static constexpr int fragments(int count) {
+    return count * device::kWarp * int(sizeof(typename A::Fragment)) / int(sizeof(float4));
+  }
+  L2L_HOST_DEVICE static constexpr int layer_fragments(int input_slots, int slots) {
+    return fragments(slots * chunks<A>(input_slots, slots) * 2);
+  }
+  L2L_HOST_DEVICE static constexpr int layer(int input_slots, int slots) {
+    return layer_fragments(input_slots, slots) + 4 * slots;
+  }
+  L2L_HOST_DEVICE static constexpr int projection_fragments(int slots) { return fragments((slots + 1) / 2); }
+  L2L_HOST_DEVICE static constexpr int projection(int slots) { return projection_fragments(slots) + slots; }
+  L2L_HOST_DEVICE static constexpr int head(int slots) { return slots + 1; }
 
-L2L_HOST_DEVICE int weights_size(const Network& net) {
-  const int slots = net.hidden / 4;
-  const int first = net.projection ? projection_size(slots) + layer_size(slots, slots) : layer_size(1, slots);
-  return first + (net.layers - 1) * layer_size(slots, slots) + head_size(slots);
-}
-
-// x = high + low, high in tf32 (the nearest), low exact.
-L2L_DEVICE float high(float x) {
-  return device::bits_float((device::float_bits(x) + 0x1000u) & ~0x1fffu);
-}
-
-// What comes from below may be large, features in the hundreds. The low that it meets is in float16, off by 2^-25 at
-// least, so it is taken times 2^8, and what comes from below times 2^-8.
-constexpr float kBelow = 0x1p-8f;
-L2L_HOST_DEVICE constexpr float scale_of(bool below) { return below ? kBelow : 1; }
-
-// below: how many of the two slots that it meets, the first before the second, come from below; 0 or less: none.
-L2L_DEVICE float4 fragment(float first, float second, int below) {
-  const float a = high(first), b = high(second);
-  const uint32_t whole = device::floats_float16(first, second);
-  const uint32_t low =
-      device::floats_float16((first - a) * (1 / scale_of(below > 0)), (second - b) * (1 / scale_of(below > 1)));
-  return make_float4(a, b, device::bits_float(whole), device::bits_float(low));
-}
+  L2L_HOST_DEVICE static int all(const Network& net) {
+    const int slots = net.hidden / 4;
+    const int first = net.projection ? projection(slots) + layer(slots, slots) : layer(1, slots);
+    return first + (net.layers - 1) * layer(slots, slots) + head(slots);
+  }
+};
 
 // Where each layer and the head begin in the flat vector, worked out by the host: WeightLayout's products of 64 bits
 // would cost a warp as many instructions as a slot of units does.
@@ -70,7 +59,7 @@ struct Starts {
 
 // What a fragment is formed from: columns r of the pair (j, 0), (j, 1) are gates i, f and g, o of the units
 // 4 j .. 4 j + 3, unit by unit.
-template <int kSlots, int kInputs>
+template <class A, int kSlots, int kInputs>
 class LayerWeights {
  public:
   // layer: the layer's weights, which begin with those of its `inputs` inputs.
@@ -81,10 +70,18 @@ class LayerWeights {
         bias_ih_(hh_ + kGates * kHidden * kHidden),
         bias_hh_(bias_ih_ + kGates * kHidden) {}
 
+  // Of chunk m, half 0 or 1 of the pair, for the lane 4 r + q.
+  L2L_DEVICE typename A::Fragment fragment(int j, int half, int r, int m, int q) const {
+    float k[A::kGroup];
+#pragma unroll
+    for (int i = 0; i < A::kGroup; ++i) k[i] = weight(j, half, r, A::kGroup * m + i, q);
+    return A::fragment(k, kInputs - A::kGroup * m);
+  }
+
   // Of element q of a slot.
   L2L_DEVICE float weight(int j, int half, int r, int slot, int q) const {
     const int gate = 2 * half + r % 2, row = 2 * half * kHidden + (r % 2 * kHidden + 4 * j + r / 2);
-    const float scale = float(gate_scale(gate));
+    const float scale = float(A::scale(gate));
     if (slot < kInputs) {
       const int input = 4 * slot + q;
       return kInputs > 1 || input < inputs_ ? scale * ih_[row * inputs_ + input] : 0.0f;
@@ -94,7 +91,7 @@ class LayerWeights {
 
   L2L_DEVICE float bias(int unit, int gate) const {
     const int row = gate * kHidden + unit;
-    return float(gate_scale(gate)) * (bias_ih_[row] + bias_hh_[row]);
+    return float(A::scale(gate)) * (bias_ih_[row] + bias_hh_[row]);
   }
 
  private:
@@ -103,16 +100,18 @@ class LayerWeights {
   const float *const ih_, *const hh_, *const bias_ih_, *const bias_hh_;
 };
 
-// The same of the projection: columns r of fragment p are the units 8 p + 4 (r % 2) + r / 2, its second k's are zero.
-template <int kSlots>
+// The same of the projection: columns r of fragment p are the units 8 p + 4 (r % 2) + r / 2, its further k's are zero.
+template <class A, int kSlots>
 class ProjectionWeights {
  public:
   L2L_DEVICE ProjectionWeights(const Network& net, const float* weights)  // with which the flat vector begins
       : inputs_(net.inputs()), weight_(weights), bias_(weights + 4 * kSlots * inputs_) {}
 
-  L2L_DEVICE float4 fragment(int p, int lane) const {
+  L2L_DEVICE typename A::Fragment fragment(int p, int lane) const {
     const int q = lane % 4, r = lane / 4, unit = 8 * p + 4 * (r % 2) + r / 2;
-    return matrix::fragment(unit < 4 * kSlots && q < inputs_ ? weight_[unit * inputs_ + q] : 0.0f, 0.0f, 1);
+    float k[A::kGroup] = {};
+    if (unit < 4 * kSlots && q < inputs_) k[0] = weight_[unit * inputs_ + q];
+    return A::fragment(k, 1);
   }
 
   L2L_DEVICE float bias(int unit) const { return bias_[unit]; }
@@ -123,22 +122,24 @@ class ProjectionWeights {
 };
 
 // The same from where Packer left them.
+template <class A>
 class PackedProjection {
  public:
   L2L_DEVICE PackedProjection(const float4* weights, int slots)
-      : fragments_(weights), biases_(reinterpret_cast<const float*>(weights + projection_fragments(slots))) {}
+      : fragments_(reinterpret_cast<const typename A::Fragment*>(weights)),
+        biases_(reinterpret_cast<const float*>(weights + Sizes<A>::projection_fragments(slots))) {}
 
-  L2L_DEVICE float4 fragment(int p, int lane) const { return fragments_[p * device::kWarp + lane]; }
+  L2L_DEVICE typename A::Fragment fragment(int p, int lane) const { return fragments_[p * device::kWarp + lane]; }
   L2L_DEVICE float bias(int unit) const { return biases_[unit]; }
 
  private:
-  const float4* const fragments_;
+  const typename A::Fragment* const fragments_;
   const float* const biases_;
 };
 
 // Packs with all threads of the block, from a copy of the flat weights, which it makes where `flat` points. The caller
 // puts a barrier behind it; then the place is free again.
-template <int kSlots>
+template <class A, int kSlots>
 class Packer {
  public:
   L2L_DEVICE Packer(const Network& net, const Starts& starts, const float* weights, float4* to, float* flat)
@@ -154,7 +155,7 @@ class Packer {
       layer<1>(0);
     }
     for (int i = 1; i < net.layers; ++i) layer<kSlots>(i);
-    each(head_size(kSlots) * 4, [&](int i) {
+    each(Sizes<A>::head(kSlots) * 4, [&](int i) {
       reinterpret_cast<float*>(to_)[i] = i <= kHidden ? weights_[starts.head + i] : 0.0f;
     });
   }
@@ -170,22 +171,23 @@ class Packer {
 
   template <int kInputs>
   L2L_DEVICE void layer(int layer) {
-    constexpr int kChunks = chunks(kInputs, kSlots);
-    const LayerWeights<kSlots, kInputs> from(weights_ + starts_.layer(layer), net_.layer_inputs(layer));
-    each(layer_fragments(kInputs, kSlots), [&](int i) {
+    constexpr int kChunks = chunks<A>(kInputs, kSlots), kFragments = Sizes<A>::layer_fragments(kInputs, kSlots);
+    const LayerWeights<A, kSlots, kInputs> from(weights_ + starts_.layer(layer), net_.layer_inputs(layer));
+    const auto to = reinterpret_cast<typename A::Fragment*>(to_);
+    each(kSlots * kChunks * 2 * device::kWarp, [&](int i) {
       const int q = i % 4, r = i / 4 % 8, half = i / 32 % 2, m = i / 64 % kChunks, j = i / 64 / kChunks;
-      const float first = from.weight(j, half, r, 2 * m, q), second = from.weight(j, half, r, 2 * m + 1, q);
-      to_[i] = fragment(first, second, kInputs - 2 * m);
+      to[i] = from.fragment(j, half, r, m, q);
     });
-    to_ += layer_fragments(kInputs, kSlots);
+    to_ += kFragments;
     each(4 * kHidden, [&](int i) { reinterpret_cast<float*>(to_)[i] = from.bias(i / kGates, i % kGates); });
     to_ += 4 * kSlots;
   }
 
   L2L_DEVICE void projection() {
-    const ProjectionWeights<kSlots> from(net_, weights_);
-    each(projection_fragments(kSlots), [&](int i) { to_[i] = from.fragment(i / device::kWarp, i % device::kWarp); });
-    to_ += projection_fragments(kSlots);
+    const ProjectionWeights<A, kSlots> from(net_, weights_);
+    const auto to = reinterpret_cast<typename A::Fragment*>(to_);
+    each((kSlots + 1) / 2 * device::kWarp, [&](int i) { to[i] = from.fragment(i / device::kWarp, i % device::kWarp); });
+    to_ += Sizes<A>::projection_fragments(kSlots);
     each(kHidden, [&](int i) { reinterpret_cast<float*>(to_)[i] = from.bias(i); });
     to_ += kSlots;
   }

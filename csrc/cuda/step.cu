@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
     const bool inside = device::lane() < tile.count;
     const Offsets at = offsets_of(tensor, tile.first + (inside ? device::lane() : 0));
     const T grad = inside ? load<T>(tensor.grad, tensor.grad_dtype, at.grad) : T(0);
-    const Gradient<T> gradient(call.maximize ? -grad : grad, tensor.state_dtype);
+    const Gradient<T> gradient(cell.net, call.maximize ? -grad : grad, tensor.state_dtype);
     load_rows(rows.state, state_rows, tensor.state, tensor.state_dtype, at.state, tensor.state_row, inside);
     __syncthreads();
 
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
 
 template <class T>
 Scratch step_scratch(const Network& net) {
-  return scratch_of<T>(forward_rows(net) * kStride);
+  return scratch_of<T>(forward_rows(net) * kStride<T>);
 }
 
 template <class T>

@@ -16,7 +16,10 @@
 namespace l2l {
 
 constexpr int kWidth = device::kWarp;  // coordinates in a tile
-constexpr int kStride = kWidth + 1;    // odd, so that the threads of a warp may also read down a column
+// Rows are an odd number of 16 bytes apart: a thread may read 16 bytes of a row at a time, and the threads of a warp
+// along one row or down several, without meeting a bank twice.
+template <class T>
+constexpr int kStride = kWidth + 16 / int(sizeof(T));
 constexpr int kMaxWarps = 10, kMaxThreads = kMaxWarps * device::kWarp;
 // Blocks on a multiprocessor that the registers must suffice for.
 template <class T, bool on_chip>
@@ -78,8 +81,8 @@ struct Gradient {
   bool live;  // whether it is finite
 
   // state: the dtype of the coordinate's; float32 arithmetic need not know it.
-  L2L_DEVICE explicit Gradient(T grad, DType state = DType::float32)
-      : value(grad), live(std::fabs(grad) < T(gradient_limit(sizeof(T) == 8, state))) {
+  L2L_DEVICE Gradient(const Network& net, T grad, DType state = DType::float32)
+      : value(grad), live(std::fabs(grad) < T(net.gradient_limit(sizeof(T) == 8, state))) {
     if (!live) value = 0;
   }
 };
@@ -87,39 +90,55 @@ struct Gradient {
 // Rows of one step. None aliases another.
 template <class T>
 struct StepRows {
-  T* state;        // [state_rows]
-  T* new_state;    // [state_rows], written: the old state where the gradient is not finite
-  T* features;     // [4], written
-  T* projected;    // [hidden], written (with projection)
-  T* activations;  // a layer: [5 * hidden]: gates in order of their rows, then tanh c; null: not kept
-
-  static constexpr int kActivations = kGates + 1;
+  T* state;      // [state_rows]
+  T* new_state;  // [state_rows], written: the old state where the gradient is not finite
+  T* features;   // [4], written
+  T* projected;  // [hidden], written (with projection)
 };
 
+// The features of one step, from the new moments.
 template <class T>
-L2L_DEVICE void forward_features(const Cell<T>& cell, const StepRows<T>& rows, Gradient<T> grad, double step) {
+L2L_DEVICE void write_features(
+    const Cell<T>& cell, const StepRows<T>& rows, Moments<Real<T>> now, Gradient<T> grad, double step) {
   using V = Real<T>;
-  const int lane = device::lane();
   const Network& net = cell.net;
-  T* feature = rows.features + lane;
+  T* feature = rows.features + device::lane();
   const V g(grad.value);
   if (net.features == Features::identity) *feature = g.v;
   if (net.has_moments()) {
-    const MomentScale<V> scale = cell.moments_at(step);
-    const T *m = rows.state + lane, *v = m + kStride;
-    const Moments<V> now = advance<V>({V(*m), V(*v)}, g, scale);
-    const Ratios<V> ratio = ratios(now, g, scale);
-    rows.new_state[lane] = grad.live ? now.m.v : *m;
-    rows.new_state[kStride + lane] = grad.live ? now.v.v : *v;
+    const Ratios<V> ratio = ratios(now, g, cell.moments_at(step));
     feature[0] = ratio.momentum.v;
-    feature[kStride] = ratio.gradient.v;
-    feature += 2 * kStride;
+    feature[kStride<T>] = ratio.gradient.v;
+    feature += 2 * kStride<T>;
   }
   if (net.has_log_sign()) {
     const LogSign<V> pair = log_sign(g, cell.log_sign);
     feature[0] = pair.log.v;
-    feature[kStride] = pair.sign.v;
+    feature[kStride<T>] = pair.sign.v;
   }
+}
+
+// The moments of this lane's coordinate in a state; without moments nothing that is read.
+template <class T>
+L2L_DEVICE Moments<Real<T>> moments_of(const Network& net, const T* state) {
+  using V = Real<T>;
+  if (!net.has_moments()) return {V(0), V(0)};
+  return {V(state[device::lane()]), V(state[kStride<T> + device::lane()])};
+}
+
+// The new moments, and the features.
+template <class T>
+L2L_DEVICE void forward_features(const Cell<T>& cell, const StepRows<T>& rows, Gradient<T> grad, double step) {
+  using V = Real<T>;
+  const int lane = device::lane();
+  const Moments<V> old = moments_of(cell.net, rows.state);
+  Moments<V> now = old;
+  if (cell.net.has_moments()) {
+    now = advance(old, V(grad.value), cell.moments);
+    rows.new_state[lane] = grad.live ? now.m.v : old.m.v;
+    rows.new_state[kStride<T> + lane] = grad.live ? now.v.v : old.v.v;
+  }
+  write_features(cell, rows, now, grad, step);
 }
 
 // sum[j] += matrix[j * matrix_stride + k] * rows[k], over k.
@@ -128,7 +147,7 @@ L2L_DEVICE void add_products(T (&sum)[n], const T* matrix, int64_t matrix_stride
   rows += device::lane();
 #pragma unroll 4
   for (int k = 0; k < count; ++k) {
-    const T x = rows[k * kStride];
+    const T x = rows[k * kStride<T>];
 #pragma unroll
     for (int j = 0; j < n; ++j) sum[j] = std::fma(__ldg(matrix + j * matrix_stride + k), x, sum[j]);
   }
@@ -142,7 +161,7 @@ L2L_DEVICE void forward_projection(const Cell<T>& cell, const StepRows<T>& rows)
   for (int unit = warp(); unit < net.hidden; unit += warps()) {
     T sum[1] = {__ldg(cell.weights + at.projection_bias() + unit)};
     add_products(sum, cell.weights + at.projection_weight() + int64_t(unit) * inputs, 0, rows.features, inputs);
-    rows.projected[unit * kStride + device::lane()] = elu(Real<T>(sum[0])).v;
+    rows.projected[unit * kStride<T> + device::lane()] = elu(Real<T>(sum[0])).v;
   }
 }
 
@@ -154,7 +173,7 @@ L2L_DEVICE void forward_layer(
   const Network& net = cell.net;
   const WeightLayout at = cell.layout();
   const int lane = device::lane(), hidden = net.hidden, count = net.layer_inputs(layer);
-  const T* h = rows.state + net.h_row(layer) * kStride;
+  const T* h = rows.state + net.h_row(layer) * kStride<T>;
   const T* bias_ih = cell.weights + at.bias_ih(layer);
   const T* bias_hh = cell.weights + at.bias_hh(layer);
   for (int unit = warp(); unit < hidden; unit += warps()) {
@@ -168,24 +187,11 @@ L2L_DEVICE void forward_layer(
 #pragma unroll
     for (int g = 0; g < kGates; ++g) scaled[g] = V(z[g] * T(gate_scale(g)));
 
-    const int h_at = (net.h_row(layer) + unit) * kStride + lane, c_at = (net.c_row(layer) + unit) * kStride + lane;
+    const int h_at = (net.h_row(layer) + unit) * kStride<T> + lane;
+    const int c_at = (net.c_row(layer) + unit) * kStride<T> + lane;
     const V c(rows.state[c_at]);
-    V c_new, h_new;
-    if (rows.activations) {
-      Activations<V> kept;
-      c_new = lstm_c(scaled[kInput], scaled[kForget], scaled[kCell], c, kept);
-      h_new = lstm_h(scaled[kOutput], c_new, kept);
-      T* a = rows.activations + (layer * StepRows<T>::kActivations * hidden + unit) * kStride + lane;
-      const int gate = hidden * kStride;
-      a[kInput * gate] = kept.i.v;
-      a[kForget * gate] = kept.f.v;
-      a[kCell * gate] = kept.g.v;
-      a[kOutput * gate] = kept.o.v;
-      a[kGates * gate] = kept.tanh_c.v;
-    } else {
-      c_new = lstm_c(scaled[kInput], scaled[kForget], scaled[kCell], c);
-      h_new = lstm_h(scaled[kOutput], c_new);
-    }
+    const V c_new = lstm_c(scaled[kInput], scaled[kForget], scaled[kCell], c);
+    const V h_new = lstm_h(scaled[kOutput], c_new);
     rows.new_state[c_at] = grad.live ? c_new.v : c.v;
     rows.new_state[h_at] = grad.live ? h_new.v : rows.state[h_at];
   }
@@ -194,7 +200,7 @@ L2L_DEVICE void forward_layer(
 // Whether this lane's y is 0 for want of any gradient.
 template <class T>
 L2L_DEVICE bool unmoved(const Network& net, const StepRows<T>& rows) {
-  return net.has_moments() && unmoved(Real<T>(rows.new_state[kStride + device::lane()]));
+  return net.has_moments() && unmoved(Real<T>(rows.new_state[kStride<T> + device::lane()]));
 }
 
 // The head's output y of this lane's coordinate (after tanh, with output "tanh").
@@ -203,7 +209,8 @@ L2L_DEVICE T forward_head(const Cell<T>& cell, const StepRows<T>& rows) {
   const Network& net = cell.net;
   const WeightLayout at = cell.layout();
   T y[1] = {__ldg(cell.weights + at.head_bias())};
-  add_products(y, cell.weights + at.head_weight(), 0, rows.new_state + net.h_row(net.layers - 1) * kStride, net.hidden);
+  const T* h = rows.new_state + net.h_row(net.layers - 1) * kStride<T>;
+  add_products(y, cell.weights + at.head_weight(), 0, h, net.hidden);
   if (net.tanh_output) y[0] = tanh_of(Real<T>(y[0])).v;
   return unmoved(net, rows) ? T(0) : y[0];
 }
@@ -224,7 +231,7 @@ L2L_DEVICE void forward(const Cell<T>& cell, const StepRows<T>& rows, Gradient<T
   for (int layer = 0; layer < net.layers; ++layer) {
     forward_layer(cell, rows, layer, inputs, grad);
     __syncthreads();
-    inputs = rows.new_state + net.h_row(layer) * kStride;
+    inputs = rows.new_state + net.h_row(layer) * kStride<T>;
   }
 }
 
@@ -275,27 +282,29 @@ template <class T>
 L2L_DEVICE void load_rows(
     T* to, int rows, const void* data, DType dtype, int64_t start, int64_t row, bool inside) {
   for (int r = warp(); r < rows; r += warps())
-    to[r * kStride + device::lane()] = inside ? load<T>(data, dtype, start + r * row) : T(0);
+    to[r * kStride<T> + device::lane()] = inside ? load<T>(data, dtype, start + r * row) : T(0);
 }
 
 template <class T>
 L2L_DEVICE void store_rows(
     const T* from, int rows, void* data, DType dtype, int64_t start, int64_t row, bool inside) {
   for (int r = warp(); r < rows; r += warps())
-    if (inside) store(data, dtype, start + r * row, from[r * kStride + device::lane()]);
+    if (inside) store(data, dtype, start + r * row, from[r * kStride<T> + device::lane()]);
 }
 
 // ---------------------------------------------------------------- where the rows lie
 
-// Rows of forward(): two states, features, projected.
-inline int64_t forward_rows(const Network& net) { return 2 * int64_t(net.state_rows()) + 4 + net.hidden; }
+// Rows of forward(): two states, features, projected (with projection).
+inline int64_t forward_rows(const Network& net) {
+  return 2 * int64_t(net.state_rows()) + 4 + (net.projection ? net.hidden : 0);
+}
 
 // StepRows over forward_rows() rows that begin at `at`.
 template <class T>
 L2L_DEVICE StepRows<T> forward_step_rows(const Network& net, T* at) {
-  T* second = at + net.state_rows() * kStride;
-  T* features = second + net.state_rows() * kStride;
-  return {at, second, features, features + 4 * kStride, nullptr};
+  T* second = at + net.state_rows() * kStride<T>;
+  T* features = second + net.state_rows() * kStride<T>;
+  return {at, second, features, features + 4 * kStride<T>};
 }
 
 L2L_HOST_DEVICE int64_t tiles_of(int64_t count) { return (count + kWidth - 1) / kWidth; }

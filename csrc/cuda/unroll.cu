@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
         arguments.state.column, inside);
     __syncthreads();
     for (int64_t t = 0; t < arguments.steps; ++t) {
-      const Gradient<T> gradient(inside ? element<T>(arguments.grads, t, i) : T(0), arguments.state.dtype);
+      const Gradient<T> gradient(cell.net, inside ? element<T>(arguments.grads, t, i) : T(0), arguments.state.dtype);
       forward(cell, rows, gradient, first_step + double(t));
       if (warp() == 0) {
         const T u = cell.output_scale * forward_head(cell, rows);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
 
 template <class T>
 Scratch unroll_scratch(const Network& net) {
-  return scratch_of<T>(forward_rows(net) * kStride);
+  return scratch_of<T>(forward_rows(net) * kStride<T>);
 }
 
 template <class T>

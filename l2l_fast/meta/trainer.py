@@ -489,7 +489,7 @@ class MetaTrainer:
         """Everything random of a trajectory but what it meets on its way: instances and scaling."""
         ids = range(ranks.rank() * self.instances, (ranks.rank() + 1) * self.instances)
         seeds = [_seed(_INSTANCE, self.seed, number, i) for i in ids]
-        instances, scaling = Instances(self.tasks[task_index], seeds, self.device), None
+        instances, scaling = self._instances(task_index, seeds), None
         if self.scaling:
             size = sum(math.prod(shape) for shape in instances.shapes.values())
             generators = [torch.Generator().manual_seed(_seed(_SCALING, self.seed, number, i)) for i in ids]
@@ -498,6 +498,15 @@ class MetaTrainer:
             ])  # fmt: skip
             scaling = send(((2 * exponents - 1) * self.scaling).exp(), self.device)
         return instances, scaling
+
+    def _instances(self, task_index: int, seeds: list[int]) -> Instances:
+        instances, task = Instances(self.tasks[task_index], seeds, self.device), self.tasks[task_index]
+        if instances.start().dtype != torch.float32:
+            raise ValueError(
+                f"the task {task.name} must start from float32 tensors, as a network is trained on, got "
+                f"{instances.start().dtype}: name the dtype in its init, whatever torch's default is"
+            )
+        return instances
 
     def _draw_ahead(self) -> None:
         """Draw the next trajectory to start, which depends on its number alone, before it is needed."""
@@ -543,7 +552,7 @@ class MetaTrainer:
     def _score(self, index: int) -> float:
         """Of one task."""
         seeds = [_seed(_VALIDATION, self.seed, index, i) for i in range(self.validation_instances)]
-        trajectory = self._trajectory(("validation", index), Instances(self.tasks[index], seeds, self.device))
+        trajectory = self._trajectory(("validation", index), self._instances(index, seeds))
         self._ratios.zero_()
         while left := self.horizon.validation - trajectory.steps_done:
             batches = trajectory.next(length := min(left, self.unroll))

@@ -151,11 +151,10 @@ class Instances:
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         starts = [task.init(generator) for generator in self.generators]
         for name, param in starts[0].items():
-            found = param.dtype, param.device.type
-            if found != (torch.float32, "cpu"):
+            if not (param.dtype.is_floating_point and param.device.type == "cpu"):
                 raise ValueError(
-                    f"the task {task.name} must start from float32 tensors on the CPU, got {found[0]} on {found[1]} "
-                    f"for {name}: name dtype and device in its init, whatever torch's defaults are"
+                    f"the task {task.name} must start from floating-point tensors on the CPU, got {param.dtype} on "
+                    f"{param.device} for {name}: name dtype and device in its init, whatever torch's defaults are"
                 )
         self.shapes = {name: param.shape for name, param in starts[0].items()}
         self._start = torch.stack([torch.cat([param.reshape(-1) for param in start.values()]) for start in starts])

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+
+import pytest
 
 import l2l_fast
 
@@ -12,6 +15,13 @@ def test_help_has_examples(run):
     assert "Examples:" in out
     assert "--quick" in out
     assert "--json" in out
+
+
+@pytest.fixture(autouse=True)
+def _by_itself(monkeypatch):
+    """Nothing is timed where several tests run at once, and the benches know it by xdist's variables."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
 
 
 def test_a_tiny_selection(run, tmp_path, monkeypatch):

@@ -350,6 +350,11 @@ void copies_landed() {
 inline float fast_exp2(float x) { return emulator::off_by(std::exp2(emulator::flush(x)), 2); }
 inline float fast_reciprocal(float x) { return emulator::off_by(1 / emulator::flush(x), 1); }
 
+inline float fast_tanh(float x) {
+  const float y = emulator::off_by(std::tanh(x), 0x1p12f);
+  return y > 1 ? 1 : y < -1 ? -1 : y;
+}
+
 inline uint32_t floats_bfloat16(float low, float high) {
   auto rounded = [](float value) -> uint32_t {
     const uint32_t bits = float_bits(value);

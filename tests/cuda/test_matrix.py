@@ -5,14 +5,14 @@ import os
 import pytest
 import torch
 from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
-from test_parity import check_step, step_both
+from test_parity import check_rounded_step, check_step, step_both
 
 from l2l_fast import ops, reference
 from l2l_fast.reference import Config
 
 pytestmark = [] if os.environ.get("L2L_FAST_EMULATED") else [pytest.mark.cuda]
 
-# Up to eight tiles of 32 for each multiprocessor go to teams of warps. The emulator has two, so the larger count gives
+# Up to five tiles of 32 for each multiprocessor go to teams of warps. The emulator has two, so the larger count gives
 # each warp of the persistent grid one tile or two, a GPU's takes the other kernel.
 TEAMS, STREAMS = 70, 1000 if os.environ.get("L2L_FAST_EMULATED") else 300_001
 both_kernels = pytest.mark.parametrize("count", [TEAMS, STREAMS])
@@ -44,7 +44,7 @@ def test_every_size(device, hidden, layers, projection, count):
 @pytest.mark.parametrize("rest", [-1, 0, 1, 4])
 def test_around_whole_tiles(device, config, count, state_dtype, rest):
     count = count // 32 * 32 + rest
-    check_step(device, *problem(config, count, state_dtype), config, rtol=rounding(state_dtype))
+    check_rounded_step(device, *problem(config, count, state_dtype), config)
 
 
 @both_states
@@ -54,13 +54,13 @@ def test_warps_of_several_tiles_prefetch_the_right_ones(device, tiles, state_dty
     sizes = [32 * tiles - 200, 1, 31, 64, 100]
     problems = [problem(PAPER, size, state_dtype, seed) for seed, size in enumerate(sizes)]
     params, grads, states = ([one[k][0] for one in problems] for k in range(3))
-    check_step(device, params, grads, states, PAPER, rtol=rounding(state_dtype))
+    check_rounded_step(device, params, grads, states, PAPER)
 
 
 @both_kernels
 def test_states_of_both_dtypes_in_one_group(device, count):
     first, second = problem(PAPER, count), problem(PAPER, count, torch.bfloat16)
-    check_step(device, *(a + b for a, b in zip(first, second, strict=True)), PAPER, rtol=rounding(torch.bfloat16))
+    check_rounded_step(device, *(a + b for a, b in zip(first, second, strict=True)), PAPER)
 
 
 @both_kernels
@@ -80,7 +80,7 @@ def test_gradients_that_are_not_finite_change_nothing(device, config, state_dtyp
     params, grads, states = problem(config, count, state_dtype)
     bad = [0, 3, 31, 33, count - 1]
     grads[0][bad] = torch.tensor([float("nan"), float("inf"), float("-inf"), float("nan"), float("nan")])
-    found = check_step(device, params, grads, states, config, weight_decay=0.1, rtol=rounding(state_dtype))
+    found = check_rounded_step(device, params, grads, states, config, weight_decay=0.1)
     assert torch.equal(found[0][0][bad].cpu(), params[0][bad])
     assert torch.equal(found[1][0][bad].cpu(), states[0][bad])
 
@@ -96,7 +96,7 @@ def test_a_state_that_is_not_aligned_takes_the_general_kernel(device):
 def test_large_features(device, hidden, count):
     """Ratios of the moments in the hundreds, so that plain float32 is off by up to half of the usual tolerance as well.
 
-    The matrix units cut their sums where float32 rounds them: three times its largest error is what they may make of it.
+    The matrix units cut their sums where float32 rounds them: three times its largest error is allowed.
     """
     config = RNNPROP._replace(features="both", hidden_size=hidden)
     params, grads, states = problem(config, count)
@@ -110,7 +110,7 @@ def test_large_features(device, hidden, count):
 
 
 @both_kernels
-@pytest.mark.parametrize("size", [1e5, 1e9, 1e18])
+@pytest.mark.parametrize("size", [1e5, 1e9, 1e30])
 def test_factors_beyond_float16(device, size, count):
     """The small products are formed in float16; what it cannot hold leaves tf32's accuracy and no infinity."""
     config = PAPER._replace(features="identity")
