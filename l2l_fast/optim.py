@@ -459,6 +459,8 @@ class LSTMOptimizer(Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_rated", True)  # earlier versions' pickles, in which every network was a pair
+        self._networks = {name: _Network(*held) for name, held in self._networks.items()}
         for group in self.param_groups:
             for name, value in _LATER_OPTIONS.items():
                 group.setdefault(name, value)

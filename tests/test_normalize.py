@@ -230,6 +230,22 @@ def test_state_dict_pickle_and_deepcopy_go_on_as_one():
         LSTMOptimizer([theta], make_network(update_rms=None)).load_state_dict(optimizer.state_dict())
 
 
+def test_pickles_of_earlier_versions_are_loaded():
+    """Their networks were pairs, and no group had ``orthogonalize``."""
+    theta = nn.Parameter(torch.ones(3))
+    optimizer = LSTMOptimizer([theta], make_network(update_rms=None), lr=0.5)
+    state = optimizer.__getstate__()
+    state["_networks"] = {name: tuple(held)[:2] for name, held in state["_networks"].items()}
+    del state["_rated"], state["param_groups"][0]["orthogonalize"]
+    again = LSTMOptimizer.__new__(LSTMOptimizer)
+    again.__setstate__(state)
+    theta.grad = torch.ones(3)
+    again.step()
+    assert theta.ne(1).all()
+    again.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert again.param_groups[1]["lr"] == 0.5
+
+
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"orthogonalize": True}])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64])
 def test_a_compiled_step_is_the_same_step(options, state_dtype):
