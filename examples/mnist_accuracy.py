@@ -3,7 +3,7 @@
     python examples/mnist_accuracy.py [--steps 1000] [--seeds 5] [--activation sigmoid|relu] [--data FOLDER]
 
 One hidden layer of 20 units, minibatches of 128, every optimizer from the same starts and with the same minibatches.
-l2l-base as it comes; Adam and Nesterov at several rates, the best of which has to be searched for.
+l2l-base-v1 as it comes; Adam and Nesterov at several rates, the best of which has to be searched for.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from torch import nn
 
 import l2l_fast as l2l
 
-OPTIMIZERS = {"l2l-base": lambda params: l2l.LSTMOptimizer(params, "l2l-base")}
+OPTIMIZERS = {"l2l-base-v1": lambda params: l2l.LSTMOptimizer(params, "l2l-base-v1")}
 for lr in (0.003, 0.01, 0.03, 0.1):
     OPTIMIZERS[f"Adam, lr {lr:g}"] = lambda params, lr=lr: torch.optim.Adam(params, lr, fused=True)
 for lr in (0.1, 0.3, 1.0):

@@ -17,7 +17,7 @@ from torch import Tensor
 from l2l_fast.files import replacing, write_text
 from l2l_fast.networks import CoordinatewiseLSTM
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no update_rms, which is None there
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 WEIGHTS = Path(__file__).parent / "weights"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -168,10 +168,10 @@ def _checked(text: str | bytes, path: Path) -> dict:
         raise ValueError(
             f"{path} is not a config written by save_pretrained: {error!r}; save the network again"
         ) from None
-    if version != FORMAT_VERSION or kind != "CoordinatewiseLSTM":
+    if version not in range(1, FORMAT_VERSION + 1) or kind != "CoordinatewiseLSTM":
         raise ValueError(
-            f"{path} is a {kind} of format {version}, and this l2l_fast reads CoordinatewiseLSTM of format "
-            f"{FORMAT_VERSION}: upgrade l2l_fast"
+            f"{path} is a {kind} of format {version}, and this l2l_fast reads CoordinatewiseLSTM of formats 1 "
+            f"to {FORMAT_VERSION}: upgrade l2l_fast"
         )
     return config
 

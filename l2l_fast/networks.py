@@ -35,6 +35,14 @@ class CoordinatewiseLSTM(nn.Module):
         preprocess_p: p of the ``log_sign`` features.
         betas: decay rates of m and v.
         eps: added to sqrt(v^).
+        update_rms: None: an optimizer moves a parameter by lr * u. A number r: by lr * r * u / RMS(u), the root mean
+            square being over the parameter's whole tensor, so that ``lr`` alone is the size of a step, as it is for
+            AdamW; with r = 0.6 the rates that suit are AdamW's. It belongs to the optimizer's step and to
+            meta-training: :meth:`forward`, which knows no tensors, gives u.
+
+    Attributes:
+        default_lr: the optimizer's and the meta-trainer's where none is given: 1, which u is trained for, and AdamW's
+            0.001 with ``update_rms``.
 
     Raises:
         ValueError: an option out of its range; the message names the option and the values allowed.
@@ -63,6 +71,7 @@ class CoordinatewiseLSTM(nn.Module):
         preprocess_p: float = 10.0,
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,
+        update_rms: float | None = None,
     ) -> None:
         super().__init__()
         known = isinstance(features, str) and features in FEATURES
@@ -82,10 +91,14 @@ class CoordinatewiseLSTM(nn.Module):
         good = pair and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
         require(good, "betas", betas, "two numbers in [0, 1)")
         require(is_number(eps) and eps > 0, "eps", eps, "a positive number")
+        known = update_rms is None or (is_number(update_rms) and update_rms > 0)
+        require(known, "update_rms", update_rms, "a positive number or None")
         self.config = Config(
             features, hidden_size, num_layers, projection, output, float(output_scale), float(preprocess_p),
             float(betas[0]), float(betas[1]), float(eps),
         )  # fmt: skip
+        # Not of the config, which is what the ops compute: they give u, and what is made of it is the step's.
+        self.update_rms = None if update_rms is None else float(update_rms)
         inputs = FEATURES[features]
         if projection:
             self.projection = nn.Linear(inputs, hidden_size)
@@ -106,7 +119,7 @@ class CoordinatewiseLSTM(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, grads: Tensor, state: Tensor | None = None, step: Tensor | int = 1) -> tuple[Tensor, Tensor]:
-        """Updates of a sequence of gradients; differentiable once.
+        """Updates u of a sequence of gradients, before ``update_rms``; differentiable once.
 
         Args:
             grads: [T, N], T steps of N coordinates, of the dtype of the network.
@@ -153,7 +166,16 @@ class CoordinatewiseLSTM(nn.Module):
         """The constructor's arguments."""
         options = self.config._asdict()
         options["betas"] = (options.pop("beta1"), options.pop("beta2"))
-        return options
+        return options | {"update_rms": self.update_rms}
+
+    @property
+    def rule(self) -> str:
+        """All but the weights, as a text that identifies it: of networks with the same, equal weights step alike."""
+        return repr(self.config) + ("" if self.update_rms is None else f" update_rms={self.update_rms!r}")
+
+    @property
+    def default_lr(self) -> float:
+        return 1.0 if self.update_rms is None else 1e-3
 
     @classmethod
     def _blank(cls, **options) -> CoordinatewiseLSTM:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import warnings
 from contextlib import ExitStack
 from numbers import Real
 from os import PathLike
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,18 +18,37 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
-from l2l_fast import _native, arguments, ops, reference
+from l2l_fast import _native, arguments, normalize, ops, reference
 from l2l_fast.checkpoint import from_pretrained, shipped
 from l2l_fast.checks import require
 from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.normalize import is_sharded
 from l2l_fast.reference import Config
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # known not to be sharded without asking, which takes a microsecond each
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 # Options of param groups that not every version's state_dict has, with what such a state_dict means.
-_LATER_OPTIONS = {"maximize": False}
+_LATER_OPTIONS = {"maximize": False, "orthogonalize": False}
 _OPTIONS_OF_ALL = ("state_dtype", "fused", "error_if_nonfinite")  # the optimizer's, not a group's
+
+
+class _Network(NamedTuple):
+    """A network as an optimizer holds it."""
+
+    config: Config
+    weights: Tensor  # flat, on the CPU
+    update_rms: float | None = None
+    default_lr: float = 1.0
+
+
+class _Call(NamedTuple):
+    """What one call of ``lstm_step_`` steps: parameters of one group on one device."""
+
+    params: list[Tensor]
+    arguments: tuple
+    network: _Network
+    orthogonalize: bool
 
 
 class LSTMOptimizer(Optimizer):
@@ -35,16 +56,24 @@ class LSTMOptimizer(Optimizer):
 
     theta <- theta - lr * weight_decay * theta + lr * u,   (u, state) <- m(grad, state; phi)
 
-    A coordinate whose gradient is not finite keeps its value and its state. The network is copied when the optimizer is
-    made: training it further does not change this optimizer.
+    A network with ``update_rms`` = r, such as the default one, moves a tensor by lr * r * u / RMS(u), the root mean
+    square being over the whole tensor, so ``lr``, its schedule and ``weight_decay`` are what they are for AdamW.
+
+    A coordinate whose gradient is not finite keeps its value and its state, and counts as u = 0. The network is copied
+    when the optimizer is made: training it further does not change this optimizer.
 
     Args:
-        params: parameters, or param groups, each with its own ``lr``, ``weight_decay``, ``maximize`` or ``network``.
-            The other options are those of all groups.
+        params: parameters, or param groups, each with its own ``lr``, ``weight_decay``, ``maximize``, ``orthogonalize``
+            or ``network``. The other options are those of all groups.
         network: a :class:`CoordinatewiseLSTM`, a shipped name, a folder or a hub id.
-        lr: multiplier of the learned update, a float or a 0-dim tensor; 1 is what the network was trained for.
+        lr: multiplier of the update, a float or a 0-dim tensor. None is the ``default_lr`` of a group's network: 0.001
+            with ``update_rms``, a rate as AdamW has it; otherwise 1, which is what the network was trained for.
         weight_decay: decoupled weight decay, per unit of lr.
         maximize: ascend instead of descend.
+        orthogonalize: of networks with ``update_rms``: put the update of every tensor of two dimensions or more through
+            five Newton-Schulz steps (:func:`~l2l_fast.normalize.orthogonalize`) before it is scaled, as Muon does with
+            its momentum. What is no matrix in this sense, an embedding or the last layer, belongs into a group with
+            ``orthogonalize=False``; tensors of one dimension are left as they are. A sharded matrix is gathered.
         state_dtype: float32, or bfloat16: half the memory, but a step may be slower where the CPU has only AVX2; the
             arithmetic stays float32. float64 computes in float64. A gradient that is not finite in the dtype of the
             arithmetic counts as one that is not; so does one whose square is not (2^63 in float32), which networks with
@@ -54,6 +83,9 @@ class LSTMOptimizer(Optimizer):
         error_if_nonfinite: raise on a gradient that is not finite, before anything is changed.
 
     Parameters may be sharded, as DTensors (``fully_shard``, tensor parallelism): their state then shards with them.
+
+    Warns:
+        UserWarning: a rate that would move whole tensors by more than 0.5 a step, for a network with ``update_rms``.
 
     Raises:
         ValueError: an option out of its range, or a state_dict that belongs to another network.
@@ -76,10 +108,11 @@ class LSTMOptimizer(Optimizer):
         self,
         params,
         network: CoordinatewiseLSTM | str | PathLike = "l2l-base",
-        lr: float | Tensor = 1.0,
+        lr: float | Tensor | None = None,
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        orthogonalize: bool = False,
         state_dtype: torch.dtype = torch.float32,
         fused: bool | None = None,
         error_if_nonfinite: bool = False,
@@ -88,12 +121,17 @@ class LSTMOptimizer(Optimizer):
             raise ValueError(f"state_dtype must be one of {', '.join(map(str, STATE_DTYPES))}, got {state_dtype}")
         require(fused in (None, True, False), "fused", fused, "True, False or None")
         require(error_if_nonfinite in (True, False), "error_if_nonfinite", error_if_nonfinite, "True or False")
-        options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
-        _check_options(options)  # groups need not use them, but those that are added later may
         self.state_dtype, self.fused, self.error_if_nonfinite = state_dtype, fused, error_if_nonfinite
-        self._networks: dict[str, tuple[Config, Tensor]] = {}  # by the name that param groups and state_dicts carry
+        self._networks: dict[str, _Network] = {}  # by the name that param groups and state_dicts carry
         self._constants: dict[tuple, Tensor] = {}  # lr and weights by device
-        super().__init__(params, {**options, "network": self._adopt(network)})
+        self._rated = lr is not None  # or each group's rate is its network's
+        options = {"lr": 1.0 if lr is None else lr, "weight_decay": weight_decay, "maximize": maximize}
+        options["orthogonalize"] = orthogonalize
+        _check_options(options)  # groups need not use them, but those that are added later may
+        name = self._adopt(network)
+        if not self._rated:
+            options["lr"] = self._networks[name].default_lr
+        super().__init__(params, {**options, "network": name})
 
     # ------------------------------------------------------------ construction
 
@@ -101,8 +139,8 @@ class LSTMOptimizer(Optimizer):
         """Add a group of parameters, with its own options if it names any.
 
         Args:
-            param_group: ``params``, and any of ``lr``, ``weight_decay``, ``maximize`` and ``network``, as the
-                constructor takes them.
+            param_group: ``params``, and any of ``lr``, ``weight_decay``, ``maximize``, ``orthogonalize`` and
+                ``network``, as the constructor takes them.
 
         Raises:
             As the constructor does; no group is added then.
@@ -141,7 +179,30 @@ class LSTMOptimizer(Optimizer):
             self._need_kernel(param.device)
         if "network" in group:
             group["network"] = self._adopt(group["network"])
+            if not self._rated:
+                group.setdefault("lr", self._networks[group["network"]].default_lr)
+        self._check_rule({**self.defaults, **group})
         super().add_param_group(group)
+        self._warn_of_leaps(self.param_groups[-1])
+
+    def _check_rule(self, options: dict, where: str = "") -> None:
+        """What a group's options ask of its network."""
+        rms = self._networks[options["network"]].update_rms
+        if options["orthogonalize"] and rms is None:
+            raise ValueError(
+                f"{where}orthogonalize must be False for a network without update_rms, whose update has a size of its "
+                "own that would be lost: use a network that has it, such as l2l-base"
+            )
+
+    def _warn_of_leaps(self, group: dict) -> None:
+        """A rate meant for a network that gives its update a size of its own would be silent ruin here."""
+        lr, rms = group["lr"], self._networks[group["network"]].update_rms
+        if rms is not None and isinstance(lr, Real) and lr * rms > 0.5:
+            warnings.warn(
+                f"lr={lr:g} moves every tensor by {lr * rms:g} a step, root mean square: a network with update_rms has "
+                "AdamW's rates, such as 0.003. l2l-base has it now; what it was before, for lr=1, is l2l-base-v1",
+                stacklevel=4,
+            )
 
     def _adopt(self, network) -> str:
         """Copy a network's weights; returns the name under which groups refer to it."""
@@ -149,8 +210,7 @@ class LSTMOptimizer(Optimizer):
             return network
         dtype = torch.float64 if self.state_dtype == torch.float64 else torch.float32
         found = _shipped(network, dtype) if isinstance(network, str) else None
-        name, config, weights = found or _flattened(network, dtype)
-        self._networks[name] = (config, weights)
+        name, self._networks[name] = found or _flattened(network, dtype)
         return name
 
     def _need_kernel(self, device: torch.device) -> None:
@@ -186,13 +246,14 @@ class LSTMOptimizer(Optimizer):
         try:
             for group in self.param_groups:
                 calls += self._calls(group, fresh)
-            # A call looks at its arguments itself, but the one before has changed its parameters by then.
-            if len(calls) > 1 and fresh:
-                for _, call in calls:
-                    arguments.check_step(*call)
-            for params, call in calls:
-                self._run(params, call)
-                stepped += params
+            # A call looks at its arguments itself, but the one before has changed its parameters by then; and of a
+            # parameter that it steps on scratch it sees nothing.
+            if fresh and (len(calls) > 1 or any(call.network.update_rms for call in calls)):
+                for call in calls:
+                    arguments.check_step(*call.arguments)
+            for call in calls:
+                self._run(call)
+                stepped += call.params
         except Exception:
             for param in fresh:
                 if not any(param is other for other in stepped):
@@ -200,16 +261,23 @@ class LSTMOptimizer(Optimizer):
             raise
         return loss
 
-    def _run(self, params: list[Tensor], call: tuple) -> None:
+    def _run(self, call: _Call) -> None:
         op = torch.ops.l2l_fast.lstm_step_reference_ if self.fused is False else torch.ops.l2l_fast.lstm_step_
-        steps = call[5]
-        ops.count_versions(params)
+        tensors, *_, lr, steps = call.arguments[:6]
+        rms, updates = call.network.update_rms, None
+        ops.count_versions(call.params)
         torch._foreach_add_(steps, 1)
         try:
-            op(*call)
+            if rms is None:
+                op(*call.arguments)
+            else:
+                updates = normalize.raw_updates(op, *call.arguments)
         except RuntimeError:
             torch._foreach_sub_(steps, 1)
             raise
+        if updates is not None:
+            matrices = [call.orthogonalize and param.ndim > 1 for param in call.params]
+            normalize.move_(tensors, updates, lr, rms, call.arguments[-2], call.params, matrices)
 
     @torch.compiler.assume_constant_result
     def _prepare(self) -> None:
@@ -217,7 +285,7 @@ class LSTMOptimizer(Optimizer):
         for group in self.param_groups:
             self._calls(group, [])
 
-    def _calls(self, group: dict, fresh: list[Tensor]) -> list[tuple[list[Tensor], tuple]]:
+    def _calls(self, group: dict, fresh: list[Tensor]) -> list[_Call]:
         """The group's parameters that have a gradient, by device, each list with its arguments of ``lstm_step_``.
 
         fresh: takes the parameters whose state is made here.
@@ -229,7 +297,11 @@ class LSTMOptimizer(Optimizer):
             here = by_device.setdefault(param.device, ([], []))
             here[0].append(param)
             here[1].append(state)
-        return [(here[0], self._arguments(group, device, *here)) for device, here in by_device.items()]
+        network, orthogonalize = self._networks[group["network"]], bool(group["orthogonalize"])
+        return [
+            _Call(params, self._arguments(group, device, params, states), network, orthogonalize)
+            for device, (params, states) in by_device.items()
+        ]
 
     def _with_gradient(self, group: dict) -> list[Tensor]:
         if group["network"] not in self._networks:
@@ -237,7 +309,7 @@ class LSTMOptimizer(Optimizer):
                 f"network of a param group must be one that it was added with, got {group['network']!r}: a group keeps "
                 "its network; make a new optimizer, or give it with add_param_group"
             )
-        config, _ = self._networks[group["network"]]
+        config = self._networks[group["network"]].config
         params = [param for param in group["params"] if param.grad is not None]
         for param in params:
             if param.grad.layout != torch.strided:
@@ -254,7 +326,7 @@ class LSTMOptimizer(Optimizer):
     def _state_of(self, param: Tensor, group: dict, fresh: list[Tensor]) -> dict:
         state = self.state.get(param)
         if not state:
-            config, _ = self._networks[group["network"]]
+            config = self._networks[group["network"]].config
             step = torch.zeros((), dtype=torch.float32, device=param.device)
             state = self.state[param] = {"step": step, "lstm": _new_state(param, config, self.state_dtype)}
             fresh.append(param)
@@ -270,12 +342,12 @@ class LSTMOptimizer(Optimizer):
         arithmetic = torch.float64 if self.state_dtype == torch.float64 else torch.float32
         limit = reference.gradient_limit(config, arithmetic, self.state_dtype)
         finite = (grad.to(arithmetic).abs() < limit).all()
-        finite = finite.full_tensor() if _is_sharded(finite) else finite
+        finite = finite.full_tensor() if is_sharded(finite) else finite
         return isinstance(finite, FakeTensor) or bool(finite)  # a fake one has no values
 
     def _arguments(self, group: dict, device: torch.device, params: list[Tensor], states: list[dict]) -> tuple:
         """Those of ``lstm_step_`` for parameters of a group that are on one device."""
-        config, _ = self._networks[group["network"]]
+        config = self._networks[group["network"]].config
         weights = self._weights(group["network"], device, params[0])
         lr = self._lr(group["lr"], device, weights.dtype)
         tensors, grads = [], []
@@ -291,7 +363,7 @@ class LSTMOptimizer(Optimizer):
 
     def _weights(self, name: str, device: torch.device, param: Tensor) -> Tensor:
         """A network's weights on a device; fake where the parameter is."""
-        weights = self._networks[name][1]
+        weights = self._networks[name].weights
         if not torch.compiler.is_compiling() and isinstance(_local(param), FakeTensor):
             return torch.empty(weights.shape, dtype=weights.dtype, device=device)
         key = ("weights", name, device)
@@ -356,7 +428,9 @@ class LSTMOptimizer(Optimizer):
             missing = {"lr", "weight_decay"} - saved.keys()
             if missing:
                 raise ValueError(f"{where} has no {', '.join(sorted(missing))}: it was not saved whole")
-            _check_options({**_LATER_OPTIONS, **saved}, f"{where}: ")
+            options = {**_LATER_OPTIONS, **saved}
+            _check_options(options, f"{where}: ")
+            self._check_rule(options, f"{where}: ")
         return [
             (param, self._restored_state(group, param, state_dict["state"][index]))
             for group, saved in zip(groups, saved_groups, strict=True)
@@ -365,7 +439,7 @@ class LSTMOptimizer(Optimizer):
         ]
 
     def _restored_state(self, group: dict, param: Tensor, saved: dict) -> dict:
-        config, _ = self._networks[group["network"]]
+        config = self._networks[group["network"]].config
         shape = (*_real(param).shape, reference.state_size(config))
         lstm, step = saved.get("lstm"), saved.get("step")
         found = tuple(lstm.shape) if isinstance(lstm, Tensor) and "step" in saved else None
@@ -385,23 +459,25 @@ class LSTMOptimizer(Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_rated", True)  # earlier versions' pickles, in which every network was a pair
+        self._networks = {name: _Network(*held) for name, held in self._networks.items()}
         for group in self.param_groups:
             for name, value in _LATER_OPTIONS.items():
                 group.setdefault(name, value)
 
     def __getstate__(self) -> dict:
-        own = {name: getattr(self, name) for name in ("state_dtype", "fused", "error_if_nonfinite", "_networks")}
+        own = {name: getattr(self, name) for name in (*_OPTIONS_OF_ALL, "_networks", "_rated")}
         return {**super().__getstate__(), **own, "_constants": {}}
 
 
 @functools.cache
-def _shipped(name: str, dtype: torch.dtype) -> tuple[str, Config, Tensor] | None:
+def _shipped(name: str, dtype: torch.dtype) -> tuple[str, _Network] | None:
     """A shipped network flattened, or None where there is none of the name: its files are read once a process."""
     return _flattened(name, dtype) if name in shipped() else None
 
 
-def _flattened(network, dtype: torch.dtype) -> tuple[str, Config, Tensor]:
-    """The name that groups and state_dicts call a network by, its config and its weights on the CPU."""
+def _flattened(network, dtype: torch.dtype) -> tuple[str, _Network]:
+    """The name that groups and state_dicts call a network by, and the network, its weights on the CPU."""
     with _disable_current_modes():  # under FakeTensorMode the weights are needed all the same
         if isinstance(network, str | PathLike):
             network = from_pretrained(network)
@@ -416,8 +492,9 @@ def _flattened(network, dtype: torch.dtype) -> tuple[str, Config, Tensor]:
         weights = weights.to("cpu", dtype, copy=True)
         # Fake weights have no values, and neither have the steps that are made with them.
         values = b"" if isinstance(weights, FakeTensor) else weights.to(torch.float32).numpy().tobytes()
-        digest = hashlib.sha256(repr(config).encode() + values).hexdigest()[:16]
-    return f"{config.features}-{config.num_layers}x{config.hidden_size}-{digest}", config, weights
+        digest = hashlib.sha256(network.rule.encode() + values).hexdigest()[:16]
+    name = f"{config.features}-{config.num_layers}x{config.hidden_size}-{digest}"
+    return name, _Network(config, weights, network.update_rms, network.default_lr)
 
 
 def _is_number(value) -> bool:
@@ -436,7 +513,8 @@ def _check_options(options: dict, where: str = "") -> None:
             )
         if not _is_number(value):
             raise ValueError(f"{where}{name} must be finite and not negative, got {value!r}")
-    require(options["maximize"] in (True, False), f"{where}maximize", options["maximize"], "True or False")
+    for name in ("maximize", "orthogonalize"):
+        require(options[name] in (True, False), f"{where}{name}", options[name], "True or False")
 
 
 def _real(tensor: Tensor) -> Tensor:
@@ -444,19 +522,14 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor. Asked of the class: torch.compile answers no for the tensor itself."""
-    return type(tensor) not in _PLAIN and hasattr(type(tensor), "to_local")
-
-
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor: a learned step is coordinatewise, so ranks need nothing of each other."""
-    return tensor.to_local() if _is_sharded(tensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def _beside(grad: Tensor, param: Tensor) -> Tensor:
     """The gradient placed as its parameter is: one that every rank has a summand of is summed here."""
-    if not _is_sharded(grad) or grad.placements == param.placements:
+    if not is_sharded(grad) or grad.placements == param.placements:
         return grad
     return grad.redistribute(param.device_mesh, param.placements)
 
@@ -464,7 +537,7 @@ def _beside(grad: Tensor, param: Tensor) -> Tensor:
 def _new_state(param: Tensor, config: Config, dtype: torch.dtype) -> Tensor:
     """Zero state of a parameter, placed as the parameter is."""
     state = ops.new_state(_real(_local(param)), config, dtype)
-    if not _is_sharded(param):
+    if not is_sharded(param):
         return state
     from torch.distributed.tensor import DTensor
 

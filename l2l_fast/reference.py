@@ -114,7 +114,7 @@ def split_state(state: Tensor, config: Config) -> list[Tensor]:
 # ---------------------------------------------------------------- one step of one block
 
 
-def _outside_autocast(function):
+def outside_autocast(function):
     """The function of tensors as it is where no autocast rounds what goes into its products."""
 
     @functools.wraps(function)
@@ -163,7 +163,7 @@ def _moments_backward(d_ratios, d_m: Tensor, d_v: Tensor, grad: Tensor, step: Te
     return d_grad, config.beta1 * d_m, config.beta2 * d_v
 
 
-@_outside_autocast
+@outside_autocast
 def cell(
     grad: Tensor,
     state: Tensor,
@@ -233,7 +233,18 @@ def cell(
     return updates, torch.where(finite, torch.cat(new_rows), state)
 
 
-@_outside_autocast
+def scale_to_rms(updates: Tensor, rms: float) -> Tensor:
+    """The updates d of one whole tensor scaled to the root mean square ``rms``; 0 where all of d is 0.
+
+    What a network with ``update_rms`` makes of d, which has 0 where :func:`cell` gives 0. :mod:`l2l_fast.normalize` is
+    how it is computed.
+    """
+    mean = updates.square().mean() if updates.numel() else updates.new_zeros(())
+    moves = mean > 0
+    return torch.where(moves, updates * (rms / torch.where(moves, mean, 1.0).sqrt()), 0.0)
+
+
+@outside_autocast
 def cell_backward(
     d_update: Tensor,
     d_state: Tensor,

@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 from l2l_fast import CoordinatewiseLSTM, checkpoint
 
 
+@pytest.mark.parametrize("update_rms", [None, 0.6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_round_trip(tmp_path, dtype):
-    network = CoordinatewiseLSTM("both", 3, 2, projection=True, output="tanh", output_scale=0.03).to(dtype)
+def test_round_trip(tmp_path, dtype, update_rms):
+    options = {"projection": True, "output": "tanh", "output_scale": 0.03, "update_rms": update_rms}
+    network = CoordinatewiseLSTM("both", 3, 2, **options).to(dtype)
     network.save_pretrained(tmp_path / "new" / "folder")
     loaded = CoordinatewiseLSTM.from_pretrained(tmp_path / "new" / "folder")
-    assert loaded.config == network.config
+    assert loaded.options == network.options
     assert torch.equal(loaded.flat_weights(), network.flat_weights())
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
 
@@ -100,7 +102,7 @@ def _other_weights(folder):
         (lambda folder: (folder / "config.json").write_text("{"), ValueError, "not a config"),
         (lambda folder: (folder / "config.json").write_text("[]"), ValueError, "not a config"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), ValueError, "not a config"),
-        (lambda folder: _edit(folder, format_version=2), ValueError, "upgrade l2l_fast"),
+        (lambda folder: _edit(folder, format_version=3), ValueError, "upgrade l2l_fast"),
         (lambda folder: _edit(folder, options={"wings": 2}), ValueError, "wings"),
         (lambda folder: _edit(folder, options={"hidden_size": 9, "num_layers": 2}), ValueError, "does not hold"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), ValueError, "does not hold"),
@@ -138,6 +140,17 @@ def test_what_earlier_versions_saved_is_loaded(network, tmp_path):
     network.save_pretrained(tmp_path)
     _as_before(tmp_path)
     assert torch.equal(CoordinatewiseLSTM.from_pretrained(tmp_path).flat_weights(), network.flat_weights())
+
+
+def test_format_1_had_no_update_rms(network, tmp_path):
+    network.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == 2
+    _as_before(tmp_path)
+    options = {name: value for name, value in network.options.items() if name != "update_rms"}
+    _edit(tmp_path, format_version=1, options=options)
+    loaded = CoordinatewiseLSTM.from_pretrained(tmp_path)
+    assert loaded.options == network.options
+    assert loaded.update_rms is None
 
 
 @pytest.mark.parametrize("first", [True, False])

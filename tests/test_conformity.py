@@ -32,11 +32,18 @@ with mock.patch.object(torch.backends, "disable_global_flags"):  # it would forb
 NETWORKS = checkpoint.shipped()
 
 
+@functools.cache
+def _unit(network: str) -> float:
+    """A large rate for it: 1 for steps of its own size; with ``update_rms``, where rates are AdamW's, less."""
+    return 1.0 if checkpoint.from_pretrained(network).update_rms is None else 0.1
+
+
 def _inputs(network: str, fused: bool, device="cpu", dtype=None) -> list[OptimizerInput]:
+    rate = 0.5 * _unit(network)
     options = {
         "default": {},
-        "lr": {"lr": 0.5},
-        "Tensor lr": {"lr": torch.tensor(0.5)},
+        "lr": {"lr": rate},
+        "Tensor lr": {"lr": torch.tensor(rate)},
         "weight_decay": {"weight_decay": 1e-3},
         "maximize": {"maximize": True},
         "maximize, weight_decay": {"maximize": True, "weight_decay": 1e-3},
@@ -289,8 +296,8 @@ def test_every_scheduler_is_here():
 @pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "tensor"])
 def test_schedulers_scale_the_update(plain, name, lr):
     """As if the learning rate of each step were set by hand; and a saved scheduler goes on from where it was."""
-    problem, twin = Problem(), Problem()
-    optimizer = LSTMOptimizer(problem.params, **plain, lr=lr.clone() if isinstance(lr, torch.Tensor) else lr)
+    problem, twin, lr = Problem(), Problem(), lr * _unit(plain["network"])
+    optimizer = LSTMOptimizer(problem.params, **plain, lr=lr)
     by_hand, scheduler, rates = LSTMOptimizer(twin.params, **plain), SCHEDULERS[name](optimizer), []
     for t in range(10):
         rates.append(float(optimizer.param_groups[0]["lr"]))
@@ -341,7 +348,7 @@ def test_param_groups_have_their_lr(options):
     apart, before = nn.Parameter(torch.randn(2)), None
     before = apart.detach().clone()
     names = ("lr", "weight_decay", "maximize", "network")
-    group = {"lr": 1.0} | {name: value for name, value in options.items() if name in names}
+    group = {"lr": _unit(options["network"])} | {name: value for name, value in options.items() if name in names}
     whole = {name: value for name, value in options.items() if name not in names} | {"network": options["network"]}
     optimizer = LSTMOptimizer([{"params": problem.params, **group}, {"params": [apart]}], **whole, lr=1e-28)
     losses = []
@@ -812,6 +819,7 @@ def test_dtypes_mix(plain):
     dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
     together = [nn.Parameter(torch.ones(2, 3, dtype=dtype)) for dtype in dtypes]
     apart = [nn.Parameter(param.detach().clone()) for param in together]
+    plain = {**plain, "lr": _unit(plain["network"])}  # half precision does not lose its steps
     optimizer, others = LSTMOptimizer(together, **plain), [LSTMOptimizer([param], **plain) for param in apart]
     for t in range(3):
         for params in (together, apart):
@@ -872,18 +880,18 @@ def _rosenbrock(point):
 
 
 def test_complex_parameters_descend_as_their_parts_do(options):
+    """Which are one tensor, where that matters."""
     whole = torch.randn(2, dtype=torch.complex64, requires_grad=True)
-    real, imag = (part.detach().clone().requires_grad_() for part in (whole.real, whole.imag))
-    one, two = LSTMOptimizer([whole], **options), LSTMOptimizer([real, imag], **copy.deepcopy(options))
+    parts = torch.view_as_real(whole).detach().clone().requires_grad_()
+    one, two = LSTMOptimizer([whole], **options), LSTMOptimizer([parts], **copy.deepcopy(options))
     for _ in range(3):
         one.zero_grad(), two.zero_grad()
         _rosenbrock(whole).backward()
-        _rosenbrock(torch.complex(real, imag)).backward()
+        _rosenbrock(torch.view_as_complex(parts)).backward()
         with torch.no_grad():  # the two ways of autograd round differently
-            real.grad.copy_(whole.grad.real), imag.grad.copy_(whole.grad.imag)
+            parts.grad.copy_(torch.view_as_real(whole.grad))
         one.step(), two.step()
-        _same(whole.detach().real, real.detach())
-        _same(whole.detach().imag, imag.detach())
+        _same(torch.view_as_real(whole.detach()), parts.detach())
 
 
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "strided", "expanded gradient"])

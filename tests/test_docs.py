@@ -51,7 +51,7 @@ def test_examples_run(path):
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^(.*?)  +[\d.]+ +([\d.]+)% +[\d.]+$", done.stdout, re.MULTILINE))
     assert len(rows) == 8
-    assert float(rows["l2l-base"]) > 70
+    assert float(rows["l2l-base-v1"]) > 70
 
 
 def test_readme_names_only_commands_that_exist():

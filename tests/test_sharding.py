@@ -57,6 +57,43 @@ for ours, theirs in zip(whole.parameters(), sharded.parameters(), strict=True):
     torch.testing.assert_close(theirs.full_tensor(), ours)
 """
 
+# One RMS over the whole of each tensor, whichever way it is sharded; and whole matrices are orthogonalized.
+_SCALED = """
+from torch.distributed.tensor import Replicate
+
+scaled = l2l.CoordinatewiseLSTM(**network.options | {"update_rms": 0.6})
+scaled.load_flat_weights_(network.flat_weights())
+square = torch.distributed.device_mesh.init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+ways = [(mesh, [Shard(0)]), (mesh, [Shard(1)]), (mesh, [Replicate()]), (square, [Replicate(), Shard(0)]),
+        (square, [Shard(1), Shard(0)])]
+for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+    for orthogonalize in (False, True):
+        shapes = [(5, 6), (3, 7), (6, 2, 3), (1, 4)]  # uneven, and a rank with nothing of it
+        whole = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes for _ in ways]
+        parts = [nn.Parameter(distribute_tensor(one.detach(), *way)) for one, way in zip(whole, ways * len(shapes))]
+        mixed = [nn.Parameter(torch.ones(4, 3, dtype=dtype)) for _ in range(2)]  # one of a plain kind among them
+        options = {"lr": 0.1, "weight_decay": 0.1, "orthogonalize": orthogonalize}
+        groups = [*whole, mixed[0]], [*parts, mixed[1]]
+        optimizers = [l2l.LSTMOptimizer(group, scaled, **options) for group in groups]
+        for t in range(3):
+            generator = torch.Generator().manual_seed(t)
+            for one, part in zip(*groups):
+                kind = dtype if dtype.is_complex else torch.float32
+                grad = torch.randn(one.shape, generator=generator, dtype=kind).to(dtype)
+                if one.ndim == 2:
+                    grad[-1, -1] = float("nan")  # on one rank alone
+                one.grad = grad
+                sharded = hasattr(type(part), "to_local")
+                part.grad = distribute_tensor(grad, part.device_mesh, part.placements) if sharded else grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert all(one.isfinite().all() and (one != 1).any() for one in whole)
+        close = {"rtol": 8e-3, "atol": 8e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        for ours, theirs in zip(whole, parts, strict=True):
+            torch.testing.assert_close(theirs.full_tensor(), ours.detach(), **close)
+        torch.testing.assert_close(*mixed, **close)
+"""
+
 # What SequenceParallel gives a norm: parameters that every rank has whole, and gradients that each has a summand of.
 _SUMMANDS = """
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
@@ -99,13 +136,13 @@ assert sharded.full_tensor().eq(1).all()
 """
 
 _COMPILED = """
-def train_compiled(sharded):
+def train_compiled(sharded, network=network, **options):
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     model = make()
     if sharded:
         fully_shard(model, mesh=mesh)
-    optimizer = l2l.LSTMOptimizer(model.parameters(), network, weight_decay=0.1)
+    optimizer = l2l.LSTMOptimizer(model.parameters(), network, weight_decay=0.1, **options)
     step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True) if sharded else optimizer.step
     for t in range(4):
         optimizer.zero_grad()
@@ -115,8 +152,9 @@ def train_compiled(sharded):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == (2 if sharded else 0)
     return model.parameters()
 
-for ours, theirs in zip(train_compiled(False), train_compiled(True), strict=True):
-    torch.testing.assert_close(theirs.full_tensor(), ours)
+for options in ({}, {"network": scaled, "lr": 0.1}):
+    for ours, theirs in zip(train_compiled(False, **options), train_compiled(True, **options), strict=True):
+        torch.testing.assert_close(theirs.full_tensor(), ours)
 """
 
 _ZERO_REDUNDANCY = """
@@ -167,7 +205,7 @@ os._exit(0)  # all is checked; gloo's threads sometimes abort an interpreter tha
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_ranks_make_the_steps_of_the_whole(tmp_path):
-    cases = [_FULLY_SHARDED, _SUMMANDS, _OTHERWISE_SHARDED, _NOT_FINITE_ON_ONE_RANK]
+    cases = [_FULLY_SHARDED, _SCALED, _SUMMANDS, _OTHERWISE_SHARDED, _NOT_FINITE_ON_ONE_RANK]
     cases += [_COMPILED, _ZERO_REDUNDANCY, _FSDP1_IS_REFUSED]
     command = [sys.executable, "-c", "".join([_BEGIN, *cases, _END])]
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in (0, 1)]

@@ -14,7 +14,9 @@ from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder
 
 def compare(
     task: Annotated[str, typer.Argument(help="A task's name; see l2l-fast tasks.", show_default=False)],
-    network: Annotated[str, typer.Option(help="A network: shipped name, folder or hub id.")] = "l2l-base",
+    network: Annotated[
+        str, typer.Option(help="A network: shipped name, folder or hub id. It runs at its default lr, all along.")
+    ] = "l2l-base-v1",
     horizon: Annotated[int, typer.Option(help="Steps a trajectory.", min=1)] = 100,
     seeds: Annotated[int, typer.Option(help="Held-out seeds.", min=1)] = 10,
     baselines: Annotated[

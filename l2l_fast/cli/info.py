@@ -7,8 +7,9 @@ import os
 import torch
 
 from l2l_fast import __version__, build_info
-from l2l_fast.checkpoint import shipped
+from l2l_fast.checkpoint import from_pretrained, shipped
 from l2l_fast.cli.options import Json, report
+from l2l_fast.networks import CoordinatewiseLSTM
 
 
 def info(as_json: Json = False) -> None:
@@ -25,10 +26,17 @@ def info(as_json: Json = False) -> None:
         "threads": torch.get_num_threads(),
         "cuda_device": _cuda_device(),
         "shipped_networks": shipped(),
+        "their_steps": {name: _rule(from_pretrained(name)) for name in shipped()},
         "data_folder": os.environ.get("L2L_FAST_DATA"),
     }
     width = max(map(len, facts))
     report(facts, "\n".join(f"{name:<{width}}  {_plain(value)}" for name, value in facts.items()), as_json)
+
+
+def _rule(network: CoordinatewiseLSTM) -> str:
+    """How a network's lr is meant, such as "update_rms 0.6, lr 0.001 unless given"."""
+    size = "steps of its own size" if network.update_rms is None else f"update_rms {network.update_rms:g}"
+    return f"{size}, lr {network.default_lr:g} unless given"
 
 
 def _cuda_device() -> str | None:
@@ -42,6 +50,8 @@ def _cuda_device() -> str | None:
 def _plain(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {what}" for name, what in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)

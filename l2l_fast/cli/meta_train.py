@@ -43,6 +43,9 @@ def meta_train(
     projection: Annotated[bool | None, Choice(help="ELU projection before the LSTM.", show_default="by task")] = None,
     output: Annotated[str | None, Choice(help="linear or tanh.", show_default="by task")] = None,
     output_scale: Annotated[float | None, Choice(help="Factor of the update.", show_default="by task")] = None,
+    update_rms: Annotated[
+        float | None, Choice(help="RMS that each tensor's update is scaled to.", show_default="by task")
+    ] = None,
     unroll: Annotated[int | None, Choice(help="Steps a meta-update.", min=1, show_default="by task")] = None,
     horizon: Annotated[str | None, Choice(help=HORIZONS, show_default="by task")] = None,
     instances: Annotated[int | None, Choice(help="Instances side by side.", min=1, show_default="by task")] = None,
@@ -55,6 +58,7 @@ def meta_train(
     meta_optimizer: Annotated[str | None, Choice(help="adam or soap.", show_default="by task")] = None,
     average: Annotated[float | None, Choice(help="Decay of averaged weights.", show_default="by task")] = None,
     scaling: Annotated[float | None, Choice(help="Range r of random scaling.", show_default="by task")] = None,
+    lr: Annotated[float | None, Choice(help="Of the learned update.", show_default="by network")] = None,
     imitation: Annotated[
         float | None, Choice(help="Share of trajectories led by Adam.", min=0, max=1, show_default="by task")
     ] = None,
@@ -79,7 +83,7 @@ def meta_train(
     \b
     Examples:
         l2l-fast meta-train quadratic
-        l2l-fast meta-train --recipe l2l-base --seed 1 --out runs/base-1
+        l2l-fast meta-train --recipe l2l-base-v1 --seed 1 --out runs/base-1
         l2l-fast meta-train mnist-mlp --meta-steps 4000 --seed 1 --out runs/mnist
         l2l-fast meta-train digits-mlp digits-mlp-2layer --horizon 50:300 --init-scale 0.003:0.3
     """
@@ -88,7 +92,7 @@ def meta_train(
     if recipe and init_scale:
         raise typer.BadParameter("--init-scale goes with TASKs; a recipe's tasks have their own")
     shape = _given(features=features, hidden_size=hidden_size, num_layers=num_layers, projection=projection,
-                   output=output, output_scale=output_scale)  # fmt: skip
+                   output=output, output_scale=output_scale, update_rms=update_rms)  # fmt: skip
     if network is not None and shape:
         raise typer.BadParameter(f"--network already has its own {', '.join(shape)}; leave them out")
     if recipe:
@@ -114,7 +118,7 @@ def meta_train(
     changed = _given(
         unroll=unroll, instances=instances, parallel=parallel, meta_lr=meta_lr, schedule=schedule,
         objective=objective, meta_optimizer=meta_optimizer, average=average, scaling=scaling, imitation=imitation,
-        second_derivatives=second_derivatives, horizon=None if horizon is None else parse_horizon(horizon),
+        lr=lr, second_derivatives=second_derivatives, horizon=None if horizon is None else parse_horizon(horizon),
     )  # fmt: skip
     if second_derivatives:
         changed["coordinates"] = None  # a sample of them cannot carry second derivatives

@@ -31,7 +31,7 @@ def reproduce(
     row: Annotated[str, typer.Argument(help=f"{', '.join(ROWS)}, or all.")] = "all",
     network: Annotated[
         list[str] | None,
-        typer.Option(help="Name, folder or hub id; several for several meta-seeds.", show_default="l2l-base"),
+        typer.Option(help="Name, folder or hub id; several for several meta-seeds.", show_default="l2l-base-v1"),
     ] = None,
     quadratic_network: Annotated[
         list[str] | None, typer.Option(help="The same for the row quadratic.", show_default="l2l-quadratic")
@@ -63,7 +63,7 @@ def reproduce(
     names = find(row)
     if dataset not in DATASETS:
         raise typer.BadParameter(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
-    given = {"l2l-base": network, "l2l-quadratic": quadratic_network, "l2l-small": small_network}
+    given = {"l2l-base-v1": network, "l2l-quadratic": quadratic_network, "l2l-small": small_network}
     if row != "all" and ROWS[row].network:
         given[ROWS[row].network] = given[ROWS[row].network] or network
     # All of them now: what is missing should be said before hours of work, not after.

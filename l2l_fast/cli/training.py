@@ -84,7 +84,8 @@ def read_recipe(name: str) -> dict:
 def recipe_names() -> list[str]:
     """Recipes that come with the package: those of shipped networks first."""
     rows = [file.name for file in (resources.files("l2l_fast") / "ablations").iterdir()]
-    return shipped() + sorted(name.removesuffix(".json") for name in rows)
+    trained = [name for name in shipped() if (WEIGHTS / name / "recipe.json").is_file()]
+    return trained + sorted(name.removesuffix(".json") for name in rows)
 
 
 def stages(recipe: dict, meta_steps: int | None = None) -> list[dict]:

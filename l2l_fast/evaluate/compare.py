@@ -205,7 +205,7 @@ def _lane(optimizer, state_dtype: torch.dtype) -> Lane:
             network = CoordinatewiseLSTM.from_pretrained(optimizer)
         with torch.no_grad():
             weights = network.flat_weights().double().cpu().numpy()
-        digest = hashlib.sha256(repr(network.config).encode() + weights.tobytes()).hexdigest()
+        digest = hashlib.sha256(network.rule.encode() + weights.tobytes()).hexdigest()
         identity = {"network": digest} | ({} if state_dtype == torch.float32 else {"state_dtype": str(state_dtype)})
         return Lane(lambda params: LSTMOptimizer(params, network=network, state_dtype=state_dtype), identity=identity)
     if not callable(optimizer):

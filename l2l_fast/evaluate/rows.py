@@ -90,7 +90,7 @@ class Row:
     question: str
     kind: str
     cases: tuple[Case, ...]
-    network: str | None = "l2l-base"
+    network: str | None = "l2l-base-v1"
     recipes: tuple[str, ...] = ()
     baselines: tuple[str, ...] = BASELINES
     state_dtype: str = "float32"

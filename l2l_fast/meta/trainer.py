@@ -118,7 +118,7 @@ class MetaTrainer:
         teacher: makes the teacher from a list of parameters; ``torch.optim.Adam(lr=0.01)`` if None. With a
             ``checkpoint`` it is known, as a ``meta_optimizer`` of one's own is, by its class, its options and its first
             steps on a copy of such parameters.
-        lr, weight_decay: of the learned update, as :class:`LSTMOptimizer` has them.
+        lr, weight_decay: of the learned update, as :class:`LSTMOptimizer` has them, ``update_rms`` of a network included.
         second_derivatives: keep the gradients' dependence on theta; needs twice differentiable tasks, every coordinate.
             Slower to learn at first, and what moves a network on that first-order training has brought to rest.
         validate_every: meta-steps between validations; the weights with the best score are kept.
@@ -177,7 +177,7 @@ class MetaTrainer:
         scaling: float = 0.0,
         imitation: float | tuple[float, float] = 0.0,
         teacher: Callable[[list], torch.optim.Optimizer] | None = None,
-        lr: float = 1.0,
+        lr: float | None = None,
         weight_decay: float = 0.0,
         second_derivatives: bool = False,
         validate_every: int = 100,
@@ -205,6 +205,7 @@ class MetaTrainer:
             require(is_whole(value, 1), name, value, "an int of at least 1")
         for name, value in {"warmup": warmup, "seed": seed}.items():
             require(is_whole(value, 0), name, value, "an int of at least 0")
+        lr = network.default_lr if lr is None else lr
         for name, value in {"meta_lr": meta_lr, "lr": lr}.items():
             require(is_number(value) and value > 0, name, value, "a positive number")
         for name, value in {"clip": clip, "clip_windows": clip_windows}.items():
@@ -268,7 +269,7 @@ class MetaTrainer:
             rated = all("lr" in group for group in self.meta_optimizer.param_groups)
             require(rated or (schedule == "constant" and not warmup), "schedule", schedule,
                     '"constant", without warmup, for a meta_optimizer whose param groups have no lr')  # fmt: skip
-            self._rule = Rule(network.config, self._update.weights, lr, weight_decay)
+            self._rule = Rule(network.config, self._update.weights, lr, weight_decay, network.update_rms)
             self._graphs, self._eager = Graphs(CudaCapture(device) if graphs else None), Graphs()
             # Trajectories that have ended: in their memory the next ones find the graphs that were captured on it.
             self._ended: defaultdict[tuple, list[Trajectory]] = defaultdict(list)
@@ -583,6 +584,7 @@ class MetaTrainer:
         settings["horizon"], settings["imitation"] = describe_horizon(self.horizon), list(self.imitation)
         settings |= {f"tasks[{number}]": describe(task, self.device) for number, task in enumerate(self.tasks)}
         settings["network"], settings["frozen"] = list(self.network.config), self._update.frozen
+        settings["update_rms"] = self.network.update_rms
         settings["loss_weights"] = None if self.loss_weights is None else self.loss_weights.tolist()
         settings["meta_optimizer"] = self._optimizer_facts()
         led = any(self.imitation)

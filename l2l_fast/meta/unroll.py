@@ -8,10 +8,15 @@ update reaches the later losses through that recurrence alone:
 
 The gradients on the right are those that the steps had to compute anyway to feed the LSTM. So a truncation runs forward
 without autograd, keeps its T gradients and its first state, and one call of ``lstm_unroll_backward`` gives dL/dphi.
+
+With ``update_rms`` the step takes r d / RMS(d) of each tensor in the place of u, d being what the network gives. A
+truncation then keeps its T d as well, and dL/dd follows from dL/du by itself
+(:func:`~l2l_fast.normalize.scale_rows_backward`); of B instances side by side each has its own tensors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from l2l_fast import ops
+from l2l_fast import normalize, ops
 from l2l_fast.meta.sampling import sample_coordinates
 from l2l_fast.reference import Config
 from l2l_fast.tasks import Instances
@@ -38,6 +43,7 @@ class Rule:
     weights: Tensor  # flat, [W]
     lr: float = 1.0
     weight_decay: float = 0.0
+    update_rms: float | None = None
 
 
 class Trajectory:
@@ -58,6 +64,7 @@ class Trajectory:
         self, instances: Instances, config: Config, dtype=torch.float32, scaling: Tensor | None = None, window: int = 1
     ) -> None:
         self.theta = torch.empty_like(instances.start(), dtype=dtype)
+        self.sizes = [math.prod(shape) for shape in instances.shapes.values()]  # of an instance's tensors
         self.scaling = None if scaling is None else torch.empty_like(scaling)
         self.state = ops.new_state(self.theta, config, dtype)
         self.step = torch.zeros(
@@ -189,7 +196,7 @@ def suffix_sums(grads: Tensor, d_losses: Tensor, lr: float = 1.0, weight_decay: 
 
 
 @torch.no_grad()
-def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor) -> Tensor:
+def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor, raw: Tensor | None = None) -> Tensor:
     """Steps of the learned optimizer, each followed by the loss and the gradient where it leads.
 
     Nothing here waits for the device, nor does it depend on anything that the host knows but the length.
@@ -199,6 +206,7 @@ def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor) 
         rule: the optimizer.
         batches: of T steps, from ``trajectory.next(T)``.
         grads: [T, B, N], takes the gradients at theta[1] .. theta[T].
+        raw: with ``update_rms``, [T, B, N]: takes what the network gives before it is scaled.
 
     Returns:
         losses [T, B].
@@ -207,15 +215,31 @@ def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor) 
     lr = torch.full((), rule.lr, dtype=rule.weights.dtype, device=grad.device)
     for t in range(len(grads)):
         trajectory.step += 1
-        ops.lstm_step_(
-            [trajectory.theta], [grad], [trajectory.state], rule.weights, lr, [trajectory.step], rule.config,
-            weight_decay=rule.weight_decay,
-        )  # fmt: skip
+        if rule.update_rms is None:
+            _step_(trajectory, trajectory.theta, grad, rule, lr, rule.weight_decay)
+        else:
+            d = torch.full_like(trajectory.theta, -0.0)
+            _step_(trajectory, d, grad, rule, torch.ones_like(lr), 0.0)
+            if raw is not None:
+                raw[t] = d
+            moves = rule.lr * normalize.scale_rows(d, trajectory.sizes, rule.update_rms)
+            if rule.weight_decay:
+                decay = rule.lr * rule.weight_decay * trajectory.theta
+                moves -= torch.where(normalize.is_held(d), 0.0, decay)
+            trajectory.theta += moves
         grad = grads[t]
         losses.append(evaluate(_at(batches, t), grad))
     trajectory.grad.copy_(grad)
     trajectory.losses.copy_(losses[-1])
     return torch.stack(losses)
+
+
+def _step_(trajectory: Trajectory, theta: Tensor, grad: Tensor, rule: Rule, lr: Tensor, weight_decay: float) -> None:
+    """One step of the network, of ``theta`` and the trajectory's state."""
+    ops.lstm_step_(
+        [theta], [grad], [trajectory.state], rule.weights, lr, [trajectory.step], rule.config,
+        weight_decay=weight_decay,
+    )  # fmt: skip
 
 
 def unroll(
@@ -260,9 +284,13 @@ def window_(
     first_step = trajectory.step + 1
     grads = trajectory.grad.new_empty(length + 1, *trajectory.grad.shape)
     grads[0] = trajectory.grad
-    losses = advance_(trajectory, rule, batches, grads[1:])
+    raw = None if rule.update_rms is None else torch.empty_like(grads[1:])
+    losses = advance_(trajectory, rule, batches, grads[1:], raw)
     meta_loss, d_losses = loss_weights(objective, losses, trajectory.first_losses, weights)
-    d_updates = suffix_sums(grads[1:], d_losses, rule.lr, rule.weight_decay).view(length, size)
+    d_updates = suffix_sums(grads[1:], d_losses, rule.lr, rule.weight_decay)
+    if raw is not None:
+        d_updates = normalize.scale_rows_backward(d_updates, raw, trajectory.sizes, rule.update_rms)
+    d_updates = d_updates.view(length, size)
     inputs, states = grads[:length].view(length, size), first_state.view(size, -1)
     if coordinates is not None and coordinates < size:
         chosen, factors = sample_coordinates(d_updates, coordinates, trajectory.shift)
@@ -283,7 +311,10 @@ def unroll_second_derivatives(
         for t in range(length):
             step = trajectory.steps_done + t + 1
             updates, state = ops.lstm_unroll(grad.reshape(1, -1), state, phi, rule.config, step)
-            theta = (1 - rule.lr * rule.weight_decay) * theta + rule.lr * updates.view_as(theta)
+            updates = updates.view_as(theta)
+            if rule.update_rms is not None:
+                updates = normalize.scale_rows(updates, trajectory.sizes, rule.update_rms)
+            theta = (1 - rule.lr * rule.weight_decay) * theta + rule.lr * updates
             loss, grad = trajectory.evaluate(theta, create_graph=True)
             losses.append(loss)
         losses = torch.stack(losses)
@@ -333,8 +364,14 @@ def imitate(
         step = trajectory.step + 1
         first_state, flat = trajectory.state.view(size, -1), grads[:length].view(length, size)
         updates, last_state = ops.lstm_unroll(flat, first_state, rule.weights, rule.config, step)
+        if rule.update_rms is not None:
+            raw, sizes = updates.view_as(moves), trajectory.sizes
+            updates = normalize.scale_rows(raw, sizes, rule.update_rms).view(length, size)
         error = rule.lr * updates - moves.view(length, size)
         d_updates = rule.lr * error / size
+        if rule.update_rms is not None:
+            d_updates = normalize.scale_rows_backward(d_updates.view_as(moves), raw, sizes, rule.update_rms)
+            d_updates = d_updates.view(length, size)
         *_, d_weights = ops.lstm_unroll_backward(d_updates, None, flat, first_state, rule.weights, rule.config, step)
         first_state.copy_(last_state)
         trajectory.step += length

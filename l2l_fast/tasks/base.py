@@ -229,7 +229,7 @@ class Instances:
         with torch.enable_grad():
             losses = self.losses(leaves, batch)
             grads = torch.autograd.grad(losses, list(leaves.values()), torch.ones_like(losses))
-        torch.cat([grad.flatten(1) for grad in grads], dim=1, out=out)
+        torch.cat([grad.reshape(len(grad), -1) for grad in grads], dim=1, out=out)
         return losses.detach()
 
     def evaluate(self, theta: Tensor, batch: Batch, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -255,7 +255,7 @@ class Instances:
             params = self.unflatten(theta)
             losses = self.losses(params, batch)
             grads = torch.autograd.grad(losses.sum(), list(params.values()), create_graph=True)
-        return losses, torch.cat([grad.flatten(1) for grad in grads], dim=1)
+        return losses, torch.cat([grad.reshape(len(grad), -1) for grad in grads], dim=1)
 
     def state_dict(self) -> dict:
         """Where the B generators are: what is drawn next follows from it."""

@@ -89,10 +89,10 @@ def test_meta_train_by_a_recipe(run, tmp_path):
     code, _, err = run("meta-train", "--recipe", "nothing")
     assert code == 2
     assert "no recipe 'nothing'" in err
-    assert "l2l-base" in err
-    assert run("meta-train", "--recipe", "l2l-base", "quadratic")[0] == 2
+    assert "l2l-base-v1" in err
+    assert run("meta-train", "--recipe", "l2l-base-v1", "quadratic")[0] == 2
     assert run("meta-train")[0] == 2
-    assert run("meta-train", "--recipe", "l2l-base", "--init-scale", "0.1")[0] == 2
+    assert run("meta-train", "--recipe", "l2l-base-v1", "--init-scale", "0.1")[0] == 2
     (tmp_path / "broken.json").write_text("{")
     code, _, err = run("meta-train", "--recipe", tmp_path / "broken.json")
     assert code == 2

@@ -102,7 +102,7 @@ def test_several_networks_are_told_apart(run, network):
     [
         (["mnits"], "Did you mean mnist?"),
         (["mnist", "--dataset", "cifar"], "--dataset must be one of digits, mnist"),
-        (["mnist"], "the row mnist judges l2l-base"),
+        (["mnist"], "the row mnist judges l2l-base-v1"),
         (["quadratic"], "then give --quadratic-network runs/mine/network"),
         (["all", "--network", "mine/network"], "the row quadratic judges l2l-quadratic"),
         (["mnist", "--network", "no-such"], "no network 'no-such'"),

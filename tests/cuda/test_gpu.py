@@ -228,3 +228,48 @@ def test_a_gpu_network_can_be_trained():
     updates, _ = l2l.ops.lstm_unroll(torch.randn(3, 9, device="cuda"), state, network.flat_weights(), network.config)
     updates.square().sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in network.parameters())
+
+
+def scaled_optimizers(devices, **options):
+    """The same tensors and gradients on each device, under a network whose update is scaled over each tensor."""
+    torch.manual_seed(0)
+    network, found = CoordinatewiseLSTM("both", 16, 1, update_rms=0.6), []
+    starts = [torch.randn(shape) for shape in ((300, 70), (33,), (8, 4, 3, 3), (0, 3), ())]
+    grads = [torch.randn_like(start) for start in starts]
+    grads[0][5, 7] = float("nan")
+    for device in devices:
+        params = [torch.nn.Parameter(start.to(device, copy=True)) for start in starts]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.to(device, copy=True)
+        found.append((params, LSTMOptimizer(params, network, weight_decay=0.1, **options)))
+    return found
+
+
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_an_update_scaled_over_each_tensor_is_the_cpus(orthogonalize):
+    (ours, on_gpu), (theirs, on_cpu) = scaled_optimizers(["cuda", "cpu"], lr=0.1, orthogonalize=orthogonalize)
+    start = theirs[0][5, 7].item()
+    for _ in range(3):
+        on_gpu.step()
+        on_cpu.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one.detach().cpu(), other.detach(), rtol=1e-3, atol=1e-4)
+    assert ours[0][5, 7].item() == start
+
+
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_a_captured_step_scales_over_each_tensor(orthogonalize):
+    options = {"lr": torch.tensor(0.1, device="cuda"), "orthogonalize": orthogonalize}
+    (ours, captured), (theirs, eager) = scaled_optimizers(["cuda", "cuda"], **options)
+    for optimizer in (captured, eager):
+        optimizer.step()  # makes the state, and loads what is loaded lazily
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for _ in range(3):
+        graph.replay()
+        eager.step()
+        options["lr"].mul_(0.5)
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one.detach(), other.detach(), rtol=1e-4, atol=1e-5)

@@ -11,9 +11,9 @@ from l2l_fast.meta.unroll import OBJECTIVES, Rule, Trajectory, unroll, window_
 from l2l_fast.tasks import Instances, ModuleTask, Quadratic, get
 
 
-def make_trainer(task="quadratic", features="moments", **options):
+def make_trainer(task="quadratic", features="moments", update_rms=None, **options):
     torch.manual_seed(0)
-    network = l2l.CoordinatewiseLSTM(features, 4, 1)
+    network = l2l.CoordinatewiseLSTM(features, 4, 1, update_rms=update_rms)
     defaults = {"instances": 3, "unroll": 5, "horizon": 12, "validate_every": 4, "validation_instances": 2}
     return MetaTrainer(network, task, **defaults | {"progress": False} | options)
 
@@ -76,12 +76,14 @@ def scaled(instances, seed, scaling):
 
 @pytest.mark.parametrize("scaling", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("update_rms", [None, 0.6])
 @pytest.mark.parametrize("name", ["quadratic", "digits-mlp"])
-def test_a_replayed_window_is_unroll(name, objective, scaling):
+def test_a_replayed_window_is_unroll(name, update_rms, objective, scaling):
     torch.manual_seed(0)
     network = l2l.CoordinatewiseLSTM("both", 4, 2)
     task, count = get(name), 2 if name == "quadratic" else 1
-    rule = Rule(network.config, network.flat_weights().detach(), lr=0.7, weight_decay=0.01)
+    lr = 0.7 if update_rms is None else 0.05
+    rule = Rule(network.config, network.flat_weights().detach(), lr, 0.01, update_rms)
     weights, graphs = torch.linspace(0.5, 1.5, 4), Graphs(Recorder())
     held, found = None, [torch.zeros(4, count), torch.zeros(()), torch.zeros_like(rule.weights)]
 
@@ -120,6 +122,28 @@ def test_a_replayed_window_is_unroll(name, objective, scaling):
     assert graphs.capture.replayed == (5 - WARM_UP) + (12 - WARM_UP) + (6 - WARM_UP)
 
 
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_a_replayed_step_of_the_optimizer_is_a_step(orthogonalize):
+    """With the update scaled over each tensor, too, nothing waits for the device or takes a number from the host."""
+    network, runs = l2l.CoordinatewiseLSTM("both", 4, 1, update_rms=0.6), []
+    for captured in (False, True):
+        torch.manual_seed(1)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 3), (7,), (2, 3, 2, 2))]
+        options = {"lr": torch.tensor(0.1), "weight_decay": 0.1, "orthogonalize": orthogonalize}
+        optimizer, graphs = l2l.LSTMOptimizer(params, network, **options), Graphs(Recorder() if captured else None)
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        for _ in range(6):
+            for param in params:
+                param.grad.normal_()
+            graphs("step", optimizer.step)
+            options["lr"].mul_(0.9)
+        runs.append(params)
+    assert graphs.capture.replayed == 6 - WARM_UP
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_tensors_keep_their_places():
     network = l2l.CoordinatewiseLSTM("moments", 4, 1)
     trajectory = Trajectory(Instances(get("digits-mlp"), [1]), network.config, window=5)
@@ -151,6 +175,7 @@ OPTIONS = {
     "windows": {"clip_windows": 0.1, "parallel": 2},
     "mixture": {"parallel": 2},
     "sampled": {"coordinates": 7, "parallel": 2},
+    "scaled updates": {"update_rms": 0.6, "coordinates": 7, "lr": 0.1, "weight_decay": 0.1},
 }
 
 

@@ -14,9 +14,9 @@ from l2l_fast.meta.unroll import Rule, Trajectory, unroll
 from l2l_fast.tasks import Instances, Quadratic
 
 
-def make_network(features="identity", hidden=4):
+def make_network(features="identity", hidden=4, **options):
     torch.manual_seed(0)
-    return l2l.CoordinatewiseLSTM(features, hidden, 1)
+    return l2l.CoordinatewiseLSTM(features, hidden, 1, **options)
 
 
 def make_trainer(network=None, tasks="quadratic", **options):
@@ -31,6 +31,23 @@ def test_it_learns():
     history = trainer.fit(150)
     assert history.best_score < 0.5  # the mean over 40 steps of f_t / f_0; the untrained network moves nowhere
     assert history.best_score == min(score for _, score in history.validations)
+
+
+def test_it_learns_with_its_update_scaled():
+    network = make_network("moments", hidden=8, update_rms=0.6)
+    options = {"instances": 32, "horizon": 40, "meta_lr": 0.01, "validate_every": 50, "lr": 0.1, "progress": False}
+    trainer = MetaTrainer(network, Quadratic(4), **options)
+    history = trainer.fit(150)
+    before = MetaTrainer(
+        make_network("moments", hidden=8, update_rms=0.6), Quadratic(4), **options | {"meta_lr": 1e-30}
+    )
+    assert history.best_score < 0.7 * before.fit(1).best_score
+
+
+def test_the_rate_of_the_optimizee_is_the_networks_unless_given():
+    assert make_trainer().lr == 1.0
+    assert make_trainer(make_network(update_rms=0.6)).lr == 1e-3
+    assert make_trainer(make_network(update_rms=0.6), lr=0.5).lr == 0.5
 
 
 def test_the_best_weights_stay_in_the_network_and_training_goes_on_from_the_last():
@@ -247,6 +264,9 @@ OPTIONS = {
     "second": {"second_derivatives": True, "loss_weights": [0.0, 0.0, 1.0, 1.0, 1.0]},
     "soap": {"meta_optimizer": "soap", "average": 0.9},
     "sgd": {"meta_optimizer": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9)},
+    "scaled updates": {"update_rms": 0.6, "coordinates": 9, "weight_decay": 0.1},
+    "scaled updates, led": {"update_rms": 0.6, "imitation": 0.5},
+    "scaled updates, second": {"update_rms": 0.6, "second_derivatives": True},
 }
 
 
@@ -256,7 +276,8 @@ def test_resumed_run_equals_the_unbroken_one_to_the_last_bit(tmp_path, name, tas
     def fresh(**more):
         options = {key: (Staged((6, 12), patience=1) if name == "staged" and key == "horizon" else value)
                    for key, value in OPTIONS[name].items()}  # fmt: skip
-        return make_trainer(make_network("moments"), task, checkpoint_every=3, instances=2, **options, **more)
+        network = make_network("moments", update_rms=options.pop("update_rms", None))
+        return make_trainer(network, task, checkpoint_every=3, instances=2, **options, **more)
 
     unbroken = fresh()
     expected = unbroken.fit(14)
@@ -280,6 +301,8 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
     make_trainer(checkpoint=tmp_path).fit(2)
     with pytest.raises(ValueError, match=r"belongs to a run with unroll=5 \(now 6\)"):
         make_trainer(checkpoint=tmp_path, unroll=6).fit(2)
+    with pytest.raises(ValueError, match=r"update_rms=None \(now 0.6\)"):
+        make_trainer(make_network(update_rms=0.6), lr=1.0, checkpoint=tmp_path).fit(2)
 
 
 def test_diverging_meta_steps_are_skipped_and_the_network_survives():

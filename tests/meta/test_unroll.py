@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from l2l_fast import CoordinatewiseLSTM, reference
+from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, reference
 from l2l_fast.meta.unroll import (
     OBJECTIVES,
     Rule,
@@ -15,6 +15,7 @@ from l2l_fast.meta.unroll import (
     suffix_sums,
     unroll,
     unroll_second_derivatives,
+    window_,
 )
 from l2l_fast.reference import FEATURES
 from l2l_fast.tasks import Instances, ModuleTask, Quadratic
@@ -30,11 +31,46 @@ class DoubleQuadratic(Quadratic):
         return super().loss({"x": params["x"].double()}, batch)
 
 
-def make(features="log_sign", layers=2, projection=False, scaling=None):
+class ThreeTensors:
+    """A least-squares problem in three tensors, in float64."""
+
+    name, resample = "three-tensors", True
+
+    def init(self, generator):
+        shapes = {"weight": (3, 2), "bias": (3,), "scale": ()}
+        return {
+            name: torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            for name, shape in shapes.items()
+        }
+
+    def sample(self, generator):
+        return torch.randn(5, 2, generator=generator, dtype=torch.float64)
+
+    def loss(self, params, batch):
+        found = (batch @ params["weight"].T + params["bias"]).tanh() * params["scale"]
+        return (found - batch.sum(1, keepdim=True)).square().mean() + 0.1
+
+
+def make(features="log_sign", layers=2, projection=False, scaling=None, task=None, **options):
     torch.manual_seed(0)
     network = CoordinatewiseLSTM(features, 4, layers, projection=projection).double()
-    rule = Rule(network.config, network.flat_weights().detach(), lr=0.7, weight_decay=0.05)
-    return rule, Trajectory(Instances(DoubleQuadratic(6), [1, 2, 3]), rule.config, torch.float64, scaling)
+    rule = Rule(network.config, network.flat_weights().detach(), **{"lr": 0.7, "weight_decay": 0.05, **options})
+    return rule, Trajectory(Instances(task or DoubleQuadratic(6), [1, 2, 3]), rule.config, torch.float64, scaling)
+
+
+def make_normalized(features="both", scaling=None):
+    return make(features, scaling=scaling, task=ThreeTensors(), lr=0.2, update_rms=0.6)
+
+
+def scaled(updates, rule, sizes):
+    """[..., N] of one instance's tensors after another, each by itself through the reference's rule."""
+    if rule.update_rms is None:
+        return updates
+    rows = [
+        torch.cat([reference.scale_to_rms(piece, rule.update_rms) for piece in row.split(sizes)])
+        for row in updates.reshape(-1, sum(sizes))
+    ]
+    return torch.stack(rows).view(updates.shape)
 
 
 def autograd(rule, trajectory, length, objective, weights=None, *, detach):
@@ -46,7 +82,11 @@ def autograd(rule, trajectory, length, objective, weights=None, *, detach):
     for t in range(length):
         step = torch.tensor(trajectory.steps_done + t + 1.0)
         updates, state = reference.lstm_unroll(grad.reshape(1, -1), state, phi, step, *rule.config)
-        theta = theta - rule.lr * rule.weight_decay * theta + rule.lr * updates.view_as(theta)
+        theta = (
+            theta
+            - rule.lr * rule.weight_decay * theta
+            + rule.lr * scaled(updates.view_as(theta), rule, trajectory.sizes)
+        )
         loss, grad = trajectory.evaluate(theta, create_graph=True)
         grad = grad.detach() if detach else grad
         losses.append(loss)
@@ -81,6 +121,79 @@ def test_second_derivatives_are_full_autograd(features, objective, length):
     assert_same(unroll_second_derivatives(trajectory, rule, length, objective=objective)[1:], expected)
     if length > 1:  # and they are not the first-order gradient under another name
         assert (expected[1] - detached[1]).norm() / detached[1].norm() > 1e-8
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 20])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("features", FEATURES)
+def test_updates_scaled_per_tensor_have_the_meta_gradient_of_autograd(features, objective, length, second):
+    walk = unroll_second_derivatives if second else unroll
+    (rule, trajectory), (_, twin) = make_normalized(features), make_normalized(features)
+    for one in (trajectory, twin):
+        walk(one, rule, 2)  # so that the state is somewhere
+    expected = autograd(rule, twin, length, objective, detach=not second)
+    assert_same(walk(trajectory, rule, length, objective=objective)[1:], expected)
+    if length > 1 and not second:  # the scaling has a part in it
+        plain = dataclasses.replace(rule, update_rms=None)
+        *_, other = unroll(make_normalized(features)[1], plain, length, objective=objective)
+        assert (other - expected[1]).norm() / expected[1].norm() > 1e-3
+
+
+def test_scaled_updates_meet_random_scaling_and_loss_weights():
+    weights, scaling = torch.linspace(0, 2, 5, dtype=torch.float64), torch.rand(3, 10, dtype=torch.float64) + 0.5
+    (rule, trajectory), (_, twin) = make_normalized(scaling=scaling), make_normalized(scaling=scaling)
+    expected = autograd(rule, twin, 5, "sum", weights, detach=True)
+    assert_same(unroll(trajectory, rule, 5, weights=weights)[1:], expected)
+
+
+def test_scaled_updates_walk_as_the_optimizer_does():
+    """Three optimizers, one for each instance, on tensors of their own."""
+    rule, trajectory = make_normalized()
+    torch.manual_seed(0)
+    network = CoordinatewiseLSTM("both", 4, 2, update_rms=0.6).double()
+    instances, thetas = Instances(ThreeTensors(), [1, 2, 3]), []
+    starts = instances.unflatten(instances.start().double())
+    batches = [instances.draw() for _ in range(5)]
+    for number in range(3):
+        params = [torch.nn.Parameter(start[number].clone()) for start in starts.values()]
+        optimizer = LSTMOptimizer(params, network, lr=0.2, weight_decay=0.05, state_dtype=torch.float64)
+        optimizer._networks = {  # the weights in float64, which otherwise pass through float32's
+            name: held._replace(weights=rule.weights) for name, held in optimizer._networks.items()
+        }
+        for batch in batches[:4]:
+            optimizer.zero_grad()
+            ThreeTensors().loss(dict(zip(starts, params, strict=True)), batch[number]).backward()
+            optimizer.step()
+        thetas.append(torch.cat([param.detach().reshape(-1) for param in params]))
+    unroll(trajectory, rule, 4)
+    torch.testing.assert_close(trajectory.theta, torch.stack(thetas))
+
+
+def test_scaled_updates_leave_what_is_not_finite():
+    rule, trajectory = make_normalized()
+    trajectory.grad[1, 2], before = torch.nan, trajectory.theta[1, 2].clone()
+    unroll(trajectory, rule, 1)
+    assert trajectory.theta[1, 2] == before
+    assert trajectory.theta.isfinite().all()
+
+
+@pytest.mark.parametrize("coordinates", [4, 29])
+def test_sampled_coordinates_of_scaled_updates_have_no_bias(coordinates):
+    """Averaged over the one random number of a window, the estimate is the gradient: exactly, over a whole period."""
+    rule, trajectory = make_normalized()
+    *_, expected = unroll(make_normalized()[1], rule, 6)
+    found = []
+    start = trajectory.state_dict()
+    for key in ("theta", "state", "losses", "grad", "first_losses"):
+        start[key] = start[key].clone()
+    batches, shifts = trajectory.next(6), 2000
+    for number in range(shifts):
+        trajectory.load_state_dict({**start, "instances": trajectory.instances.state_dict()})
+        trajectory.shift.fill_((number + 0.5) / shifts)
+        found.append(window_(trajectory, rule, batches, 6, coordinates=coordinates)[2])
+    mean = torch.stack(found).mean(0)
+    assert (mean - expected).norm() < 2e-3 * expected.norm()
 
 
 class InDouble(torch.nn.Module):
@@ -169,10 +282,11 @@ def test_suffix_sums_by_hand():
     torch.testing.assert_close(suffix_sums(grads, d_losses, lr, decay).view(-1), torch.tensor(expected))
 
 
+@pytest.mark.parametrize("update_rms", [None, 0.6])
 @pytest.mark.parametrize(("lr", "decay"), [(1.0, 0.0), (0.5, 0.2)])
-def test_imitation_gradient_is_autograds(lr, decay):
+def test_imitation_gradient_is_autograds(lr, decay, update_rms):
     rule, trajectory = make("moments")
-    rule = dataclasses.replace(rule, lr=lr, weight_decay=decay)
+    rule = dataclasses.replace(rule, lr=lr, weight_decay=decay, update_rms=update_rms)
     teacher = torch.optim.Adam([trajectory.theta], lr=0.01)
     start, grad = trajectory.theta.clone(), trajectory.grad.clone()
     state = trajectory.state.reshape(18, -1).clone()
@@ -193,6 +307,7 @@ def test_imitation_gradient_is_autograds(lr, decay):
     torch.testing.assert_close(losses[-1], twin.losses)
     phi = rule.weights.clone().requires_grad_()
     updates, last = reference.lstm_unroll(torch.stack(grads), state, phi, torch.tensor(1.0), *rule.config)
+    updates = scaled(updates, rule, [6] * 3)
     learned = lr * updates - lr * decay * torch.stack(thetas)
     expected = 0.5 * (learned - torch.stack(moves)).square().sum() / 18
     assert_same((meta_loss, d_weights), (expected, torch.autograd.grad(expected, phi)[0]))

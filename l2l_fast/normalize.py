@@ -1,0 +1,228 @@
+r"""The update scaled to one size over each tensor: what surrounds the step of a network that has ``update_rms``.
+
+theta <- theta - lr * weight_decay * theta + lr * update_rms * d / RMS(d),   (d, state) <- m(grad, state; phi)
+
+RMS(d) = sqrt(mean d^2) is over the whole tensor; where it is 0, nothing moves. ``reference.scale_to_rms`` is the rule in
+plain words. The kernels need not know of it: they step scratch tensors of zeros, which then hold d, and what follows is
+a pass over many tensors at once. Nothing here waits for the device.
+
+A coordinate whose gradient is not finite has d = 0, counts as 0 in the mean and keeps its value. The scratch says which
+these are: it begins as -0.0, and the step, which adds to every other coordinate, makes +0.0 of it at least.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from l2l_fast.reference import SMALLEST, outside_autocast
+
+_LINE = 32  # coordinates; each tensor's scratch begins on a line of 128 bytes
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+class Updates:
+    """Tensors of -0.0 in the parameters' shapes and memory order, all in one piece of memory.
+
+    Args:
+        params: real tensors.
+        like: whose dtype and device they get.
+    """
+
+    def __init__(self, params: Sequence[Tensor], like: Tensor) -> None:
+        self._places, end = [], 0
+        for param in params:
+            # As dense as the parameter, without gaps: its state lies in the same order.
+            dense = param if param.is_contiguous() else torch.empty_like(param, device="meta")
+            self._places.append((param.shape, dense.stride(), end))
+            end += -(-param.numel() // _LINE) * _LINE
+        self.flat = like.new_full((end,), -0.0)
+        self.pieces = self.cut(self.flat)
+
+    def cut(self, flat: Tensor) -> list[Tensor]:
+        """Another such piece of memory as tensors in the parameters' shapes."""
+        return [flat.as_strided(*place) for place in self._places]
+
+
+def is_held(updates: Tensor) -> Tensor:
+    """Where a step has left -0.0, since the gradient is not finite."""
+    return updates.signbit() & (updates == 0)
+
+
+def raw_updates(op: Callable, params, grads, states, weights, lr, steps, *args) -> Updates:
+    """One step of the network: takes the arguments of ``lstm_step_``, moves the states and leaves the parameters.
+
+    Returns:
+        d, in the weights' dtype; -0.0 where the gradient is not finite.
+    """
+    *config, _, maximize = args
+    updates = Updates(params, weights)
+    op(updates.pieces, grads, states, weights, torch.ones_like(lr), steps, *config, 0.0, maximize)
+    return updates
+
+
+def move_(
+    params: Sequence[Tensor],
+    updates: Updates,
+    lr: Tensor,
+    rms: float,
+    weight_decay: float = 0.0,
+    wholes: Sequence[Tensor] | None = None,
+    matrices: Sequence[bool] = (),
+) -> None:
+    """Move every parameter along its update, scaled; the updates are spent.
+
+    Args:
+        params: real tensors of this rank, changed in place.
+        updates: from :func:`raw_updates`.
+        lr: 0-dim, of the updates' dtype.
+        rms: ``update_rms``.
+        weight_decay: decoupled, per unit of lr.
+        wholes: what ``params`` are the local, real views of; DTensors have their RMS over all ranks.
+        matrices: which of them are orthogonalized first; none if not given.
+    """
+    pieces, wholes = updates.pieces, params if wholes is None else wholes
+    held = is_held(updates.flat) if weight_decay or any(matrices) else None
+    for piece, whole, matrix in zip(pieces, wholes, matrices, strict=False):
+        if matrix:
+            piece.copy_(_orthogonalized(piece, whole))
+    if any(matrices):  # which mixes coordinates
+        updates.flat.masked_fill_(held, 0.0)
+    roots = torch.stack(root_mean_squares(pieces, wholes))
+    factors = torch.where(roots >= SMALLEST, lr * rms / roots, 0.0)
+    torch._foreach_mul_(pieces, list(factors.unbind()))
+    if weight_decay:
+        # In the updates' dtype, so that a parameter of half precision is rounded once.
+        rates = updates.cut(torch.where(held, 0.0, -weight_decay * lr))
+        torch._foreach_addcmul_(pieces, [param.to(updates.flat.dtype) for param in params], rates)
+    torch._foreach_add_(params, pieces)
+
+
+def root_mean_squares(updates: Sequence[Tensor], wholes: Sequence[Tensor]) -> list[Tensor]:
+    """RMS of each, 0-dim; of what is sharded, over the whole tensor. An empty one has 0."""
+    counts = [math.sqrt(max(1, whole.numel() * (2 if whole.is_complex() else 1))) for whole in wholes]
+    roots = list(torch._foreach_div(torch._foreach_norm(list(updates)), counts))
+    sharded = [place for place, whole in enumerate(wholes) if is_sharded(whole)]
+    if not sharded:
+        return roots
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    groups: dict[tuple, list[int]] = {}
+    for place in sharded:
+        mesh = wholes[place].device_mesh
+        kinds = tuple(placement.is_replicate() for placement in wholes[place].placements)
+        groups.setdefault((mesh, kinds), []).append(place)
+    for (mesh, kinds), places in groups.items():  # one vector of squares for each way to shard
+        squares = torch.stack([roots[place] for place in places]).square()
+        summands = [Replicate() if whole else Partial() for whole in kinds]
+        summed = DTensor.from_local(squares, mesh, summands, run_check=False).full_tensor().sqrt()
+        for place, root in zip(places, summed.unbind(), strict=True):
+            roots[place] = root
+    return roots
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. Asked of the class: torch.compile answers no for the tensor itself."""
+    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(type(tensor), "to_local")
+
+
+# ---------------------------------------------------------------- matrices
+
+
+def _orthogonalized(update: Tensor, whole: Tensor) -> Tensor:
+    """Of a parameter's update, which may be a rank's part of it: gathered, orthogonalized, and cut up again."""
+    update = torch.view_as_complex(update.contiguous()) if whole.is_complex() else update
+    if is_sharded(whole):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh, placements = whole.device_mesh, whole.placements
+        shape, stride = whole.shape, torch.empty(whole.shape, device="meta").stride()
+        update = DTensor.from_local(
+            update.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
+        ).full_tensor()
+        found = DTensor.from_local(orthogonalize(update), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        found = found.redistribute(mesh, placements).to_local()
+    else:
+        found = orthogonalize(update)
+    return torch.view_as_real(found.resolve_conj()) if whole.is_complex() else found
+
+
+@outside_autocast
+def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
+    """Near the orthogonal matrix U V^H of an update U S V^H: its singular values become 0.7 to 1.2.
+
+    X <- a X + b (X X^H) X + c (X X^H)^2 X, five times from X = update / ||update||
+
+    Args:
+        update: [out, ...], two dimensions or more; a convolution's kernel counts as [out, -1].
+        steps: of the iteration.
+
+    Returns:
+        a tensor of its shape; 0 where all of it is 0. Rows and columns of zeros stay.
+
+    Example:
+        >>> import torch
+        >>> from l2l_fast.normalize import orthogonalize
+        >>> bool((torch.linalg.svdvals(orthogonalize(torch.randn(6, 4, 3, 3))) < 1.3).all())
+        True
+
+    References:
+        Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
+    """
+    x = update.flatten(1)
+    x = x / torch.linalg.vector_norm(x).clamp_min(SMALLEST)
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.mH
+    a, b, c = _QUINTIC
+    for _ in range(steps):
+        square = x @ x.mH
+        x = a * x + (b * square + c * (square @ square)) @ x
+    return (x if wide else x.mH).reshape(update.shape)
+
+
+# ---------------------------------------------------------------- rows of several tensors, as in meta-training
+
+
+def scale_rows(updates: Tensor, sizes: Sequence[int], rms: float) -> Tensor:
+    """update_rms * d / RMS(d) of rows that hold one tensor after another.
+
+    Args:
+        updates: d, [..., N].
+        sizes: coordinates of each tensor; their sum is N.
+        rms: ``update_rms``.
+
+    Returns:
+        [..., N]; differentiable, any number of times.
+    """
+    return torch.cat([_scaled(piece, rms)[0] for piece in updates.split(list(sizes), -1)], -1)
+
+
+def scale_rows_backward(d_scaled: Tensor, updates: Tensor, sizes: Sequence[int], rms: float) -> Tensor:
+    """dL/dd of :func:`scale_rows`, without a graph.
+
+    dL/dd = (update_rms / rho) * (g - d * mean(g d) / rho^2),   rho = RMS(d), g = dL/d(scaled)
+
+    Args:
+        d_scaled: g, [..., N].
+        updates, sizes, rms: as the function had them.
+
+    Returns:
+        [..., N]; 0 for tensors whose d is 0.
+    """
+    found = []
+    for g, d in zip(d_scaled.split(list(sizes), -1), updates.split(list(sizes), -1), strict=True):
+        scaled, factor = _scaled(d, rms)
+        # d / rho is scaled / update_rms.
+        found.append(factor * (g - scaled * (g * scaled).mean(-1, keepdim=True) / rms**2))
+    return torch.cat(found, -1)
+
+
+def _scaled(updates: Tensor, rms: float) -> tuple[Tensor, Tensor]:
+    """d scaled over its last dimension, and the factors [..., 1]."""
+    mean = updates.square().mean(-1, keepdim=True)
+    moves = mean > 0
+    factor = torch.where(moves, rms / torch.where(moves, mean, 1.0).sqrt(), 0.0)
+    return updates * factor, factor

@@ -1,0 +1,450 @@
+"""The update scaled to one RMS over each tensor, and orthogonalized, as steps of the optimizer."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, normalize, ops, optim, reference
+
+RMS = 0.6
+
+
+def make_network(features="both", update_rms=RMS, **options):
+    torch.manual_seed(3)
+    return CoordinatewiseLSTM(features, 4, 1, update_rms=update_rms, **options)
+
+
+def expected_step(theta, grad, state, step, network, lr, weight_decay=0.0, maximize=False, orthogonalize=False):
+    """The rule as a sentence: the cell's updates of one whole tensor, scaled by the reference; real or complex."""
+    weights = network.flat_weights().detach()
+    weights = weights.double() if state.dtype == torch.float64 else weights
+    real, g = (torch.view_as_real(x) if x.is_complex() else x for x in (theta, grad))
+    g = (-g if maximize else g).to(weights.dtype)
+    updates, new_state = reference.lstm_unroll(
+        g.reshape(1, -1), state.reshape(-1, state.shape[-1]), weights, torch.tensor(float(step)), *network.config
+    )
+    finite = g.abs() < reference.gradient_limit(network.config, weights.dtype, state.dtype)
+    d = updates.view(real.shape)
+    if orthogonalize and theta.ndim > 1:
+        d = torch.view_as_complex(d) if theta.is_complex() else d
+        d = normalize.orthogonalize(d)
+        d = torch.view_as_real(d.resolve_conj()) if theta.is_complex() else d
+        d = torch.where(finite, d, 0.0)
+    wide = real.to(torch.promote_types(real.dtype, weights.dtype))
+    moved = wide - lr * weight_decay * wide + lr * reference.scale_to_rms(d, network.update_rms)
+    moved = torch.where(finite, moved, wide).to(real.dtype)
+    return torch.view_as_complex(moved) if theta.is_complex() else moved, new_state.view(state.shape)
+
+
+def make_params(dtype=torch.float32):
+    torch.manual_seed(4)
+    kinds = dtype if dtype.is_complex else torch.float32
+    shapes = [(7,), (3, 5), (4, 3, 2, 2), (), (1,), (0, 3)]
+    params = [nn.Parameter(torch.randn(shape, dtype=kinds).to(dtype)) for shape in shapes]
+    params.append(nn.Parameter(torch.randn(6, 4, dtype=kinds).to(dtype).T))
+    params.append(nn.Parameter(torch.randn(2, 3, 4, 5, dtype=kinds).to(dtype).to(memory_format=torch.channels_last)))
+    params.append(nn.Parameter(torch.randn(8, 6, dtype=kinds).to(dtype)[::2, ::3]))
+    return params
+
+
+def set_gradients(params, step):
+    generator = torch.Generator().manual_seed(step)
+    for param in params:
+        kinds = param.dtype if param.dtype.is_complex else torch.float32
+        param.grad = torch.randn(param.shape, dtype=kinds, generator=generator).to(param.dtype)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("options", [
+    {}, {"weight_decay": 0.1}, {"maximize": True, "weight_decay": 0.2}, {"orthogonalize": True, "weight_decay": 0.1}
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
+def test_a_step_is_the_reference_rule(dtype, options, fused):
+    network, params = make_network(), make_params(dtype)
+    optimizer = LSTMOptimizer(params, network, lr=0.3, fused=fused, **options)
+    thetas = [param.detach().clone() for param in params]
+    states = [torch.zeros(*(torch.view_as_real(t) if t.is_complex() else t).shape, 10) for t in thetas]
+    for step in range(1, 4):
+        set_gradients(params, step)
+        params[1].grad.view(-1)[4] = float("nan")
+        if step == 2:
+            params[0].grad[2] = float("inf")
+        found = [
+            expected_step(theta, param.grad, state, step, network, 0.3, **options)
+            for theta, param, state in zip(thetas, params, states, strict=True)
+        ]
+        thetas, states = [theta for theta, _ in found], [state for _, state in found]
+        optimizer.step()
+        for param, theta in zip(params, thetas, strict=True):
+            tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(dtype, 3e-5)
+            torch.testing.assert_close(param.detach(), theta, rtol=tolerance, atol=tolerance)
+            assert param.isfinite().all()
+        # Each step from the same place, or half precision's roundings would add up.
+        with torch.no_grad():
+            for param, theta in zip(params, thetas, strict=True):
+                param.copy_(theta)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_every_tensor_moves_by_lr_times_the_rms(fused):
+    params = [nn.Parameter(torch.zeros(shape)) for shape in ((50,), (9, 7), (3, 2, 2, 2), ())]
+    optimizer = LSTMOptimizer(params, make_network(), lr=1e-2, fused=fused)
+    for scale in (1.0, 1e-4, 1e3):
+        before = [param.detach().clone() for param in params]
+        for param in params:
+            param.grad = scale * torch.randn_like(param)
+        optimizer.step()
+        for param, old in zip(params, before, strict=True):
+            torch.testing.assert_close((param - old).square().mean().sqrt().item(), RMS * 1e-2, rtol=1e-4, atol=0)
+
+
+def test_float64_is_exact():
+    network, theta = make_network().double(), nn.Parameter(torch.randn(5, 6, dtype=torch.float64))
+    optimizer = LSTMOptimizer([theta], network, lr=0.1, weight_decay=0.3, state_dtype=torch.float64)
+    expected, state = theta.detach().clone(), torch.zeros(5, 6, 10, dtype=torch.float64)
+    for step in range(1, 6):
+        theta.grad = torch.randn(5, 6, dtype=torch.float64)
+        expected, state = expected_step(expected, theta.grad, state, step, network, 0.1, 0.3)
+        optimizer.step()
+    torch.testing.assert_close(theta.detach(), expected, rtol=1e-6, atol=1e-7)  # the weights were float32's
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_what_has_no_gradient_stays_and_counts_as_zero(fused, weight_decay, orthogonalize):
+    """Coordinates that never had one but 0 (networks with moments), those not finite, and tensors of nothing else."""
+    start = torch.full((4, 6), 2.0)
+    params = [nn.Parameter(start.clone()) for _ in range(3)]
+    options = {"lr": 0.1, "weight_decay": weight_decay, "fused": fused, "orthogonalize": orthogonalize}
+    optimizer = LSTMOptimizer(params, make_network(), **options)
+    params[0].grad, params[1].grad = torch.zeros(4, 6), torch.full((4, 6), float("nan"))
+    params[2].grad = torch.ones(4, 6)
+    params[2].grad[0], params[2].grad[:, 1] = 0.0, float("inf")
+    optimizer.step()
+    decayed = 2.0 * (1 - 0.1 * weight_decay)
+    torch.testing.assert_close(params[0].detach(), torch.full_like(start, decayed), rtol=1e-6, atol=0)
+    assert torch.equal(params[1], start)
+    assert params[2][:, 1].eq(2).all()
+    rest = torch.tensor([0, 2, 3, 4, 5])
+    torch.testing.assert_close(params[2][0, rest].detach(), torch.full((5,), decayed), rtol=1e-6, atol=0)
+    moves = params[2].detach() - start * torch.where(params[2].grad.isfinite(), 1 - 0.1 * weight_decay, 1.0)
+    torch.testing.assert_close(moves.square().mean().sqrt().item(), 0.1 * RMS, rtol=1e-4, atol=0)
+
+
+def test_a_network_without_moments_moves_what_has_no_gradient():
+    theta = nn.Parameter(torch.zeros(5))
+    theta.grad = torch.zeros(5)
+    LSTMOptimizer([theta], make_network("log_sign"), lr=0.1).step()
+    torch.testing.assert_close(theta.square().mean().sqrt().item(), 0.1 * RMS)
+
+
+def test_updates_of_zero_move_nothing():
+    network, theta = make_network(), nn.Parameter(torch.ones(5))
+    with torch.no_grad():
+        network.head.weight.zero_()
+    theta.grad = torch.ones(5)
+    LSTMOptimizer([theta], network, lr=0.1).step()
+    assert theta.eq(1).all()
+
+
+def test_frozen_parameters_have_no_part():
+    theta, frozen = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5), requires_grad=False)
+    theta.grad = torch.ones(5)
+    optimizer = LSTMOptimizer([theta, frozen], make_network(), lr=0.1)
+    optimizer.step()
+    assert frozen.eq(1).all()
+    assert frozen not in optimizer.state
+
+
+def test_groups_with_and_without_it_share_an_optimizer():
+    params = [nn.Parameter(torch.ones(6)) for _ in range(4)]
+    plain, scaled = make_network(update_rms=None), make_network()
+    for param in params:
+        param.grad = torch.linspace(-1, 1, 6)
+    groups = [
+        {"params": params[0], "network": plain},
+        {"params": params[1]},
+        {"params": params[2], "lr": 0.25},
+        {"params": params[3], "network": make_network(update_rms=2 * RMS)},
+    ]
+    optimizer = LSTMOptimizer(groups, scaled)
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1e-3, 0.25, 1e-3]
+    assert [group["lr"] for group in LSTMOptimizer(groups, scaled, lr=0.2).param_groups] == [0.2, 0.2, 0.25, 0.2]
+    optimizer.step()
+    moves = [(param.detach() - 1) for param in params]
+    updates, _ = plain(torch.linspace(-1, 1, 6)[None])
+    torch.testing.assert_close(moves[0], updates[0].detach())
+    scaled_updates = reference.scale_to_rms(updates[0].detach(), RMS)
+    for move, factor in zip(moves[1:], (1e-3, 0.25, 2e-3), strict=True):
+        torch.testing.assert_close(move, factor * scaled_updates, rtol=1e-3, atol=1e-7)
+    later = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [later], "network": plain})
+    assert optimizer.param_groups[-1]["lr"] == 1.0
+
+
+def test_a_step_of_both_kinds_checks_all_before_anything_changes():
+    good, bad = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(1).expand(3))
+    optimizer = LSTMOptimizer([good, bad], make_network(), lr=0.1)
+    good.grad, bad.grad = torch.ones(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="expanded"):
+        optimizer.step()
+    assert good.eq(1).all()
+    assert not optimizer.state
+
+
+def test_state_dict_pickle_and_deepcopy_go_on_as_one():
+    network = make_network()
+
+    def run(theta, optimizer, steps):
+        for step in range(*steps):
+            set_gradients([theta], step)
+            optimizer.step()
+
+    theta = nn.Parameter(torch.ones(4, 3))
+    optimizer = LSTMOptimizer([theta], network, lr=0.1, orthogonalize=True)
+    run(theta, optimizer, (0, 3))
+    others = []
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    again = nn.Parameter(theta.detach().clone())
+    loaded = LSTMOptimizer([again], network)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    others.append((again, loaded))
+    for clone in (lambda pair: pickle.loads(pickle.dumps(pair)), copy.deepcopy):
+        others.append(clone((theta, optimizer)))
+    run(theta, optimizer, (3, 6))
+    for again, other in others:
+        run(again, other, (3, 6))
+        assert torch.equal(again, theta)
+        group = {"params": [nn.Parameter(torch.ones(2))], "network": make_network(update_rms=None)}
+        other.add_param_group({**group, "orthogonalize": False})
+    # The raw network's state is another's, although its weights are the same.
+    with pytest.raises(ValueError, match="belongs to network"):
+        LSTMOptimizer([theta], make_network(update_rms=None)).load_state_dict(optimizer.state_dict())
+
+
+def test_pickles_of_earlier_versions_are_loaded():
+    """Their networks were pairs, and no group had ``orthogonalize``."""
+    theta = nn.Parameter(torch.ones(3))
+    optimizer = LSTMOptimizer([theta], make_network(update_rms=None), lr=0.5)
+    state = optimizer.__getstate__()
+    state["_networks"] = {name: tuple(held)[:2] for name, held in state["_networks"].items()}
+    del state["_rated"], state["param_groups"][0]["orthogonalize"]
+    again = LSTMOptimizer.__new__(LSTMOptimizer)
+    again.__setstate__(state)
+    theta.grad = torch.ones(3)
+    again.step()
+    assert theta.ne(1).all()
+    again.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert again.param_groups[1]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"orthogonalize": True}])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64])
+def test_a_compiled_step_is_the_same_step(options, state_dtype):
+    one, two = make_params(), make_params()
+    options = {"lr": 0.1, "state_dtype": state_dtype, **options}
+    plain, compiled = LSTMOptimizer(one, make_network(), **options), LSTMOptimizer(two, make_network(), **options)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    step = torch.compile(compiled.step, backend="aot_eager", fullgraph=True)
+    for number in range(4):
+        for params, run in ((one, plain.step), (two, step)):
+            set_gradients(params, number)
+            run()
+        for optimizer in (plain, compiled):
+            optimizer.param_groups[0]["lr"] *= 0.9
+    assert counters["unique_graphs"] - before <= 2
+    for ours, theirs in zip(one, two, strict=True):
+        torch.testing.assert_close(theirs, ours)
+
+
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_fake_tensors_are_stepped_without_values(orthogonalize):
+    outside = make_network()
+    with FakeTensorMode():
+        model = nn.Linear(4, 2)
+        optimizer = LSTMOptimizer(model.parameters(), outside, weight_decay=0.1, orthogonalize=orthogonalize)
+        for _ in range(2):
+            model(torch.ones(3, 4)).sum().backward()
+            optimizer.step()
+    theta = nn.Parameter(torch.ones(2, 2))
+    theta.grad = torch.ones(2, 2)
+    LSTMOptimizer([theta], outside, lr=0.1, orthogonalize=orthogonalize).step()
+    assert (theta != 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype):
+    results = []
+    for enabled in (False, True):
+        theta = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        optimizer = LSTMOptimizer([theta], make_network(), lr=0.1, orthogonalize=True)
+        theta.grad = theta.detach().sin()
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            optimizer.step()
+        results.append(theta.detach())
+    assert torch.equal(*results)
+
+
+def test_inference_mode_and_autograd_see_the_step():
+    theta = nn.Parameter(torch.ones(3))
+    theta.grad = torch.ones(3)
+    with torch.inference_mode():
+        LSTMOptimizer([theta], make_network(), lr=0.1, weight_decay=0.1).step()
+    assert (theta != 1).all()
+    optimizer = LSTMOptimizer([theta], make_network(), lr=0.1)
+    loss = theta.square().sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_error_if_nonfinite_raises_before_anything_changes():
+    theta = nn.Parameter(torch.ones(3))
+    optimizer = LSTMOptimizer([theta], make_network(), lr=0.1, error_if_nonfinite=True)
+    theta.grad = torch.tensor([1.0, float("nan"), 1.0])
+    with pytest.raises(RuntimeError, match="not finite"):
+        optimizer.step()
+    assert theta.eq(1).all()
+    assert not optimizer.state
+
+
+# ---------------------------------------------------------------- orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 8), (8, 3), (4, 3, 2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_orthogonalize_keeps_singular_vectors_and_evens_out_values(shape, dtype):
+    update = torch.randn(shape, dtype=dtype)
+    found = normalize.orthogonalize(update)
+    assert found.shape == update.shape
+    matrix, flat = update.reshape(shape[0], -1), found.reshape(shape[0], -1)
+    u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+    inner = u.mH @ flat @ vh.mH
+    a, b, c = 3.4445, -4.7750, 2.0315
+    expected = values / values.norm()
+    for _ in range(5):
+        expected = a * expected + b * expected**3 + c * expected**5
+    torch.testing.assert_close(inner, torch.diag(expected).to(dtype), rtol=0, atol=2e-4)
+    torch.testing.assert_close(normalize.orthogonalize(1e-12 * update), found, rtol=1e-3, atol=1e-4)
+
+
+def test_orthogonalize_of_nothing_is_nothing():
+    assert normalize.orthogonalize(torch.zeros(3, 4)).eq(0).all()
+    update = torch.randn(4, 5)
+    update[1], update[:, 2] = 0.0, 0.0
+    found = normalize.orthogonalize(update)
+    assert found[1].eq(0).all()
+    assert found[:, 2].eq(0).all()
+
+
+def test_orthogonalize_is_a_groups_choice():
+    matrix, embedding, bias = (nn.Parameter(torch.zeros(shape)) for shape in ((6, 4), (6, 4), (4,)))
+    for param in (matrix, embedding):
+        param.grad = torch.linspace(-1, 2, 24).view(6, 4).sin()
+    bias.grad = torch.ones(4)
+    groups = [{"params": [matrix, bias]}, {"params": [embedding], "orthogonalize": False}]
+    LSTMOptimizer(groups, make_network(), lr=0.5, orthogonalize=True).step()
+    expected = normalize.orthogonalize(embedding.detach())
+    torch.testing.assert_close(matrix.detach(), 0.5 * reference.scale_to_rms(expected, RMS), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bias.detach().square().mean().sqrt().item(), 0.5 * RMS)
+
+
+def test_orthogonalize_is_refused_where_the_update_has_a_size_of_its_own():
+    theta, plain = nn.Parameter(torch.ones(2, 2)), make_network(update_rms=None)
+    with pytest.raises(ValueError, match="orthogonalize must be False for a network without update_rms"):
+        LSTMOptimizer([theta], plain, orthogonalize=True)
+    optimizer = LSTMOptimizer([theta], make_network(), orthogonalize=True)
+    with pytest.raises(ValueError, match="orthogonalize must be False for a network without update_rms"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "network": plain})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="orthogonalize must be True or False, got 5"):
+        LSTMOptimizer([theta], make_network(), orthogonalize=5)
+
+
+def test_a_rate_for_the_network_of_before_is_warned_of():
+    theta = nn.Parameter(torch.ones(2))
+    with pytest.warns(UserWarning, match=r"lr=1 moves every tensor by 0.6 a step.*l2l-base-v1"):
+        LSTMOptimizer([theta], "l2l-base", lr=1.0)
+    LSTMOptimizer([theta], "l2l-base-v1", lr=1.0)
+    assert LSTMOptimizer([theta]).param_groups[0]["lr"] == 1e-3
+
+
+# ---------------------------------------------------------------- the pieces
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, float("nan"), float("inf"), "0.6", True])
+def test_a_bad_update_rms_is_refused(bad):
+    with pytest.raises(ValueError, match="update_rms must be a positive number or None"):
+        CoordinatewiseLSTM(update_rms=bad)
+
+
+def test_the_network_shows_it_and_gives_raw_updates():
+    plain, scaled = make_network(update_rms=None), make_network()
+    assert "update_rms=0.6" in repr(scaled)
+    assert scaled.options["update_rms"] == RMS
+    assert (plain.default_lr, scaled.default_lr) == (1.0, 1e-3)
+    assert CoordinatewiseLSTM(**scaled.options).options == scaled.options
+    grads = torch.randn(3, 5)
+    torch.testing.assert_close(plain(grads), scaled(grads))
+    assert plain.rule != scaled.rule
+    lstm, head = nn.LSTM(2, 3, 1), nn.Linear(3, 1)
+    assert CoordinatewiseLSTM.from_torch(lstm, head, update_rms=RMS).update_rms == RMS
+
+
+def test_scratch_is_beside_the_parameters_state():
+    params = [param.detach() for param in make_params()]
+    updates = normalize.Updates(params, params[0])
+    assert normalize.is_held(updates.flat).all()
+    for number, (param, piece) in enumerate(zip(params, updates.pieces, strict=True)):
+        assert piece.shape == param.shape
+        assert piece.stride() == torch.empty_like(param).stride()
+        piece.fill_(number)
+    for number, piece in enumerate(updates.pieces):  # none lies over another
+        assert piece.eq(number).all()
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("features", reference.FEATURES)
+def test_the_step_marks_what_is_held_and_nothing_else(features, fused):
+    network, theta = make_network(features), nn.Parameter(torch.zeros(40))
+    grads = torch.randn(40)
+    grads[::5], grads[1::5], grads[2] = float("nan"), 0.0, -float("inf")
+    op = torch.ops.l2l_fast.lstm_step_reference_ if fused is False else torch.ops.l2l_fast.lstm_step_
+    call = [[theta.detach()], [grads], [ops.new_state(theta, network.config)], network.flat_weights().detach()]
+    for maximize in (False, True):
+        fields = *optim.arguments.codes(network.config), 0.3, maximize
+        updates = normalize.raw_updates(op, *call, torch.tensor(0.7), [torch.tensor(1.0)], *fields)
+        assert torch.equal(normalize.is_held(updates.pieces[0]), ~grads.isfinite())
+    assert theta.eq(0).all()
+
+
+def test_rows_scale_as_their_tensors_do():
+    sizes, rows = [4, 1, 6], torch.randn(2, 3, 11, dtype=torch.float64)
+    rows[0, 0, :4] = 0.0
+    found = normalize.scale_rows(rows, sizes, RMS)
+    for place in torch.cartesian_prod(torch.arange(2), torch.arange(3)):
+        pieces = rows[tuple(place)].split(sizes)
+        expected = torch.cat([reference.scale_to_rms(piece, RMS) for piece in pieces])
+        torch.testing.assert_close(found[tuple(place)], expected)
+
+
+def test_backward_of_scaled_rows_is_autograds():
+    sizes, rows = [4, 1, 6], torch.randn(2, 3, 11, dtype=torch.float64)
+    rows[0, 0, :4] = 0.0
+    rows.requires_grad_()
+    d_scaled = torch.randn(2, 3, 11, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(normalize.scale_rows(rows, sizes, RMS), rows, d_scaled)
+    found = normalize.scale_rows_backward(d_scaled, rows.detach(), sizes, RMS)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    start = rows[1, :2, :6].detach().clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: normalize.scale_rows(x, [3, 3], RMS), start)
