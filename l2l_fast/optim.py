@@ -347,7 +347,6 @@ class LSTMOptimizer(Optimizer):
 
     def _arguments(self, group: dict, device: torch.device, params: list[Tensor], states: list[dict]) -> tuple:
         """Those of ``lstm_step_`` for parameters of a group that are on one device."""
-        config = self._networks[group["network"]].config
         weights = self._weights(group["network"], device, params[0])
         lr = self._lr(group["lr"], device, weights.dtype)
         tensors, grads = [], []
@@ -359,7 +358,14 @@ class LSTMOptimizer(Optimizer):
             grads.append(_real(grad.resolve_conj()).resolve_neg())
         locals_, steps = [_local(state["lstm"]) for state in states], [state["step"] for state in states]
         options = float(group["weight_decay"]), bool(group["maximize"])
-        return (tensors, grads, locals_, weights, lr, steps, *arguments.codes(config), *options)
+        return (tensors, grads, locals_, weights, lr, steps, *self._codes(group["network"]), *options)
+
+    def _codes(self, name: str) -> tuple:
+        """A network's config as the ops take it; worked out once, since small models pay for every line of a step."""
+        key = ("codes", name)
+        if key not in self._constants:
+            self._constants[key] = arguments.codes(self._networks[name].config)
+        return self._constants[key]
 
     def _weights(self, name: str, device: torch.device, param: Tensor) -> Tensor:
         """A network's weights on a device; fake where the parameter is."""
