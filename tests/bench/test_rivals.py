@@ -195,10 +195,20 @@ def test_a_gpus_report():
 
 
 @pytest.mark.parametrize("name", cases.NETWORKS)
-def test_the_small_case_for_gpu_tools(name, capsys):
+def test_the_small_case_for_gpu_tools(name, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_small, "missed", [])
     gpu_small.step(name, [(100,), (3, 5)], torch.bfloat16, "cpu")
     gpu_small.unroll(name, 65, "cpu")
-    assert capsys.readouterr().out.count("good") == 2
+    assert capsys.readouterr().out.count("allowed") == 2
+    assert gpu_small.missed == []
+
+
+def test_the_small_case_goes_on_where_something_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(gpu_small, "missed", [])
+    wrong = [torch.ones(3), torch.tensor([1.0, 2.0, float("nan")])]
+    gpu_small.compare("a thing", wrong, [torch.ones(3).double(), torch.tensor([1.0, 2.0, 3.0]).double()], 1e-3)
+    assert "tensor 1: nan" in capsys.readouterr().out
+    assert gpu_small.missed == ["a thing"]
 
 
 def gpu_script(*arguments):
@@ -219,7 +229,7 @@ def test_the_gpu_script_says_when_there_is_no_gpu(tmp_path, parts):
 def test_the_gpu_script_says_which_parts_there_are(tmp_path):
     done = gpu_script(tmp_path / "out", "test")
     assert done.returncode == 64
-    assert "PART, to run some alone" in done.stdout
+    assert "PARTs: kernels smoke first ncu tests meta (A)" in done.stdout.replace("\n# ", " ")
     assert not (tmp_path / "out").exists()
 
 

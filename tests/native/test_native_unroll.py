@@ -139,7 +139,7 @@ def test_strides_are_free(isa):
     grads, state = make_grads(70, 5).t(), torch.empty(70, 80).uniform_(-0.9, 0.9)
     d_updates, d_last = torch.randn(5, 200)[:, ::2][:, :70], torch.randn(80, 90)[:, :70].t()
     weights, step = torch.stack([make_weights(PAPER)] * 2, 1)[:, 0], torch.tensor(1.0)
-    args = (PAPER, (True, True, True))
+    args = (codes(PAPER), (True, True, True))
     outputs = [
         torch.ops.l2l_fast.lstm_unroll_backward(*tensors, step, *args[0], *args[1])
         for tensors in (
