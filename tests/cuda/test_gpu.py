@@ -137,6 +137,21 @@ def test_a_thousand_steps(config, state_dtype):
         assert_close(state.cpu().double(), state64, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_many_coordinates_is_the_same_in_every_run(state_dtype):
+    """To the last bit: the emulator runs blocks one by one, so a race between them would show itself here alone."""
+    torch.manual_seed(0)
+    start, grad = torch.randn(4_000_001, device="cuda"), torch.randn(4_000_001, device="cuda")
+    weights, one, first = make_weights(PAPER).cuda(), torch.ones((), device="cuda"), None
+    for _ in range(5):
+        theta, state = start.clone(), ops.new_state(start, PAPER, state_dtype)
+        for _ in range(3):
+            ops.lstm_step_([theta], [grad], [state], weights, one, [one], PAPER)
+        first = first or (theta, state)
+        assert torch.equal(theta, first[0])
+        assert torch.equal(state, first[1])
+
+
 @pytest.mark.slow
 def test_more_coordinates_than_32_bits_count():
     config, count = reference.Config("identity", 1, 1, False, "linear", 0.1, 10.0, 0.95, 0.95, 1e-8), 2**31 + 100
