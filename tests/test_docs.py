@@ -73,3 +73,38 @@ def test_the_recipe_of_the_docs_is_one(tmp_path):
     for part in parts:
         network, tasks, training = prepare(part, "digits", 0)
         l2l_fast.MetaTrainer(network, tasks, progress=False, **training)
+
+
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "csrc" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+DOCUMENTS += [*sorted(ROOT.glob("l2l_fast/weights/*/README.md")), *sorted(ROOT.glob("bench/results/*/notes.md"))]
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@each_document
+def test_no_sentence_stands_twice(path):
+    """As a merge leaves it: a long line, or the end of one, again within the next two."""
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    for number, line in enumerate(lines, 1):
+        after = lines[number : number + 2]
+        twice = len(line) > 40 and not line.startswith("|") and any(later.endswith(line[-40:]) for later in after)
+        assert not twice, f"line {number} again: {line}"
+
+
+@each_document
+def test_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```|^ {4}.*?$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)  # without code
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        place, _, anchor = target.partition("#")
+        if "://" in target or place.startswith("mailto:"):
+            continue
+        document = (path.parent / place).resolve() if place else path
+        assert document.exists(), f"{target}: no such file"
+        if anchor and document.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+            found = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in found, f"{target}: no such heading among {found}"
