@@ -118,7 +118,7 @@ class MetaTrainer:
         teacher: makes the teacher from a list of parameters; ``torch.optim.Adam(lr=0.01)`` if None. With a
             ``checkpoint`` it is known, as a ``meta_optimizer`` of one's own is, by its class, its options and its first
             steps on a copy of such parameters.
-        lr, weight_decay: of the learned update, as :class:`LSTMOptimizer` has them, ``update_rms`` of a network included.
+        lr, weight_decay: of the learned update, as :class:`LSTMOptimizer` has them.
         second_derivatives: keep the gradients' dependence on theta; needs twice differentiable tasks, every coordinate.
             Slower to learn at first, and what moves a network on that first-order training has brought to rest.
         validate_every: meta-steps between validations; the weights with the best score are kept.
