@@ -3,8 +3,8 @@ r"""The update scaled to one size over each tensor: what surrounds the step of a
 theta <- theta - lr * weight_decay * theta + lr * update_rms * d / RMS(d),   (d, state) <- m(grad, state; phi)
 
 RMS(d) = sqrt(mean d^2) is over the whole tensor; where it is 0, nothing moves. ``reference.scale_to_rms`` is the rule
-in plain words. The kernels need not know of it: they step scratch tensors of zeros, which then hold d, and what follows is
-a pass over many tensors at once. Nothing here waits for the device.
+in plain words. The kernels need not know of it: they step scratch tensors of zeros, which then hold d, and what
+follows is a pass over many tensors at once. Nothing here waits for the device.
 
 A coordinate whose gradient is not finite has d = 0, counts as 0 in the mean and keeps its value. The scratch says which
 these are: it begins as -0.0, and the step, which adds to every other coordinate, makes +0.0 of it at least.
