@@ -1,6 +1,6 @@
 """Meta-train an optimizer for your own nn.Module, and compare it with tuned baselines on rows it did not learn on.
 
-    python examples/meta_train_your_own.py
+Run it with python examples/meta_train_your_own.py; the constants say how long it takes.
 """
 
 import torch
