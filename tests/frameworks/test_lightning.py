@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 lightning = pytest.importorskip("lightning", reason="pip install l2l_fast[frameworks]")
 
-PRECISIONS = ["32-true", "bf16-mixed"]
+PRECISIONS = ["32-true", "bf16-mixed", "bf16-true"]
 BATCHES = 6
 
 
@@ -31,7 +31,7 @@ class Module(lightning.LightningModule):
 
     def training_step(self, batch, _):
         x, y = batch
-        loss = F.mse_loss(self.model(x).float(), y)
+        loss = F.mse_loss(self.model(x).float(), y.float())
         self.losses.append(loss.detach().clone())
         return loss
 
@@ -77,7 +77,7 @@ def test_fabrics_checkpoint_goes_on_to_the_last_bit(make_optimizer, precision, t
     def epoch(fabric, model, optimizer, schedule):
         losses = []
         for x, y in loader():
-            loss = F.mse_loss(model(x).float(), y)
+            loss = F.mse_loss(model(x).float(), y.float())
             fabric.backward(loss)
             fabric.clip_gradients(model, optimizer, max_norm=1.0)
             optimizer.step()
