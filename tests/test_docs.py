@@ -4,11 +4,13 @@ import doctest
 import importlib
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import l2l_fast
 
@@ -43,15 +45,68 @@ def test_readme_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert Path("runs/mine/comparison.png").stat().st_size > 5000
 
 
-@pytest.mark.mnist
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_examples_run(path):
-    command = [sys.executable, path, "--steps", "60", "--seeds", "2", "--activation", "relu"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def run_example(name, *arguments, folder=None):
+    """What an example prints."""
+    command = [sys.executable, ROOT / "examples" / name, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
-    rows = dict(re.findall(r"^(.*?)  +[\d.]+ +([\d.]+)% +[\d.]+$", done.stdout, re.MULTILINE))
+    return done.stdout
+
+
+@pytest.mark.mnist
+def test_the_example_of_mnist_runs():
+    printed = run_example("mnist_accuracy.py", "--steps", "60", "--seeds", "2", "--activation", "relu")
+    rows = dict(re.findall(r"^(.*?)  +[\d.]+ +([\d.]+)% +[\d.]+$", printed, re.MULTILINE))
     assert len(rows) == 8
     assert float(rows["l2l-base-v1"]) > 70
+
+
+def test_the_example_of_a_loop_runs():
+    printed = run_example("own_loop.py", "--steps", "100")
+    right = dict(re.findall(r"^(\S+) .* ([\d.]+)%$", printed, re.MULTILINE))
+    assert right.keys() == {"l2l-base", "AdamW"}
+    assert min(map(float, right.values())) > 70
+
+
+def test_the_example_of_meta_training_runs(tmp_path):
+    text = (ROOT / "examples" / "meta_train_your_own.py").read_text()
+    for constant, value in {"META_STEPS": 2, "HORIZON": 10, "SEEDS": 2}.items():
+        text, found = re.subn(rf"^{constant} = \d+", f"{constant} = {value}", text, flags=re.MULTILINE)
+        assert found == 1
+    (tmp_path / "example.py").write_text(text)
+    assert "LSTM against the best tuned baselines" in run_example(tmp_path / "example.py", folder=tmp_path)
+    model = torch.nn.Linear(3, 2)
+    l2l_fast.LSTMOptimizer(model.parameters(), tmp_path / "runs" / "own" / "network")
+
+
+@pytest.mark.slow
+def test_the_example_of_hugging_faces_trainer_runs_and_resumes(tmp_path):
+    pytest.importorskip("transformers", reason="pip install l2l_fast[frameworks]")
+    pytest.importorskip("accelerate", reason="pip install l2l_fast[frameworks]")
+    arguments = ["--steps", "20", "--out", str(tmp_path)]
+    first, last = _first_and_last(run_example("hf_trainer.py", *arguments))
+    assert last < first
+    shutil.rmtree(tmp_path / "checkpoint-20")  # as if it had been stopped after step 10
+    assert _first_and_last(run_example("hf_trainer.py", *arguments, "--resume")) == [first, last]
+
+
+@pytest.mark.slow
+def test_the_example_of_lightning_runs(tmp_path):
+    pytest.importorskip("lightning", reason="pip install l2l_fast[frameworks]")
+    first, last = _first_and_last(run_example("lightning_module.py", "--epochs", "2", folder=tmp_path))
+    assert last < 0.7 * first
+
+
+def _first_and_last(printed):
+    (found,) = re.findall(r"^loss ([\d.]+) at the first step, ([\d.]+) at the last", printed, re.MULTILINE)
+    return [float(loss) for loss in found]
+
+
+def test_every_example_is_in_the_readme_and_short():
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "examples").glob("*.py"):
+        assert f"(examples/{path.name})" in readme
+        assert len(path.read_text().splitlines()) < 70
 
 
 def test_readme_names_only_commands_that_exist():
