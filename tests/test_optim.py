@@ -555,9 +555,9 @@ def test_optimizers_by_name_share_what_was_read(monkeypatch):
     params = [nn.Parameter(torch.ones(3)) for _ in range(200)]
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         optimizers = [LSTMOptimizer([param], "l2l-small") for param in params]
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert len(read) == 1
     assert min(times) < 0.02
     for param, optimizer in zip(params, optimizers, strict=True):

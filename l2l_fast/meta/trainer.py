@@ -133,8 +133,7 @@ class MetaTrainer:
         graphs: capture each window and the meta-update in CUDA graphs and replay them; None does where the device is a
             GPU. A small problem waits for launches, hundreds a window; a graph is one. A task whose loss waits for the
             device or copies to it needs False. Eager all the same: imitation, second derivatives, windows of rare
-            lengths, and a ``meta_optimizer`` that is not made with ``fused=True, capturable=True``. Not yet run on a
-            GPU.
+            lengths, and a ``meta_optimizer`` that is not made with ``fused=True, capturable=True``.
         progress: show a progress bar (needs rich).
 
     Raises:
