@@ -142,6 +142,24 @@ def test_the_numbers_are_the_same(work, mode):
     assert repr(found) == repr(before)
 
 
+def ambient():
+    return (torch.get_default_dtype(), torch.empty(0).device, torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"), torch.is_grad_enabled(), torch.is_inference_mode_enabled())  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_callers_own_function_is_called_in_its_own_modes(mode):
+    learner, seen = network(), set()
+    with MODES[mode]():
+        before = ambient()
+        trainer = l2l.MetaTrainer(learner, "quadratic", instances=2, unroll=4, horizon=8, progress=False)
+        trainer.fit(2, on_step=lambda step: seen.add(ambient()))
+        progress = lambda what, done, total: seen.add(ambient()) if what != "timing" else None  # noqa: E731
+        tune(l2l.tasks.Quadratic(3), "sgd", horizon=2, seeds=range(2), progress=progress)
+        assert seen == {before}
+        assert ambient() == before
+
+
 @pytest.mark.parametrize("mode", DEFAULTS)
 @pytest.mark.parametrize("fused", [None, False])
 def test_a_step_is_the_same(fused, mode):

@@ -70,7 +70,7 @@ def trajectories(
         >>> trajectories(l2l.tasks.Quadratic(), lanes, horizon=5, seeds=[1, 2, 3]).shape
         torch.Size([2, 3, 6])
     """
-    with plain(device):
+    with plain(device) as as_before:
         instances = Instances(task, seeds, device)
         start = instances.start()
         theta = start.expand(len(lanes), *start.shape).clone()  # [K, B, N]; the leaves below are views of it
@@ -93,7 +93,8 @@ def trajectories(
             for optimizer in optimizers:
                 optimizer.step()
             if on_step:
-                on_step(step + 1)
+                with as_before():
+                    on_step(step + 1)
         return losses.permute(1, 2, 0).cpu()
 
 

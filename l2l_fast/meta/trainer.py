@@ -9,7 +9,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from os import PathLike
@@ -319,10 +319,10 @@ class MetaTrainer:
         require(max_seconds == math.inf or is_number(max_seconds), "max_seconds", max_seconds, "a number")
         require(on_step is None or callable(on_step), "on_step", on_step, "a function of the meta-step, or None")
         self._update.check()
-        with plain(self.device), self._folder.held() if self._folder else nullcontext():
+        with plain(self.device) as as_before, self._folder.held() if self._folder else nullcontext():
             self._take_up()
             try:
-                interrupted = self._run(meta_steps, max_seconds, on_step)
+                interrupted = self._run(meta_steps, max_seconds, on_step and _within(as_before, on_step))
             finally:  # whatever a task, on_step or a second Ctrl-C raises
                 self._current = self._weights()
                 self.network.load_flat_weights_(self._best)
@@ -699,6 +699,16 @@ class _DeferredInterrupt:
     def __exit__(self, *error) -> None:
         if self._installed:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _within(modes: Callable[[], AbstractContextManager], function: Callable) -> Callable:
+    """A caller's function, called in the caller's modes."""
+
+    def call(*arguments):
+        with modes():
+            return function(*arguments)
+
+    return call
 
 
 def _seed(*words: int) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import l2l_fast
-from l2l_fast import CoordinatewiseLSTM, MetaTrainer, tasks
+from l2l_fast import CoordinatewiseLSTM, MetaTrainer, files, tasks
 
 COMMANDS = ["demo", "meta-train", "compare", "sweep", "reproduce", "bench", "tasks", "info"]
 
@@ -219,6 +219,17 @@ def test_meta_train_under_torchrun_says_that_it_runs_alone(run, tmp_path, monkey
     assert (code, out) == (1, "")
     assert "start one process alone, without torchrun" in err
     assert not list((tmp_path / "a").iterdir())
+
+
+def test_meta_train_beside_another_run_leaves_everything_to_it(run, network, tmp_path):
+    network.save_pretrained(tmp_path / "a" / "network")
+    (tmp_path / "a" / "checkpoint").mkdir()
+    with files.locked(tmp_path / "a" / "checkpoint"):
+        code, out, err = run("meta-train", "quadratic", "--meta-steps", 2, "--out", "a")
+    assert (code, out) == (1, "")
+    assert "another run of this process is using a/checkpoint" in err.splitlines()[-1]
+    found = CoordinatewiseLSTM.from_pretrained(tmp_path / "a" / "network")
+    assert torch.equal(found.flat_weights(), network.flat_weights())
 
 
 def test_a_command_to_paste_is_quoted(run):
