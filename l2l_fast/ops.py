@@ -7,6 +7,7 @@ The dispatcher chooses the backend: the compiled CPU or CUDA kernel where one is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,6 +21,8 @@ _CONFIG = (
     "int features, int hidden_size, int num_layers, bool projection, int output, "
     "float output_scale, float preprocess_p, float beta1, float beta2, float eps"
 )
+# Of the schemas; csrc/module.cpp has it too. Kernels of another version would read their arguments as others.
+VERSION = 2
 _LIBRARY = torch.library.Library("l2l_fast", "DEF")
 REFERENCE: dict[str, Callable] = {}  # by op: what runs where there is no kernel
 
@@ -34,6 +37,16 @@ def _define(schema: str, check, implementation, fake) -> None:
     _LIBRARY.impl(name, checked, "CompositeExplicitAutograd")
     torch.library.register_fake(f"l2l_fast::{name}", fake, lib=_LIBRARY)
     REFERENCE[name] = checked
+
+
+def replace_kernels() -> None:
+    """Put the reference in the place of kernels that are loaded already and must not run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is overridden
+        for name, checked in REFERENCE.items():
+            for key in ("CPU", "CUDA"):
+                if torch._C._dispatch_has_kernel_for_dispatch_key(f"l2l_fast::{name}", key):
+                    _LIBRARY.impl(name, checked, key, allow_override=True)
 
 
 # ---------------------------------------------------------------- lstm_step_

@@ -1,5 +1,7 @@
 """The operators as PyTorch sees them: schema, shapes, gradients, compilation."""
 
+import hashlib
+
 import overflow
 import pytest
 import torch
@@ -220,6 +222,15 @@ def test_state_follows_the_parameters_memory_order():
     param = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
     state = ops.new_state(param, make_arguments()[0])
     assert state.stride()[:-1] == param.stride()
+
+
+def test_other_schemas_have_another_version():
+    """A compiled module of other schemas is refused by its version alone; its kernels would crash."""
+    schemas = "\n".join(str(getattr(OPS, name).default._schema) for name in sorted(ops.REFERENCE))
+    found = ops.VERSION, hashlib.sha256(schemas.encode()).hexdigest()[:12]
+    assert found == (2, "4bf808d1bdd3"), (
+        "raise VERSION here, in l2l_fast/ops.py and in csrc/module.cpp, and take the new hash"
+    )
 
 
 def test_unroll_compiles_without_a_graph_break():
