@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from l2l_fast import arguments, reference
+from l2l_fast import arguments, normalize, reference
 from l2l_fast.reference import Config
 
 _CONFIG = (
@@ -22,7 +22,7 @@ _CONFIG = (
     "float output_scale, float preprocess_p, float beta1, float beta2, float eps"
 )
 # Of the schemas; csrc/module.cpp has it too. Kernels of another version would read their arguments as others.
-VERSION = 2
+VERSION = 3
 _LIBRARY = torch.library.Library("l2l_fast", "DEF")
 REFERENCE: dict[str, Callable] = {}  # by op: what runs where there is no kernel
 
@@ -60,6 +60,23 @@ for _name in ("lstm_step_", "lstm_step_reference_"):
         reference.lstm_step_,
         lambda *args: None,
     )
+
+
+def _step_scaled(params, grads, states, weights, lr, steps, *args) -> None:
+    *args, weight_decay, maximize, rms = args
+    op = torch.ops.l2l_fast.lstm_step_
+    updates = normalize.raw_updates(op, params, grads, states, weights, lr, steps, *args, weight_decay, maximize)
+    normalize.move_(params, updates, lr, rms, weight_decay)
+
+
+# Of networks with update_rms, tensors that are whole: what normalize does around lstm_step_, or a kernel in two passes.
+_define(
+    f"lstm_step_scaled_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor weights, Tensor lr, "
+    f"Tensor[] steps, {_CONFIG}, float weight_decay, bool maximize, float update_rms) -> ()",
+    lambda *args: arguments.check_step(*args[:-1]),
+    _step_scaled,
+    lambda *args: None,
+)
 
 
 def lstm_step_(
