@@ -216,7 +216,7 @@ def _orthogonal_unit(update: Tensor, whole: Tensor) -> Tensor:
 
 
 def _unit(matrix: Tensor, dims: Sequence[int] | None = None) -> Tensor:
-    """matrix / RMS(matrix), over all of it or some dimensions; 0 where that is 0. Of complex numbers both parts count."""
+    """matrix / RMS(matrix), over all of it or some dimensions; 0 where that is 0. A complex number counts as a pair."""
     squares = torch.view_as_real(matrix).square().sum(-1) / 2 if matrix.is_complex() else matrix.square()
     mean = squares.mean(dims, keepdim=True) if dims else squares.mean()
     moves = mean > 0

@@ -27,6 +27,8 @@ from l2l_fast.reference import Config
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # known not to be sharded without asking, which takes a microsecond each
+# torch 2.14's compiler cannot follow the gradients that fully_shard makes.
+_HIDES_SHARDED = torch.__version__ >= (2, 14)
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 # Options of param groups that not every version's state_dict has, with what such a state_dict means.
 _LATER_OPTIONS = {"maximize": False, "orthogonalize": False}
@@ -243,8 +245,15 @@ class LSTMOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
+            if _HIDES_SHARDED and any(is_sharded(param) for group in self.param_groups for param in group["params"]):
+                self._move_uncompiled()
+                return loss
             self._prepare()
-        # Everything is looked at before anything is changed.
+        self._move()
+        return loss
+
+    def _move(self) -> None:
+        """Everything is looked at before anything is changed."""
         calls, fresh, stepped = [], [], []
         try:
             for group in self.param_groups:
@@ -262,7 +271,8 @@ class LSTMOptimizer(Optimizer):
                 if not any(param is other for other in stepped):
                     del self.state[param]
             raise
-        return loss
+
+    _move_uncompiled = torch._disable_dynamo(_move)
 
     def _run(self, call: _Call) -> None:
         op = torch.ops.l2l_fast.lstm_step_reference_ if self.fused is False else torch.ops.l2l_fast.lstm_step_
@@ -278,6 +288,8 @@ class LSTMOptimizer(Optimizer):
             arguments = (tensors, grads, states, weights, lr, steps, *rest)
             if network.update_rms is None:
                 op(*arguments)
+            elif self.fused is not False and not any(call.matrices) and not any(map(is_sharded, call.params)):
+                torch.ops.l2l_fast.lstm_step_scaled_(*arguments, network.update_rms)
             else:
                 updates = normalize.raw_updates(op, *arguments)
         except RuntimeError:
@@ -302,64 +314,71 @@ class LSTMOptimizer(Optimizer):
     def _calls(self, group: dict, fresh: list[Tensor]) -> list[_Call]:
         """The group's parameters that have a gradient, by device, each list with its arguments of ``lstm_step_``.
 
+        Models of many small tensors pay for every line of the loops here, so there are few.
+
         fresh: takes the parameters whose state is made here.
         """
-        params = self._with_gradient(group)
-        states = [self._state_of(param, group, fresh) for param in params]
-        by_device = {}
-        for param, state in zip(params, states, strict=True):
-            here = by_device.setdefault(param.device, ([], []))
-            here[0].append(param)
-            here[1].append(state)
-        network, orthogonalize = self._networks[group["network"]], group["orthogonalize"]
-        orthogonalize = network.orthogonalize if orthogonalize is None else bool(orthogonalize)
-        return [
-            _Call(
-                params,
-                self._arguments(group, device, params, states),
-                network,
-                [orthogonalize and normalize.is_matrix(param) for param in params],
-                [state["square"] for state in states] if network.input_rms is not None else [],
-            )
-            for device, (params, states) in by_device.items()
-        ]
-
-    def _with_gradient(self, group: dict) -> list[Tensor]:
-        if group["network"] not in self._networks:
+        name = group["network"]
+        network = self._networks.get(name)
+        if network is None:
             raise ValueError(
-                f"network of a param group must be one that it was added with, got {group['network']!r}: a group keeps "
+                f"network of a param group must be one that it was added with, got {name!r}: a group keeps "
                 "its network; make a new optimizer, or give it with add_param_group"
             )
-        config = self._networks[group["network"]].config
-        params = [param for param in group["params"] if param.grad is not None]
-        for param in params:
-            if param.grad.layout != torch.strided:
+        pairs = [(param, param.grad) for param in group["params"] if param.grad is not None]
+        for param, grad in pairs:
+            if grad.layout is not torch.strided:
                 raise RuntimeError(
-                    f"{self._label(group, param)} has a {param.grad.layout} gradient; LSTMOptimizer needs dense ones "
+                    f"{self._label(group, param)} has a {grad.layout} gradient; LSTMOptimizer needs dense ones "
                     "(for nn.Embedding: sparse=False)"
                 )
-            if self.error_if_nonfinite and not self._is_finite(param, config):
+            if self.error_if_nonfinite and not self._is_finite(param, network.config):
                 raise RuntimeError(
                     f"{self._label(group, param)} has a gradient that is not finite (error_if_nonfinite=True)"
                 )
-        return params
+        by_device: dict[torch.device, tuple[list, ...]] = {}
+        last = None
+        for param, grad in pairs:
+            device = param.device
+            if device != last:
+                last = device
+                params, tensors, grads, states, steps, squares = by_device.setdefault(device, ([], [], [], [], [], []))
+            state = self.state.get(param)
+            if not state:
+                state = self._first_state(param, network)
+                fresh.append(param)
+            step = state["step"]
+            # ZeroRedundancyOptimizer puts every number on the CPU, and other loaders may leave one that is no tensor.
+            if not isinstance(step, Tensor) or step.device != device:
+                step = state["step"] = _number(step, torch.float32, device)
+            if type(grad) not in _PLAIN:
+                grad = _local(_beside(grad, param))
+            if grad.is_complex():
+                grad = torch.view_as_real(grad.resolve_conj())
+            params.append(param)
+            tensors.append(_real(_local(param)))
+            grads.append(grad.resolve_neg())
+            states.append(_local(state["lstm"]))
+            steps.append(step)
+            if network.input_rms is not None:
+                square = state["square"]
+                if not isinstance(square, Tensor) or square.device != device:
+                    square = state["square"] = _number(square, self._arithmetic, device)
+                squares.append(square)
+        orthogonalize = network.orthogonalize if group["orthogonalize"] is None else group["orthogonalize"]
+        calls = []
+        for device, (*columns, squares) in by_device.items():
+            matrices = [bool(orthogonalize) and normalize.is_matrix(param) for param in columns[0]]
+            calls.append(_Call(columns[0], self._arguments(group, device, *columns), network, matrices, squares))
+        return calls
 
-    def _state_of(self, param: Tensor, group: dict, fresh: list[Tensor]) -> dict:
-        state = self.state.get(param)
-        if not state:
-            config = self._networks[group["network"]].config
-            step = torch.zeros((), dtype=torch.float32, device=param.device)
-            state = self.state[param] = {"step": step, "lstm": _new_state(param, config, self.state_dtype)}
-            if self._networks[group["network"]].input_rms is not None:
-                state["square"] = torch.zeros((), dtype=self._arithmetic, device=param.device)
-            fresh.append(param)
-        step = state["step"]
-        # ZeroRedundancyOptimizer puts every number on the CPU, and other loaders may leave one that is no tensor.
-        if not isinstance(step, Tensor) or step.device != param.device:
-            state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
-            if "square" in state:
-                state["square"] = torch.as_tensor(state["square"], dtype=self._arithmetic, device=param.device)
-        return state
+    def _first_state(self, param: Tensor, network: _Network) -> dict:
+        state = {"step": _number(0, torch.float32, param.device)}
+        state["lstm"] = _new_state(param, network.config, self.state_dtype)
+        if network.input_rms is not None:
+            state["square"] = _number(0, self._arithmetic, param.device)
+        self.state[param] = state
+        return self.state[param]
 
     @property
     def _arithmetic(self) -> torch.dtype:
@@ -373,20 +392,12 @@ class LSTMOptimizer(Optimizer):
         finite = finite.full_tensor() if is_sharded(finite) else finite
         return isinstance(finite, FakeTensor) or bool(finite)  # a fake one has no values
 
-    def _arguments(self, group: dict, device: torch.device, params: list[Tensor], states: list[dict]) -> tuple:
+    def _arguments(self, group: dict, device: torch.device, params, tensors, grads, states, steps) -> tuple:
         """Those of ``lstm_step_`` for parameters of a group that are on one device."""
         weights = self._weights(group["network"], device, params[0])
         lr = self._lr(group["lr"], device, weights.dtype)
-        tensors, grads = [], []
-        for param in params:
-            tensors.append(_real(_local(param)))
-            grad = param.grad
-            if type(grad) not in _PLAIN:
-                grad = _local(_beside(grad, param))
-            grads.append(_real(grad.resolve_conj()).resolve_neg())
-        locals_, steps = [_local(state["lstm"]) for state in states], [state["step"] for state in states]
         options = float(group["weight_decay"]), bool(group["maximize"])
-        return (tensors, grads, locals_, weights, lr, steps, *self._codes(group["network"]), *options)
+        return (tensors, grads, states, weights, lr, steps, *self._codes(group["network"]), *options)
 
     def _codes(self, name: str) -> tuple:
         """A network's config as the ops take it; worked out once, since small models pay for every line of a step."""
@@ -414,7 +425,7 @@ class LSTMOptimizer(Optimizer):
         key = ("lr", device)
         held = self._constants.get(key)
         if held is None or held[0] != lr:  # schedulers change it, so only the last value is kept
-            held = self._constants[key] = (lr, torch.full((), lr, dtype=dtype, device=device))
+            held = self._constants[key] = (lr, _number(lr, dtype, device))
         return held[1]
 
     def _label(self, group: dict, param: Tensor) -> str:
@@ -488,17 +499,14 @@ class LSTMOptimizer(Optimizer):
             )
         state = _new_state(param, config, self.state_dtype)
         state.copy_(lstm)
-        step = torch.as_tensor(step, dtype=torch.float32, device=param.device).reshape(()).clone()
-        restored = {"lstm": state, "step": step}
+        restored = {"lstm": state, "step": _number(step, torch.float32, param.device)}
         if self._networks[group["network"]].input_rms is not None:
             square = saved.get("square")
             if not _is_number(square):
                 raise ValueError(
                     f"the state_dict's square of {self._label(group, param)} must be a number, got {square!r}"
                 )
-            restored["square"] = (
-                torch.as_tensor(square, dtype=self._arithmetic, device=param.device).reshape(()).clone()
-            )
+            restored["square"] = _number(square, self._arithmetic, param.device)
         return restored
 
     def __setstate__(self, state: dict) -> None:
@@ -522,7 +530,8 @@ def _shipped(name: str, dtype: torch.dtype) -> tuple[str, _Network] | None:
 
 def _flattened(network, dtype: torch.dtype) -> tuple[str, _Network]:
     """The name that groups and state_dicts call a network by, and the network, its weights on the CPU."""
-    with _disable_current_modes():  # under FakeTensorMode the weights are needed all the same
+    # Under FakeTensorMode the weights are needed all the same, and other optimizers share those of shipped networks.
+    with _disable_current_modes(), torch.inference_mode(False):
         if isinstance(network, str | PathLike):
             network = from_pretrained(network)
         if not isinstance(network, CoordinatewiseLSTM):
@@ -586,6 +595,13 @@ def _beside(grad: Tensor, param: Tensor) -> Tensor:
     return grad.redistribute(param.device_mesh, param.placements)
 
 
+# What outlives a call is an ordinary tensor also where the call was made under torch.inference_mode.
+@torch.inference_mode(False)
+def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=dtype, device=device).reshape(()).clone()
+
+
+@torch.inference_mode(False)
 def _new_state(param: Tensor, config: Config, dtype: torch.dtype) -> Tensor:
     """Zero state of a parameter, placed as the parameter is."""
     state = ops.new_state(_real(_local(param)), config, dtype)

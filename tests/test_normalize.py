@@ -420,7 +420,7 @@ def test_with_input_rms_the_unit_of_the_loss_has_no_part(fused, update_rms):
 
 def test_a_step_that_is_not_finite_leaves_the_scale_of_the_inputs():
     theta = nn.Parameter(torch.zeros(6))
-    optimizer = LSTMOptimizer([theta], make_network(input_rms=0.01), lr=0.1)
+    optimizer, known = LSTMOptimizer([theta], make_network(input_rms=0.01), lr=0.1), None
     for step, worst in enumerate((float("inf"), 3.0, 1.0, float("nan"), 1e30)):
         theta.grad = torch.tensor([2.0, -1.0, 0.5, 0.1, worst, -worst])
         before = theta.detach().clone()
@@ -455,7 +455,7 @@ def test_the_scale_of_the_inputs_is_saved_and_asked_for():
     with pytest.raises(ValueError, match="belongs to network"):
         LSTMOptimizer([again], make_network()).load_state_dict(saved)
     del saved["state"][0]["square"]
-    with pytest.raises(ValueError, match="square of parameter 0 .* must be a number, got None"):
+    with pytest.raises(ValueError, match=r"square of parameter 0 .* must be a number, got None"):
         other.load_state_dict(saved)
 
 

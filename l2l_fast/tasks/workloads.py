@@ -7,6 +7,7 @@ manual that comes with Python. Each holds data back ("meta-test") on which to ju
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -145,7 +146,7 @@ def convolutions(side: int) -> nn.Module:
 def perceptron(*widths: int, flat: bool = True) -> nn.Module:
     """Linear layers with ReLU between them."""
     layers: list[nn.Module] = [nn.Flatten()] if flat else []
-    for place, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for place, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         layers += [nn.ReLU()] * (place > 0) + [nn.Linear(inputs, outputs)]
     return nn.Sequential(*layers)
 
