@@ -77,10 +77,10 @@ def _trained(problem, rate, meta_steps, horizon, seed, device, on_step, store) -
     kept = store.get(**facts)
     if kept is None:
         network, history, trainer = train_at_rate(problem, rate, meta_steps, horizon, seed, device, on_step)
-        windows = max(1, horizon // trainer.unroll)
+        windows = max(1, horizon // trainer.options.unroll)
         losses = torch.tensor(history.meta_losses, dtype=torch.float64, device="cpu")
         sums = torch.cat([losses[:1].expand(windows - 1), losses]).unfold(0, windows, 1).sum(1)
-        kept = {"curve": sums / (windows * trainer.unroll), "weights": network.flat_weights().detach().cpu()}
+        kept = {"curve": sums / (windows * trainer.options.unroll), "weights": network.flat_weights().detach().cpu()}
         store.put(kept, **facts)
     network = CoordinatewiseLSTM(**recipe.network)
     network.load_flat_weights_(kept["weights"])

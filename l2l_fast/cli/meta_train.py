@@ -157,7 +157,7 @@ def _record(history: History, trainer: MetaTrainer, folder: Path, title: str) ->
     plot_curves(
         {"meta-loss": np.array(history.meta_losses)}, folder / "meta_training.png",
         f"meta-training: {title}",
-        xlabel="meta-step (meta-updates)", ylabel=f"meta-loss of a window ({trainer.objective})",
+        xlabel="meta-step (meta-updates)", ylabel=f"meta-loss of a window ({trainer.options.objective})",
         log=min(history.meta_losses) > 0,
     )  # fmt: skip
 
