@@ -1,11 +1,9 @@
 """Loads the compiled kernels and remembers why it could not.
 
-Import it after :mod:`l2l_fast.ops`, which defines the operators that the kernels are registered for.
-
-    L2L_FAST_NATIVE=0       do not load them: the reference runs instead (also: false, no, off)
-    L2L_FAST_CPU_ISA=NAME   instruction set of the CPU kernels: avx512, avx2 or portable; by default the fastest that
-                            runs here, and with a warning where NAME does not. bf16: avx512 with the step's products in
-                            bfloat16, amx_bf16 or else avx512_bf16, which can also be named
+L2L_FAST_NATIVE=0       do not load them: the reference runs instead (also: false, no, off)
+L2L_FAST_CPU_ISA=NAME   instruction set of the CPU kernels: avx512, avx2 or portable; by default the fastest that
+                        runs here, and with a warning where NAME does not. bf16: avx512 with the step's products in
+                        bfloat16, amx_bf16 or else avx512_bf16, which can also be named
 """
 
 from __future__ import annotations
@@ -18,6 +16,8 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+
+import l2l_fast.ops  # noqa: F401  # it defines the operators that the kernels are registered for
 
 
 def _load():

@@ -141,3 +141,25 @@ class Staged(Horizon):
 
     def __repr__(self) -> str:
         return f"Staged({self.stages}, patience={self.patience})"
+
+
+def parse_horizon(text: str | int) -> Horizon:
+    """A curriculum from ``100``, ``50:300`` (log-uniform), ``50:300:100`` (one whose top grows) or ``100,200,500``.
+
+    Raises:
+        ValueError: it is none of them; the message says what is.
+
+    Example:
+        >>> from l2l_fast.meta.curricula import parse_horizon
+        >>> parse_horizon(100), parse_horizon("50:300"), parse_horizon("100,200,500")
+        (Horizon(100), LogUniform(50, 300, first=300), Staged((100, 200, 500), patience=3))
+    """
+    text = str(text)
+    try:
+        if ":" in text:
+            return LogUniform(*(int(part) for part in text.split(":")))
+        if "," in text:
+            return Staged([int(part) for part in text.split(",")])
+        return Horizon(int(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"horizon {text!r}: give 100, 50:300 or 100,200,500 ({error})") from None

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 
 import torch
 
-from l2l_fast import reference
+from l2l_fast.config import split_weights
 from l2l_fast.meta import ranks
 from l2l_fast.meta.checkpoints import CheckpointFolder
 from l2l_fast.meta.identity import describe, describe_horizon, describe_optimizer
@@ -105,7 +105,7 @@ class Run:
         try:
             weights = [saved[name] for name in ("weights", "averaged", "best")]
             for flat in weights:
-                reference.split_weights(flat, self.update.network.config)
+                split_weights(flat, self.update.network.config)
             numbers, history = (saved["meta_step"], saved["started"]), History(**saved["history"])
             streams = self.streams.restored(saved["streams"][ranks.rank()])
             horizon.load_state_dict(saved["horizon"])

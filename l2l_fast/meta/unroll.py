@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from l2l_fast import normalize, ops
+from l2l_fast.config import Config
 from l2l_fast.meta.sampling import sample_coordinates
-from l2l_fast.reference import Config
 from l2l_fast.tasks import Instances
 from l2l_fast.tasks.base import Batch
 

@@ -216,7 +216,7 @@ def test_parallel_trajectories_are_out_of_step():
     assert [stream.horizon for stream in trainer.streams.running] == [10, 20, 30]
     for _ in range(5):
         trainer.step()
-    assert sorted(stream.trajectory.steps_done for stream in trainer.streams if stream) == [10, 20]
+    assert sorted(stream.trajectory.steps_done for stream in trainer.streams.running if stream) == [10, 20]
 
 
 def test_tasks_take_turns():

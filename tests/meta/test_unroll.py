@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, reference
+from l2l_fast.config import FEATURES
 from l2l_fast.meta.estimators import Imitation, SecondDerivatives, TruncatedBackpropagation
 from l2l_fast.meta.unroll import (
     OBJECTIVES,
@@ -15,7 +16,6 @@ from l2l_fast.meta.unroll import (
     suffix_sums,
     window_,
 )
-from l2l_fast.reference import FEATURES
 from l2l_fast.tasks import Instances, ModuleTask, Quadratic
 
 
