@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from l2l_fast import arguments, normalize, reference
-from l2l_fast.reference import Config
+from l2l_fast.config import Config, state_size
 
 _CONFIG = (
     "int features, int hidden_size, int num_layers, bool projection, int output, "
@@ -95,8 +95,8 @@ def lstm_step_(
 
     theta <- theta - lr * weight_decay * theta + lr * u,   (u, state) <- m(grad, state; weights)
 
-    A coordinate whose gradient is not finite (:func:`reference.gradient_limit`) keeps its value and its state. No
-    autograd: the optimizer's own path.
+    A coordinate whose gradient is not finite (:func:`~l2l_fast.config.gradient_limit`) keeps its value and its state.
+    No autograd: the optimizer's own path.
 
     Args:
         params: tensors of any shape, strides and floating dtype; changed in place.
@@ -166,8 +166,8 @@ def lstm_unroll(
 
     (u[t], state[t+1]) = m(grads[t], state[t]; weights),  t = 0 .. T-1
 
-    A gradient that is not finite (:func:`reference.gradient_limit`) gives u = 0 and passes the state on. Under the
-    transforms of ``torch.func`` the reference runs.
+    A gradient that is not finite (:func:`~l2l_fast.config.gradient_limit`) gives u = 0 and passes the state on. Under
+    the transforms of ``torch.func`` the reference runs.
 
     Args:
         grads: [T, N], of the dtype of ``weights``.
@@ -316,7 +316,7 @@ def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32)
         >>> l2l.ops.new_state(torch.empty(3, 5), network.config).shape
         torch.Size([3, 5, 80])
     """
-    size, count = reference.state_size(config), param.numel()
+    size, count = state_size(config), param.numel()
     on_gpu = param.device.type == "cuda"
     line, fours = (128 if on_gpu else 64) // dtype.itemsize, -(-count // 4) * 4
     # CPU kernels work on whole lines where they lie, CUDA kernels on four coordinates: so the widest that is not waste.

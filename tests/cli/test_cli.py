@@ -205,12 +205,12 @@ def test_meta_train_keeps_the_best_network_of_a_run_that_fails(run, monkeypatch)
             raise RuntimeError("no more of it")
         return loss(self, params, batch)
 
-    monkeypatch.setattr("l2l_fast.cli.meta_train.MetaTrainer", Watched)
+    monkeypatch.setattr("l2l_fast.meta.recipes.MetaTrainer", Watched)
     monkeypatch.setattr(tasks.Quadratic, "loss", fail_later)
     code, _, err = run("meta-train", "quadratic", "--horizon", 5, "--meta-steps", 120, "--out", "a")
     assert (code, "no more of it" in err) == (1, True)
     assert found[0].history.best_score < 1
-    assert torch.equal(CoordinatewiseLSTM.from_pretrained("a/network").flat_weights(), found[0]._best)
+    assert torch.equal(CoordinatewiseLSTM.from_pretrained("a/network").flat_weights(), found[0].weights.best)
 
 
 def test_meta_train_under_torchrun_says_that_it_runs_alone(run, tmp_path, monkeypatch):

@@ -2,8 +2,8 @@
 
 import torch
 
-from l2l_fast import ops, reference
-from l2l_fast.reference import Config
+from l2l_fast import ops
+from l2l_fast.config import Config, has_moments, num_weights
 
 PAPER = Config("log_sign", 20, 2, False, "linear", 0.1, 10.0, 0.95, 0.95, 1e-8)
 RNNPROP = Config("moments", 20, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
@@ -12,7 +12,7 @@ RNNPROP = Config("moments", 20, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
 def make_weights(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     size = config.hidden_size**-0.5
-    return torch.empty(reference.num_weights(config), dtype=dtype).uniform_(-size, size, generator=generator)
+    return torch.empty(num_weights(config), dtype=dtype).uniform_(-size, size, generator=generator)
 
 
 def make_grads(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -34,7 +34,7 @@ def make_state(
     generator = torch.Generator().manual_seed(seed)
     state = ops.new_state(torch.empty(count), config, dtype)
     state.copy_(torch.empty(state.shape).uniform_(-0.9, 0.9, generator=generator))
-    if reference.has_moments(config):
+    if has_moments(config):
         state[:, 1].abs_()
         if fresh:
             state[::5, :2] = 0

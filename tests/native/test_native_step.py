@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
 
 from l2l_fast import _native, ops, reference
-from l2l_fast.reference import Config
+from l2l_fast.config import FEATURES, OUTPUTS, Config, state_size
 
 IDENTITY = overflow.CONFIG._replace(features="identity", hidden_size=20)
 # One below, at and above the widths of every tile: 2 to 64 coordinates.
@@ -90,11 +90,11 @@ def test_options(isa, config):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    features=st.sampled_from(sorted(reference.FEATURES)),
+    features=st.sampled_from(sorted(FEATURES)),
     hidden=st.integers(1, 64),
     layers=st.integers(1, 3),
     projection=st.booleans(),
-    output=st.sampled_from(reference.OUTPUTS),
+    output=st.sampled_from(OUTPUTS),
     sizes=st.lists(st.integers(0, 140), max_size=4),
     number=st.integers(1, 1000),
     seed=st.integers(0, 2**16),
@@ -128,7 +128,7 @@ def test_strides(isa, layout, canonical, grad_like_param):
     param = LAYOUTS[layout]()
     grad = torch.empty_like(param) if grad_like_param else torch.empty(param.shape)
     grad.copy_(make_grads(*param.shape))
-    state = ops.new_state(param, PAPER) if canonical else torch.empty(*param.shape, reference.state_size(PAPER))
+    state = ops.new_state(param, PAPER) if canonical else torch.empty(*param.shape, state_size(PAPER))
     state.copy_(torch.empty(state.shape).uniform_(-0.9, 0.9))
     params, states = step_both([param], [grad], [state], PAPER)
     close(param, params[0])
