@@ -90,6 +90,7 @@ def lstm_step_(
     *,
     weight_decay: float = 0.0,
     maximize: bool = False,
+    fused: bool | None = None,
 ) -> None:
     r"""Move every parameter by one step of the learned optimizer, in place, and advance its state.
 
@@ -110,6 +111,7 @@ def lstm_step_(
         config: what the network computes.
         weight_decay: decoupled weight decay, per unit of lr.
         maximize: ascend instead of descend.
+        fused: False runs the reference, whatever kernels there are; None and True, what the dispatcher has.
 
     Raises:
         RuntimeError: a tensor of another shape, dtype or device (all are on that of ``weights``), or an expanded
@@ -130,7 +132,8 @@ def lstm_step_(
     """
     fields = *arguments.codes(config), weight_decay, maximize
     count_versions([*params, *states])
-    torch.ops.l2l_fast.lstm_step_(params, grads, states, weights, lr, steps, *fields)
+    op = torch.ops.l2l_fast.lstm_step_reference_ if fused is False else torch.ops.l2l_fast.lstm_step_
+    op(params, grads, states, weights, lr, steps, *fields)
 
 
 def count_versions(overwritten: Sequence[Tensor]) -> None:

@@ -6,6 +6,7 @@ import overflow
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2l_fast import CoordinatewiseLSTM, arguments, ops, reference
 from l2l_fast.config import FEATURES, Config, num_weights, state_size
@@ -170,6 +171,25 @@ def test_every_backend_refuses_the_same_unrolls(backend, change, message):
             backend("lstm_unroll")(*(good | change).values())
     with pytest.raises(RuntimeError, match=message):
         backend("lstm_unroll_backward")(*(of_backward | good | change).values(), True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("fused", "name"), [(False, "lstm_step_reference_"), (None, "lstm_step_"), (True, "lstm_step_")]
+)
+def test_the_reference_steps_where_it_is_asked_for(fused, name):
+    network, called = CoordinatewiseLSTM("moments", 3, 1), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            called.append(op.name())
+            return op(*args, **kwargs or {})
+
+    theta, number = torch.zeros(4), torch.tensor(1.0)
+    state, weights = ops.new_state(theta, network.config), network.flat_weights().detach()
+    with Watch():
+        ops.lstm_step_([theta], [torch.ones(4)], [state], weights, number, [number], network.config, fused=fused)
+    assert f"l2l_fast::{name}" in called
+    assert theta.all()
 
 
 def test_a_step_is_a_number_or_a_tensor():

@@ -8,8 +8,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
-from test_native_step import CONFIGS, IDENTITY, LAYOUTS, config_id
+from problems import (
+    CONFIGS,
+    IDENTITY,
+    LAYOUTS,
+    PAPER,
+    RNNPROP,
+    config_id,
+    make_grads,
+    make_state,
+    make_weights,
+)  # fmt: skip
 
 from l2l_fast import ops, reference
 from l2l_fast.arguments import codes

@@ -4,8 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
-from test_native_step import CONFIGS, config_id
+from problems import CONFIGS, PAPER, RNNPROP, config_id, make_grads, make_state, make_weights
 
 from l2l_fast import ops, reference
 from l2l_fast.arguments import codes
