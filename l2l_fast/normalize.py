@@ -202,7 +202,11 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def is_matrix(tensor: Tensor) -> bool:
     """Whether ``orthogonalize`` takes it: two dimensions or more, none of them a vocabulary's."""
-    return tensor.ndim > 1 and max(tensor.shape[0], math.prod(tensor.shape[1:])) <= MAX_SIDE
+    return _is_matrix(tensor.shape)
+
+
+def _is_matrix(shape: torch.Size) -> bool:
+    return len(shape) > 1 and max(shape[0], math.prod(shape[1:])) <= MAX_SIDE
 
 
 def _orthogonal_unit(update: Tensor, whole: Tensor) -> Tensor:
@@ -273,7 +277,7 @@ def orthogonalize_each(matrices: Tensor, steps: int = 5) -> Tensor:
 
 def relative_rows(grads: Tensor, v: Tensor, step: Tensor, sizes: Sequence[int], config: Config, rms: float) -> Tensor:
     """:func:`relative` of rows [..., N] that hold one tensor after another; moves v [..., K] on."""
-    x = []
+    x, step = [], step.to(v.dtype)
     v.mul_(config.beta2)
     for place, piece in enumerate(grads.split(list(sizes), -1)):
         v[..., place] += (1 - config.beta2) * piece.square().mean(-1)
@@ -283,15 +287,31 @@ def relative_rows(grads: Tensor, v: Tensor, step: Tensor, sizes: Sequence[int], 
     return torch.cat(x, -1)
 
 
-def orthogonal_rows(momenta: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
-    """o / RMS(o) of the matrices in rows [B, N] of B instances, 0 for the other tensors, of shapes [*shape] each."""
-    found = []
-    for piece, shape in zip(momenta.split([math.prod(shape) for shape in shapes], -1), shapes, strict=True):
-        if len(shape) > 1:
-            matrices = orthogonalize_each(piece.view(len(piece), shape[0], -1))
-            found.append(_unit(matrices, (1, 2)).reshape(piece.shape))
-        else:
-            found.append(torch.zeros_like(piece))
+def join_rows(updates: Tensor, momenta: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
+    """d / (2 RMS(d)) - o / RMS(o) of the matrices in rows, o being their orthogonalized momenta; d of other tensors.
+
+    Args:
+        updates: d, [B, N].
+        momenta: [B, N].
+        shapes: of each tensor of an instance.
+
+    Returns:
+        [B, N].
+    """
+    sizes, found = [math.prod(shape) for shape in shapes], []
+    for d, momentum, shape in zip(updates.split(sizes, -1), momenta.split(sizes, -1), shapes, strict=True):
+        if _is_matrix(shape):
+            o = _unit(orthogonalize_each(momentum.reshape(len(d), shape[0], -1)), (1, 2))
+            d = _scaled(d, LEARNED_SHARE)[0] - o.reshape(d.shape)
+        found.append(d)
+    return torch.cat(found, -1)
+
+
+def join_rows_backward(d_joined: Tensor, updates: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
+    """dL/dd of :func:`join_rows`, [..., N]."""
+    sizes, found = [math.prod(shape) for shape in shapes], []
+    for g, d, shape in zip(d_joined.split(sizes, -1), updates.split(sizes, -1), shapes, strict=True):
+        found.append(_scaled_backward(g, d, LEARNED_SHARE) if _is_matrix(shape) else g)
     return torch.cat(found, -1)
 
 
@@ -321,12 +341,15 @@ def scale_rows_backward(d_scaled: Tensor, updates: Tensor, sizes: Sequence[int],
     Returns:
         [..., N]; 0 for tensors whose d is 0.
     """
-    found = []
-    for g, d in zip(d_scaled.split(list(sizes), -1), updates.split(list(sizes), -1), strict=True):
-        scaled, factor = _scaled(d, rms)
-        # d / rho is scaled / update_rms.
-        found.append(factor * (g - scaled * (g * scaled).mean(-1, keepdim=True) / rms**2))
-    return torch.cat(found, -1)
+    pieces = zip(d_scaled.split(list(sizes), -1), updates.split(list(sizes), -1), strict=True)
+    return torch.cat([_scaled_backward(g, d, rms) for g, d in pieces], -1)
+
+
+def _scaled_backward(d_scaled: Tensor, updates: Tensor, rms: float) -> Tensor:
+    """Of one tensor, over the last dimension."""
+    scaled, factor = _scaled(updates, rms)
+    # d / rho is scaled / update_rms.
+    return factor * (d_scaled - scaled * (d_scaled * scaled).mean(-1, keepdim=True) / rms**2)
 
 
 def _scaled(updates: Tensor, rms: float) -> tuple[Tensor, Tensor]:

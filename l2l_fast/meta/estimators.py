@@ -98,7 +98,8 @@ class SecondDerivatives:
                 updates = updates.view_as(theta)
                 if rule.update_rms is not None:
                     updates = normalize.scale_rows(updates, trajectory.sizes, rule.update_rms)
-                theta = (1 - rule.lr * rule.weight_decay) * theta + rule.lr * updates
+                lr = rule.lr * trajectory.rate(step - 1)
+                theta = (1 - lr * rule.weight_decay) * theta + lr * updates
                 loss, grad = trajectory.evaluate(theta, create_graph=True)
                 losses.append(loss)
             losses, weights = torch.stack(losses), _first(self.weights, length)
@@ -138,22 +139,26 @@ class Imitation:
         grads = theta.new_empty(length + 1, *theta.shape)
         grads[0] = trajectory.grad
         moves = theta.new_empty(length, *theta.shape)
+        rates = (rule.lr * trajectory.rates[:length])[:, None, None]
+        inputs = torch.empty_like(moves)
         for t in range(length):
             before = theta.clone()
+            inputs[t] = trajectory.relative_(grads[t], rule, trajectory.step + t + 1)
             theta.grad = grads[t]
             self.teacher.step()
-            moves[t] = theta - before + rule.lr * rule.weight_decay * before  # what lr * u should be
+            moves[t] = theta - before + rates[t] * rule.weight_decay * before  # what lr * u should be
             trajectory.losses.copy_(evaluate(at(batches, t), grads[t + 1]))
         trajectory.grad.copy_(grads[length])
         with torch.no_grad():
             step = trajectory.step + 1
-            first_state, flat = trajectory.state.view(size, -1), grads[:length].view(length, size)
+            first_state, flat = trajectory.state.view(size, -1), inputs.view(length, size)
             updates, last_state = ops.lstm_unroll(flat, first_state, rule.weights, rule.config, step)
             if rule.update_rms is not None:
                 raw, sizes = updates.view_as(moves), trajectory.sizes
                 updates = normalize.scale_rows(raw, sizes, rule.update_rms).view(length, size)
-            error = rule.lr * updates - moves.view(length, size)
-            d_updates = rule.lr * error / size
+            rates = rates.view(length, 1)
+            error = rates * updates - moves.view(length, size)
+            d_updates = rates * error / size
             if rule.update_rms is not None:
                 d_updates = normalize.scale_rows_backward(d_updates.view_as(moves), raw, sizes, rule.update_rms)
                 d_updates = d_updates.view(length, size)

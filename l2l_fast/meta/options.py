@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 
 from l2l_fast.checks import is_number, is_whole, require, usable_device
+from l2l_fast.meta import seeds
 from l2l_fast.meta.curricula import Horizon
 from l2l_fast.meta.unroll import OBJECTIVES
 from l2l_fast.networks import CoordinatewiseLSTM
@@ -89,6 +92,15 @@ SHARE = Kind(
     lambda value: len(_share(value)) == 2 and all(is_number(part) and 0 <= part <= 1 for part in _share(value)),
     "in [0, 1], or two numbers that are",
     lambda value: tuple(map(float, _share(value))),
+)
+RATES = Kind(
+    lambda value: (
+        len(_share(value)) == 2
+        and all(is_number(part) and part > 0 for part in _share(value))
+        and _share(value)[0] <= _share(value)[1]
+    ),
+    "a positive number, or two, the lower first",
+    lambda value: float(value) if is_number(value) else tuple(map(float, value)),
 )
 FUNCTION = Kind(callable, "a function that makes an optimizer")
 DEVICE = Kind(lambda value: True, "a device", usable_device)
@@ -165,9 +177,15 @@ class TrainerOptions:
         is known, as a ``meta_optimizer`` of one's own is, by its class, its options and its first steps on a copy of
         such parameters.""",
     )  # fmt: skip
-    lr: float | None = option(
-        None, _or_none(POSITIVE, "a positive number"),
-        "of the learned update, as :class:`LSTMOptimizer` has it; the network's ``default_lr`` if None.",
+    lr: float | tuple[float, float] | None = option(
+        None, _or_none(RATES),
+        """of the learned update, as :class:`LSTMOptimizer` has it; (low, high): drawn log-uniformly between them
+        for each trajectory, validation having their geometric mean; the network's ``default_lr`` if None.""",
+    )  # fmt: skip
+    lr_schedule: str = option(
+        "constant", _one_of(SCHEDULES),
+        """of ``lr`` along a trajectory: "constant", or "cosine", up over the first twentieth of its horizon and down to
+        0 at the end.""",
     )  # fmt: skip
     weight_decay: float = option(0.0, NOT_NEGATIVE, "of the learned update, as :class:`LSTMOptimizer` has it.")
     second_derivatives: bool = option(
@@ -217,12 +235,48 @@ class TrainerOptions:
         object.__setattr__(self, name, value)
 
     def of(self, network: CoordinatewiseLSTM) -> TrainerOptions:
-        """The same for a network, whose ``default_lr`` is the rate where none is given."""
+        """The same for a network, whose ``default_lr`` is the rate where none is given.
+
+        Raises:
+            ValueError: the network's options and these do not go together.
+        """
+        for name in ("second_derivatives", "imitation") if network.orthogonalize else ():
+            require(not np.any(getattr(self, name)), name, getattr(self, name), "off for a network with orthogonalize")
+        second = self.second_derivatives and network.input_rms is not None
+        require(not second, "second_derivatives", True, "False for a network with input_rms")
         return replace(self, lr=network.default_lr) if self.lr is None else self
+
+    def peak(self, number: int | None = None) -> float:
+        """The highest rate of a trajectory, by its number in the run, or of those that validate."""
+        if not isinstance(self.lr, tuple):
+            return self.lr
+        low, high = map(math.log, self.lr)
+        part = 0.5 if number is None else np.random.default_rng((seeds.RATE, self.seed, number)).random()
+        return math.exp(low + part * (high - low))
+
+    def rates(self, horizon: int, number: int | None = None) -> Callable[[int], float] | None:
+        """The rate of each step, counted from 0, of a trajectory; None where it is the same for all of them."""
+        if self.lr_schedule == "constant":
+            return (lambda step: self.peak(number)) if isinstance(self.lr, tuple) else None
+        return partial(warm_cosine, self.peak(number), horizon)
 
     def deciding(self) -> dict:
         """Those that a run's numbers depend on, by name."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["decides"]}
+
+
+def warm_cosine(peak: float, horizon: int, step: int) -> float:
+    """peak * min(t / w, (1 + cos(pi (t - w) / (T - w))) / 2) for t = step + 1 while it comes up, step from then on.
+
+    Args:
+        peak: the highest rate, reached after w = T / 20 steps.
+        horizon: T.
+        step: counted from 0.
+    """
+    warm = max(1, round(0.05 * horizon))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, horizon - warm)))
 
 
 # ---------------------------------------------------------------- on a function that takes them

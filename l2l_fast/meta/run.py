@@ -71,6 +71,10 @@ class Run:
         settings["horizon"], settings["imitation"] = describe_horizon(options.horizon), list(options.imitation)
         settings |= {f"tasks[{number}]": describe(task, options.device) for number, task in enumerate(self.tasks)}
         settings["network"], settings["update_rms"] = list(network.config), network.update_rms
+        # What earlier versions had none of is named where it is used, so that their checkpoints go on.
+        if settings["lr_schedule"] == "constant":
+            del settings["lr_schedule"]
+        settings |= {name: getattr(network, name) for name in ("input_rms", "orthogonalize") if getattr(network, name)}
         settings["frozen"], settings["ranks"] = self.update.frozen, ranks.world()
         return settings
 

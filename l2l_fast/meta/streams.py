@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,13 +32,16 @@ class TrajectoryPool:
         self.rule, self.window, self.graphs = rule, window, graphs
         self._ended: defaultdict[tuple, list[Trajectory]] = defaultdict(list)
 
-    def start(self, kind: tuple, instances: Instances, scaling: Tensor | None = None) -> Trajectory:
+    def start(
+        self, kind: tuple, instances: Instances, scaling: Tensor | None = None,
+        schedule: Callable[[int], float] | None = None,
+    ) -> Trajectory:  # fmt: skip
         """A trajectory at its start; ``kind`` tells trajectories apart that must not share memory."""
         ended = self._ended[kind, tuple(instances.shapes.items())]
         if not ended:
-            return Trajectory(instances, self.rule.config, self.rule.weights.dtype, scaling, self.window)
+            return Trajectory(instances, self.rule.config, self.rule.weights.dtype, scaling, self.window, schedule)
         trajectory = ended.pop()
-        trajectory.place(instances, scaling)
+        trajectory.place(instances, scaling, schedule)
         self.graphs((trajectory, 0), trajectory.evaluate_start_)
         return trajectory
 
@@ -117,7 +120,8 @@ class Streams:
         if self._drawn is None or self._drawn[0] != number:
             self._drawn = number, *self._draw(number, task_index)
         (_, instances, scaling), self._drawn = self._drawn, None
-        trajectory = self.pool.start(("training", task_index), instances, scaling)
+        schedule = self.options.rates(horizon, number)
+        trajectory = self.pool.start(("training", task_index), instances, scaling, schedule)
         return Stream(number, task_index, horizon, trajectory, self._teacher(trajectory) if led else None)
 
     def _teacher(self, trajectory: Trajectory) -> torch.optim.Optimizer:

@@ -100,7 +100,11 @@ class MetaTrainer:
             rated = all("lr" in group for group in self.meta_optimizer.param_groups)
             require(rated or (options.schedule == "constant" and not options.warmup), "schedule", options.schedule,
                     '"constant", without warmup, for a meta_optimizer whose param groups have no lr')  # fmt: skip
-            self.rule = Rule(network.config, self.update.weights, options.lr, options.weight_decay, network.update_rms)
+            scheduled = options.rates(1) is not None  # trajectories then have the rates themselves
+            self.rule = Rule(
+                network.config, self.update.weights, 1.0 if scheduled else options.lr, options.weight_decay,
+                network.update_rms, network.input_rms, network.orthogonalize,
+            )  # fmt: skip
             self.estimator = estimator(options, self.rule)
             self.graphs, self._eager = Graphs(CudaCapture(self.device) if options.graphs else None), Graphs()
             pool = TrajectoryPool(self.rule, options.unroll, self.graphs)

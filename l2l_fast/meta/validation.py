@@ -38,7 +38,7 @@ class Validation:
         options, horizon, graphs = self.options, self.options.horizon.validation, self.pool.graphs
         chosen = [seeds.seed(seeds.VALIDATION, options.seed, index, i) for i in range(options.validation_instances)]
         instances = float32_instances(self.tasks[index], chosen, options.device)
-        trajectory = self.pool.start(("validation", index), instances)
+        trajectory = self.pool.start(("validation", index), instances, schedule=options.rates(horizon))
         self._ratios.zero_()
         while left := horizon - trajectory.steps_done:
             batches = trajectory.next(length := min(left, options.unroll))
