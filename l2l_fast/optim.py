@@ -42,6 +42,8 @@ class _Network(NamedTuple):
     weights: Tensor  # flat, on the CPU
     update_rms: float | None = None
     default_lr: float = 1.0
+    input_rms: float | None = None
+    orthogonalize: bool = False
 
 
 class _Call(NamedTuple):
@@ -50,7 +52,8 @@ class _Call(NamedTuple):
     params: list[Tensor]
     arguments: tuple
     network: _Network
-    orthogonalize: bool
+    matrices: list[bool]  # which of them to orthogonalize
+    squares: list[Tensor]  # with input_rms
 
 
 class LSTMOptimizer(Optimizer):
@@ -72,10 +75,11 @@ class LSTMOptimizer(Optimizer):
             with ``update_rms``, a rate as AdamW has it; otherwise 1, which is what the network was trained for.
         weight_decay: decoupled weight decay, per unit of lr.
         maximize: ascend instead of descend.
-        orthogonalize: of networks with ``update_rms``: put the update of every tensor of two dimensions or more through
-            five Newton-Schulz steps (:func:`~l2l_fast.normalize.orthogonalize`) before it is scaled, as Muon does with
-            its momentum. What is no matrix in this sense, an embedding or the last layer, belongs into a group with
-            ``orthogonalize=False``; tensors of one dimension are left as they are. A sharded matrix is gathered.
+        orthogonalize: of networks with ``update_rms`` and moments: start from Muon where a tensor has two dimensions or
+            more: u is added to the momentum after five Newton-Schulz steps
+            (:func:`~l2l_fast.normalize.orthogonalize`), RMS 1, before both are scaled. None: as the network says. Left
+            as they are: tensors of one dimension, and those with a side above 16,384, a vocabulary's. A sharded matrix
+            is gathered for it.
         state_dtype: float32, or bfloat16: half the memory, but a step may be slower where the CPU has only AVX2; the
             arithmetic stays float32. float64 computes in float64. A gradient that is not finite in the dtype of the
             arithmetic counts as one that is not; so does one whose square is not (2^63 in float32), which networks with
@@ -114,7 +118,7 @@ class LSTMOptimizer(Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        orthogonalize: bool = False,
+        orthogonalize: bool | None = None,
         state_dtype: torch.dtype = torch.float32,
         fused: bool | None = None,
         error_if_nonfinite: bool = False,
@@ -189,11 +193,11 @@ class LSTMOptimizer(Optimizer):
 
     def _check_rule(self, options: dict, where: str = "") -> None:
         """What a group's options ask of its network."""
-        rms = self._networks[options["network"]].update_rms
-        if options["orthogonalize"] and rms is None:
+        network = self._networks[options["network"]]
+        reason = normalize.no_momentum(network.config, network.update_rms)
+        if options["orthogonalize"] and reason:
             raise ValueError(
-                f"{where}orthogonalize must be False for a network without update_rms, whose update has a size of its "
-                "own that would be lost: use a network that has it, such as l2l-base"
+                f"{where}orthogonalize must be False for a network {reason}; l2l-base is one that has what it takes"
             )
 
     def _warn_of_leaps(self, group: dict) -> None:
@@ -210,9 +214,8 @@ class LSTMOptimizer(Optimizer):
         """Copy a network's weights; returns the name under which groups refer to it."""
         if isinstance(network, str) and network in self._networks:
             return network
-        dtype = torch.float64 if self.state_dtype == torch.float64 else torch.float32
-        found = _shipped(network, dtype) if isinstance(network, str) else None
-        name, self._networks[name] = found or _flattened(network, dtype)
+        found = _shipped(network, self._arithmetic) if isinstance(network, str) else None
+        name, self._networks[name] = found or _flattened(network, self._arithmetic)
         return name
 
     def _need_kernel(self, device: torch.device) -> None:
@@ -257,7 +260,7 @@ class LSTMOptimizer(Optimizer):
                 calls += self._calls(group, fresh)
             # A call looks at its arguments itself, but the one before has changed its parameters by then; and of a
             # parameter that it steps on scratch it sees nothing.
-            if fresh and (len(calls) > 1 or any(call.network.update_rms for call in calls)):
+            if fresh and (len(calls) > 1 or any(_on_scratch(call.network) for call in calls)):
                 for call in calls:
                     arguments.check_step(*call.arguments)
             for call in calls:
@@ -273,23 +276,34 @@ class LSTMOptimizer(Optimizer):
 
     def _run(self, call: _Call) -> None:
         op = torch.ops.l2l_fast.lstm_step_reference_ if self.fused is False else torch.ops.l2l_fast.lstm_step_
-        tensors, *_, lr, steps = call.arguments[:6]
-        rms, updates = call.network.update_rms, None
+        network, (tensors, grads, states, weights, lr, steps, *rest) = call.network, call.arguments
+        squares = updates = None
         ops.count_versions(call.params)
         torch._foreach_add_(steps, 1)
         try:
-            if rms is None:
-                op(*call.arguments)
-            elif self.fused is not False and not call.orthogonalize and not any(map(is_sharded, call.params)):
-                torch.ops.l2l_fast.lstm_step_scaled_(*call.arguments, rms)
+            if network.input_rms is not None:
+                grads, squares = normalize.relative(
+                    grads, call.squares, steps, network.config, network.input_rms, call.params
+                )
+            arguments = (tensors, grads, states, weights, lr, steps, *rest)
+            if network.update_rms is None:
+                op(*arguments)
+            elif self.fused is not False and not any(call.matrices) and not any(map(is_sharded, call.params)):
+                torch.ops.l2l_fast.lstm_step_scaled_(*arguments, network.update_rms)
             else:
-                updates = normalize.raw_updates(op, *call.arguments)
+                updates = normalize.raw_updates(op, *arguments)
         except RuntimeError:
             torch._foreach_sub_(steps, 1)
             raise
+        if squares is not None:
+            torch._foreach_copy_(call.squares, list(squares.unbind()))
         if updates is not None:
-            matrices = [call.orthogonalize and param.ndim > 1 for param in call.params]
-            normalize.move_(tensors, updates, lr, rms, call.arguments[-2], call.params, matrices)
+            weight_decay, maximize = rest[-2:]
+            momenta = [
+                normalize.momentum(grad, state, network.config, weights.dtype, maximize) if matrix else None
+                for grad, state, matrix in zip(grads, states, call.matrices, strict=True)
+            ]
+            normalize.move_(tensors, updates, lr, network.update_rms, weight_decay, call.params, momenta)
 
     @torch.compiler.assume_constant_result
     def _prepare(self) -> None:
@@ -328,10 +342,10 @@ class LSTMOptimizer(Optimizer):
             device = param.device
             if device != last:
                 last = device
-                params, tensors, grads, states, steps = by_device.setdefault(device, ([], [], [], [], []))
+                params, tensors, grads, states, steps, squares = by_device.setdefault(device, ([], [], [], [], [], []))
             state = self.state.get(param)
             if not state:
-                state = self._first_state(param, network.config)
+                state = self._first_state(param, network)
                 fresh.append(param)
             step = state["step"]
             # ZeroRedundancyOptimizer puts every number on the CPU, and other loaders may leave one that is no tensor.
@@ -346,22 +360,35 @@ class LSTMOptimizer(Optimizer):
             grads.append(grad.resolve_neg())
             states.append(_local(state["lstm"]))
             steps.append(step)
-        return [
-            _Call(columns[0], self._arguments(group, device, *columns), network, bool(group["orthogonalize"]))
-            for device, columns in by_device.items()
-        ]
+            if network.input_rms is not None:
+                square = state["square"]
+                if not isinstance(square, Tensor) or square.device != device:
+                    square = state["square"] = _number(square, self._arithmetic, device)
+                squares.append(square)
+        orthogonalize = network.orthogonalize if group["orthogonalize"] is None else group["orthogonalize"]
+        calls = []
+        for device, (*columns, squares) in by_device.items():
+            matrices = [bool(orthogonalize) and normalize.is_matrix(param) for param in columns[0]]
+            calls.append(_Call(columns[0], self._arguments(group, device, *columns), network, matrices, squares))
+        return calls
 
-    def _first_state(self, param: Tensor, config: Config) -> dict:
-        step = _number(0, torch.float32, param.device)
-        self.state[param] = {"step": step, "lstm": _new_state(param, config, self.state_dtype)}
+    def _first_state(self, param: Tensor, network: _Network) -> dict:
+        state = {"step": _number(0, torch.float32, param.device)}
+        state["lstm"] = _new_state(param, network.config, self.state_dtype)
+        if network.input_rms is not None:
+            state["square"] = _number(0, self._arithmetic, param.device)
+        self.state[param] = state
         return self.state[param]
+
+    @property
+    def _arithmetic(self) -> torch.dtype:
+        return torch.float64 if self.state_dtype == torch.float64 else torch.float32
 
     def _is_finite(self, param: Tensor, config: Config) -> bool:
         """Whether the gradient is, as the ops mean it; of a sharded one, whether it is on every rank."""
         grad = _real(_beside(param.grad, param))
-        arithmetic = torch.float64 if self.state_dtype == torch.float64 else torch.float32
-        limit = reference.gradient_limit(config, arithmetic, self.state_dtype)
-        finite = (grad.to(arithmetic).abs() < limit).all()
+        limit = reference.gradient_limit(config, self._arithmetic, self.state_dtype)
+        finite = (grad.to(self._arithmetic).abs() < limit).all()
         finite = finite.full_tensor() if is_sharded(finite) else finite
         return isinstance(finite, FakeTensor) or bool(finite)  # a fake one has no values
 
@@ -472,7 +499,15 @@ class LSTMOptimizer(Optimizer):
             )
         state = _new_state(param, config, self.state_dtype)
         state.copy_(lstm)
-        return {"lstm": state, "step": _number(step, torch.float32, param.device)}
+        restored = {"lstm": state, "step": _number(step, torch.float32, param.device)}
+        if self._networks[group["network"]].input_rms is not None:
+            square = saved.get("square")
+            if not _is_number(square):
+                raise ValueError(
+                    f"the state_dict's square of {self._label(group, param)} must be a number, got {square!r}"
+                )
+            restored["square"] = _number(square, self._arithmetic, param.device)
+        return restored
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -512,7 +547,14 @@ def _flattened(network, dtype: torch.dtype) -> tuple[str, _Network]:
         values = b"" if isinstance(weights, FakeTensor) else weights.to(torch.float32).numpy().tobytes()
         digest = hashlib.sha256(network.rule.encode() + values).hexdigest()[:16]
     name = f"{config.features}-{config.num_layers}x{config.hidden_size}-{digest}"
-    return name, _Network(config, weights, network.update_rms, network.default_lr)
+    return name, _Network(
+        config, weights, network.update_rms, network.default_lr, network.input_rms, network.orthogonalize
+    )
+
+
+def _on_scratch(network: _Network) -> bool:
+    """Whether its step does something before or after the op."""
+    return network.update_rms is not None or network.input_rms is not None
 
 
 def _is_number(value) -> bool:
@@ -531,8 +573,9 @@ def _check_options(options: dict, where: str = "") -> None:
             )
         if not _is_number(value):
             raise ValueError(f"{where}{name} must be finite and not negative, got {value!r}")
-    for name in ("maximize", "orthogonalize"):
-        require(options[name] in (True, False), f"{where}{name}", options[name], "True or False")
+    require(options["maximize"] in (True, False), f"{where}maximize", options["maximize"], "True or False")
+    known = options["orthogonalize"] in (True, False, None)
+    require(known, f"{where}orthogonalize", options["orthogonalize"], "True, False or None")
 
 
 def _real(tensor: Tensor) -> Tensor:
