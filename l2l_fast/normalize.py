@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from l2l_fast.reference import SMALLEST, Config, has_moments, outside_autocast
+from l2l_fast.config import Config, has_moments
+from l2l_fast.reference import SMALLEST, outside_autocast
 
 MAX_SIDE = 16384  # of a matrix to orthogonalize: beyond are vocabularies, whose rows have nothing to do with each other
 _LINE = 32  # coordinates; each tensor's scratch begins on a line of 128 bytes

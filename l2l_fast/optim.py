@@ -18,14 +18,13 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
-from l2l_fast import _native, arguments, normalize, ops, reference
-from l2l_fast.checkpoint import from_pretrained, shipped
+from l2l_fast import _native, arguments, normalize, ops
+from l2l_fast.checkpoint import shipped
 from l2l_fast.checks import require
+from l2l_fast.config import STATE_DTYPES, Config, gradient_limit, state_size
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.normalize import is_sharded
-from l2l_fast.reference import Config
 
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # known not to be sharded without asking, which takes a microsecond each
 # torch 2.14's compiler cannot follow the gradients that fully_shard makes.
 _HIDES_SHARDED = torch.__version__ >= (2, 14)
@@ -387,7 +386,7 @@ class LSTMOptimizer(Optimizer):
     def _is_finite(self, param: Tensor, config: Config) -> bool:
         """Whether the gradient is, as the ops mean it; of a sharded one, whether it is on every rank."""
         grad = _real(_beside(param.grad, param))
-        limit = reference.gradient_limit(config, self._arithmetic, self.state_dtype)
+        limit = gradient_limit(config, self._arithmetic, self.state_dtype)
         finite = (grad.to(self._arithmetic).abs() < limit).all()
         finite = finite.full_tensor() if is_sharded(finite) else finite
         return isinstance(finite, FakeTensor) or bool(finite)  # a fake one has no values
@@ -485,7 +484,7 @@ class LSTMOptimizer(Optimizer):
 
     def _restored_state(self, group: dict, param: Tensor, saved: dict) -> dict:
         config = self._networks[group["network"]].config
-        shape = (*_real(param).shape, reference.state_size(config))
+        shape = (*_real(param).shape, state_size(config))
         lstm, step = saved.get("lstm"), saved.get("step")
         found = tuple(lstm.shape) if isinstance(lstm, Tensor) and "step" in saved else None
         if found != shape:
@@ -533,7 +532,7 @@ def _flattened(network, dtype: torch.dtype) -> tuple[str, _Network]:
     # Under FakeTensorMode the weights are needed all the same, and other optimizers share those of shipped networks.
     with _disable_current_modes(), torch.inference_mode(False):
         if isinstance(network, str | PathLike):
-            network = from_pretrained(network)
+            network = CoordinatewiseLSTM.from_pretrained(network)
         if not isinstance(network, CoordinatewiseLSTM):
             raise TypeError(
                 "network must be a CoordinatewiseLSTM, a shipped name, a folder or a hub id, got "

@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, normalize, ops, optim, reference
+from l2l_fast.config import FEATURES, gradient_limit
 
 RMS = 0.6
 
@@ -35,7 +36,7 @@ def expected_step(theta, grad, state, step, network, lr, weight_decay=0.0, maxim
         g.reshape(1, -1), state.reshape(-1, state.shape[-1]), weights, torch.tensor(float(step)), *config
     )
     new_state = new_state.view(state.shape)
-    finite = g.abs() < reference.gradient_limit(config, weights.dtype, state.dtype)
+    finite = g.abs() < gradient_limit(config, weights.dtype, state.dtype)
     d = updates.view(real.shape)
     if orthogonalize and theta.ndim > 1:
         momentum = config.beta1 * new_state[..., 0].to(weights.dtype) + (1 - config.beta1) * g
@@ -521,7 +522,7 @@ def test_scratch_is_beside_the_parameters_state():
 
 
 @pytest.mark.parametrize("fused", [None, False])
-@pytest.mark.parametrize("features", reference.FEATURES)
+@pytest.mark.parametrize("features", FEATURES)
 def test_the_step_marks_what_is_held_and_nothing_else(features, fused):
     network, theta = make_network(features), nn.Parameter(torch.zeros(40))
     grads = torch.randn(40)
