@@ -58,9 +58,10 @@ sanitize:  ## the kernels without torch under AddressSanitizer and UndefinedBeha
 cuda-check: $(READY)  ## compile the CUDA kernels for every architecture, no GPU needed; their registers and memory
 	$(BIN)/python csrc/cuda/check.py
 
-lint: $(READY)  ## style alone
+lint: $(READY)  ## style and types alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:  ## remove what setup and builds made
 	rm -rf $(VENV) build dist *.egg-info l2l_fast/*.so runs/benchmark.json
