@@ -46,9 +46,10 @@ void step(const StepArguments& arguments, const Parallel& parallel) {
   });
 }
 
-constexpr int64_t kBlock = 4096;  // coordinates that are summed, then moved, at a time
-constexpr int64_t kTogether =
-    int64_t(1) << 18;  // coordinates whose updates are held at a time, unless one tensor has more
+// Coordinates that are summed, then moved, at a time.
+constexpr int64_t kBlock = 4096;
+// Coordinates whose updates are held at a time, unless one tensor has more.
+constexpr int64_t kTogether = int64_t(1) << 18;
 
 // Part of one tensor, whose updates lie densely in the parameter's memory order.
 struct Block {

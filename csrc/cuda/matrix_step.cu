@@ -240,8 +240,9 @@ void launch(const StepCall& call, const std::vector<DenseEntry>& entries, DType 
 
 template <class T>
 void launch(const StepCall& call, const std::vector<DenseEntry>& entries, DType state, cudaStream_t stream) {
-  const bool known = with_slots(
-      call.cell.net.hidden, [&](auto slots) { launch<decltype(slots)::value, T>(call, entries, state, stream); });
+  const bool known = with_slots(call.cell.net.hidden, [&](auto slots) {
+    launch<decltype(slots)::value, T>(call, entries, state, stream);
+  });
   if (!known) throw std::logic_error("matrix_step does not support this hidden size");
 }
 
