@@ -41,7 +41,7 @@ class CoordinatewiseLSTM(nn.Module):
         input_rms: None: the LSTM sees gradients as they are. A number c: c * d / sqrt(mean d^2), the mean being over
             the parameter's whole tensor and, with decay rate ``betas[1]``, over the steps so far. The loss may then be
             in any unit, and layers have gradients of any size. As ``update_rms`` it belongs to the step.
-        orthogonalize: what an optimizer does whose own ``orthogonalize`` is None: whether it adds u of a matrix to its
+        orthogonalize: what an optimizer does whose own ``orthogonalize`` is None: whether u of a matrix is added to its
             orthogonalized momentum. Needs moments and ``update_rms``.
 
     Attributes:

@@ -2,7 +2,7 @@ r"""What surrounds the step of a network that has ``update_rms``, ``input_rms`` 
 
 x <- input_rms * grad / sqrt(v),    v <- beta2 v + (1 - beta2) mean grad^2, without its bias towards the start
 d, state <- m(x, state; phi)
-d <- d - o / RMS(o) of a matrix,    o = NS(beta1 m + (1 - beta1) x), m being the state's running mean of x
+d <- d / (2 RMS(d)) - o / RMS(o) of a matrix,    o = NS(beta1 m + (1 - beta1) x), m being the state's running mean of x
 theta <- theta - lr * weight_decay * theta + lr * update_rms * d / RMS(d)
 
 Means and root mean squares are over a whole tensor; where they are 0, nothing moves. The kernels need not know of any
@@ -26,6 +26,7 @@ from torch import Tensor
 from l2l_fast.config import Config, has_moments
 from l2l_fast.reference import SMALLEST, outside_autocast
 
+LEARNED_SHARE = 0.5  # RMS of the learned part beside that of the orthogonalized momentum, 1: docs/notebook.md
 MAX_SIDE = 16384  # of a matrix to orthogonalize: beyond are vocabularies, whose rows have nothing to do with each other
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -137,19 +138,26 @@ def move_(
     pieces, wholes = updates.pieces, params if wholes is None else wholes
     matrices = [place for place, momentum in enumerate(momenta) if momentum is not None]
     held: Any = is_held(updates.flat) if weight_decay or matrices else None
-    for place in matrices:
-        momentum = torch.where(is_held(pieces[place]), 0.0, momenta[place])  # type: ignore[arg-type]
-        pieces[place].sub_(_orthogonal_unit(momentum, wholes[place]))
-    if matrices:  # which mixes coordinates
-        updates.flat.masked_fill_(held, 0.0)
-    roots = torch.stack(root_mean_squares(pieces, wholes))
-    factors = torch.where(roots >= SMALLEST, lr * rms / roots, 0.0)
-    torch._foreach_mul_(pieces, list(factors.unbind()))
+    if matrices:
+        chosen, choice = [pieces[place] for place in matrices], [wholes[place] for place in matrices]
+        zero = [is_held(piece) for piece in chosen]
+        _scale_(chosen, choice, LEARNED_SHARE)
+        for place, piece, whole, none in zip(matrices, chosen, choice, zero, strict=True):
+            momentum = torch.where(none, 0.0, momenta[place])  # type: ignore[arg-type]
+            piece.sub_(_orthogonal_unit(momentum, whole))
+        updates.flat.masked_fill_(held, 0.0)  # an orthogonalized matrix mixes coordinates
+    _scale_(pieces, wholes, lr * rms)
     if weight_decay:
         # In the updates' dtype, so that a parameter of half precision is rounded once.
         rates = updates.cut(torch.where(held, 0.0, -weight_decay * lr))
         torch._foreach_addcmul_(pieces, [param.to(updates.flat.dtype) for param in params], rates)
     torch._foreach_add_(list(params), pieces)
+
+
+def _scale_(updates: Sequence[Tensor], wholes: Sequence[Tensor], rms: float | Tensor) -> None:
+    roots = torch.stack(root_mean_squares(updates, wholes))
+    factors = torch.where(roots >= SMALLEST, rms / roots, 0.0)
+    torch._foreach_mul_(list(updates), list(factors.unbind()))
 
 
 def momentum(grad: Tensor, state: Tensor, config: Config, dtype: torch.dtype, maximize: bool = False) -> Tensor:

@@ -74,11 +74,11 @@ class LSTMOptimizer(Optimizer):
             with ``update_rms``, a rate as AdamW has it; otherwise 1, which is what the network was trained for.
         weight_decay: decoupled weight decay, per unit of lr.
         maximize: ascend instead of descend.
-        orthogonalize: of networks with ``update_rms`` and moments: start from Muon where a tensor has two dimensions or
-            more: u is added to the momentum after five Newton-Schulz steps
-            (:func:`~l2l_fast.normalize.orthogonalize`), RMS 1, before both are scaled. None: as the network says. Left
-            as they are: tensors of one dimension, and those with a side above 16,384, a vocabulary's. A sharded matrix
-            is gathered for it.
+        orthogonalize: of networks with ``update_rms`` and moments: begin with Muon's update where a tensor has two
+            dimensions or more. u, with RMS 1/2, is added to the momentum after five Newton-Schulz steps
+            (:func:`~l2l_fast.normalize.orthogonalize`), with RMS 1, and their sum is scaled. None: as the network says.
+            Left as they are: tensors of one dimension, and those with a side above 16,384, a vocabulary's. A sharded
+            matrix is gathered for it.
         state_dtype: float32, or bfloat16: half the memory, but a step may be slower where the CPU has only AVX2; the
             arithmetic stays float32. float64 computes in float64. A gradient that is not finite in the dtype of the
             arithmetic counts as one that is not; so does one whose square is not (2^63 in float32), which networks with

@@ -27,7 +27,8 @@ def test_a_build_that_fails_leaves_no_module_of_an_earlier_one(tmp_path, inplace
         path.parent.mkdir(parents=True)
         path.write_bytes(b"of other sources")
         os.utime(path, (2**31, 2**31))  # newer than every source
-    (tmp_path / "l2l_fast" / "__init__.py").write_text('__version__ = "0"\n')
+    (tmp_path / "l2l_fast" / "__init__.py").touch()
+    (tmp_path / "l2l_fast" / "_version.py").write_text('__version__ = "0"\n')
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", "lib", "--build-temp", "temp"]
     run = subprocess.run(
         [*command, "--inplace"] if inplace else command,

@@ -44,7 +44,7 @@ def expected_step(theta, grad, state, step, network, lr, weight_decay=0.0, maxim
         o = torch.view_as_complex(momentum.contiguous()) if theta.is_complex() else momentum
         o = normalize.orthogonalize(o)
         o = torch.view_as_real(o.resolve_conj()) if theta.is_complex() else o
-        d = torch.where(finite, d - reference.scale_to_rms(o, 1.0), 0.0)
+        d = torch.where(finite, reference.scale_to_rms(d, 0.5) - reference.scale_to_rms(o, 1.0), 0.0)
     wide = real.to(torch.promote_types(real.dtype, weights.dtype))
     moved = wide - lr * weight_decay * wide + lr * reference.scale_to_rms(d, network.update_rms)
     moved = torch.where(finite, moved, wide).to(real.dtype)
@@ -371,7 +371,8 @@ def test_orthogonalize_is_a_groups_choice():
     network = make_network()
     updates, _ = network(matrix.grad.reshape(1, -1))
     o = reference.scale_to_rms(normalize.orthogonalize(matrix.grad), 1.0)
-    expected = 0.5 * reference.scale_to_rms(updates[0].detach().view(6, 4) - o, RMS)
+    learned = reference.scale_to_rms(updates[0].detach().view(6, 4), 0.5)
+    expected = 0.5 * reference.scale_to_rms(learned - o, RMS)
     torch.testing.assert_close(matrix.detach(), expected, rtol=1e-4, atol=1e-4)
     expected = 0.5 * reference.scale_to_rms(updates[0].detach().view(6, 4), RMS)
     torch.testing.assert_close(embedding.detach(), expected, rtol=1e-4, atol=1e-4)

@@ -79,7 +79,7 @@ def reproduce(
 
     found = []
     for name in names:
-        found.append(l2l_fast.reproduce.reproduce(name, run, extra if networks[name] is None else networks[name]))
+        found.append(l2l_fast.reproduce.reproduce(name, run, networks[name], beside=extra))
         note(f"{name}: row.json, table.txt and pictures are in {out / name}")
     if row == "all":
         write_text(out / "report.html", html(found, out, run.command("all")))

@@ -19,14 +19,18 @@ from l2l_fast.reproduce.run import Run
 __all__ = ["FULL", "QUICK", "ROWS", "Findings", "Run", "Settings", "find", "reproduce"]
 
 
-def reproduce(name: str, run: Run, networks: Mapping[str, torch.nn.Module | str | PathLike] | None = None) -> Findings:
+Networks = Mapping[str, torch.nn.Module | str | PathLike]
+
+
+def reproduce(name: str, run: Run, networks: Networks | None = None, *, beside: Networks | None = None) -> Findings:
     """Run a row, and write its JSON, tables and pictures into a subfolder of the run's folder.
 
     Args:
         name: of the row, a key of ``ROWS``.
         run: where and how much.
-        networks: what is judged, by the names that tables have; the row's own network if None. A row that trains its
-            networks judges these beside them.
+        networks: what is judged, by the names that tables have; the row's own if None: a shipped network, or those
+            that it trains. The row ``meta-lr`` judges its own alone.
+        beside: what is judged beside the networks that a row trains.
 
     Raises:
         ValueError: there is no such row.
@@ -44,17 +48,16 @@ def reproduce(name: str, run: Run, networks: Mapping[str, torch.nn.Module | str 
     row = ROWS[name]
     if row.kind == "meta-lr":
         return meta_lr(run)
-    if networks is None and row.network:
-        networks = {row.network: row.network}
-    found = {label: _network(one) for label, one in (networks or {}).items()}
-    return judge(name, _trained(name, run, found) if row.recipes else found, run)
+    if networks is None:
+        networks = {row.network: row.network} if row.network else _trained(name, run, beside or {})
+    return judge(name, {label: _network(one) for label, one in networks.items()}, run)
 
 
 def _network(network: torch.nn.Module | str | PathLike) -> CoordinatewiseLSTM:
     return network if isinstance(network, torch.nn.Module) else CoordinatewiseLSTM.from_pretrained(network)
 
 
-def _trained(name: str, run: Run, given: Mapping[str, CoordinatewiseLSTM]) -> dict[str, CoordinatewiseLSTM]:
+def _trained(name: str, run: Run, beside: Networks) -> Networks:
     """The networks of a row's recipes, and those that a person wants beside them."""
     networks = {}
     with run.bars(f"{name}: meta-training") as progress:
@@ -63,5 +66,5 @@ def _trained(name: str, run: Run, given: Mapping[str, CoordinatewiseLSTM]) -> di
                 recipe, run.dataset, run.folder / "trained", meta_steps=run.settings.meta_steps, seed=run.seed,
                 device=run.device, on_step=progress and partial(progress, f"recipe {recipe}"),
             )  # fmt: skip
-            networks[recipe] = CoordinatewiseLSTM.from_pretrained(folder)
-    return networks | {f"{label}, given" if label in networks else label: one for label, one in given.items()}
+            networks[recipe] = folder
+    return networks | {f"{label}, given" if label in networks else label: one for label, one in beside.items()}

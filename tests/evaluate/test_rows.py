@@ -187,7 +187,7 @@ def test_a_row_that_trains_its_networks_runs_from_python_too(tmp_path, monkeypat
     row = dataclasses.replace(ROWS["ablation"], cases=(Case("quadratic", (3,)),), recipes=("base",))
     monkeypatch.setitem(ROWS, "ablation", row)
     run = Run(tmp_path, settings=dataclasses.replace(TINY, meta_steps=1))
-    found = reproduce("ablation", run, {"base": network})
+    found = reproduce("ablation", run, beside={"base": network})
     assert found.networks == ["base", "base, given"]
     monkeypatch.setattr("l2l_fast.meta.recipes.MetaTrainer", None)  # nothing is trained again
     again = reproduce("ablation", run)
