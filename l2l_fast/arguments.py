@@ -26,7 +26,7 @@ def codes(config: Config) -> tuple:
         if getattr(config, name) not in known:
             raise RuntimeError(f"{name} must be {' or '.join(known)}, got {getattr(config, name)!r}")
     features, output = (known.index(getattr(config, name)) for name, known in _NAMES.items())
-    return tuple(config._replace(features=features, output=output))
+    return (features, *config[1:4], output, *config[5:])
 
 
 def _config(*fields) -> Config:

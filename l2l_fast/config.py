@@ -33,10 +33,10 @@ class Config(NamedTuple):
     @classmethod
     def of(cls, features: str | int, *fields) -> Config:
         """From names, or from the ops' arguments: ``features`` and ``output`` as places in FEATURES and OUTPUTS."""
-        config = cls(features, *fields)
         if isinstance(features, str):
-            return config
-        return config._replace(features=tuple(FEATURES)[features], output=OUTPUTS[config.output])
+            return cls(features, *fields)
+        config = cls(tuple(FEATURES)[features], *fields)
+        return config._replace(output=OUTPUTS[fields[3]])
 
 
 def has_moments(config: Config) -> bool:
@@ -63,7 +63,8 @@ def state_size(config: Config) -> int:
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight, in the order in which they follow each other in the flat weight vector."""
-    hidden, inputs, shapes = config.hidden_size, FEATURES[config.features], {}
+    hidden, inputs = config.hidden_size, FEATURES[config.features]
+    shapes: dict[str, tuple[int, ...]] = {}
     if config.projection:
         shapes["projection.weight"] = (hidden, inputs)
         shapes["projection.bias"] = (hidden,)

@@ -223,7 +223,7 @@ class CoordinatewiseLSTM(nn.Module):
             if name.startswith("projection."):
                 raise ValueError("projection must be False: from_torch takes an nn.LSTM and a head alone")
             require(tuple(tensors[name].shape) == shape, f"shape of {name}", tuple(tensors[name].shape), str(shape))
-        network.to(lstm.weight_ih_l0.dtype).load_state_dict(tensors)
+        network.to(tensors["weight_ih_l0"].dtype).load_state_dict(tensors)
         return network
 
     def save_pretrained(self, folder: str | PathLike) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from l2l_fast.reference import SMALLEST, outside_autocast
 
 LEARNED_SHARE = 0.5  # RMS of the learned part beside that of the orthogonalized momentum, 1: docs/notebook.md
 MAX_SIDE = 16384  # of a matrix to orthogonalize: beyond are vocabularies, whose rows have nothing to do with each other
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 _LINE = 32  # coordinates; each tensor's scratch begins on a line of 128 bytes
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -133,20 +137,21 @@ def move_(
     """
     pieces, wholes = updates.pieces, params if wholes is None else wholes
     matrices = [place for place, momentum in enumerate(momenta) if momentum is not None]
-    held = is_held(updates.flat) if weight_decay or matrices else None
+    held: Any = is_held(updates.flat) if weight_decay or matrices else None
     if matrices:
         chosen, choice = [pieces[place] for place in matrices], [wholes[place] for place in matrices]
         zero = [is_held(piece) for piece in chosen]
         _scale_(chosen, choice, LEARNED_SHARE)
         for place, piece, whole, none in zip(matrices, chosen, choice, zero, strict=True):
-            piece.sub_(_orthogonal_unit(torch.where(none, 0.0, momenta[place]), whole))
+            momentum = torch.where(none, 0.0, momenta[place])  # type: ignore[arg-type]
+            piece.sub_(_orthogonal_unit(momentum, whole))
         updates.flat.masked_fill_(held, 0.0)  # an orthogonalized matrix mixes coordinates
     _scale_(pieces, wholes, lr * rms)
     if weight_decay:
         # In the updates' dtype, so that a parameter of half precision is rounded once.
         rates = updates.cut(torch.where(held, 0.0, -weight_decay * lr))
         torch._foreach_addcmul_(pieces, [param.to(updates.flat.dtype) for param in params], rates)
-    torch._foreach_add_(params, pieces)
+    torch._foreach_add_(list(params), pieces)
 
 
 def _scale_(updates: Sequence[Tensor], wholes: Sequence[Tensor], rms: float | Tensor) -> None:
@@ -173,26 +178,25 @@ def root_mean_squares(updates: Sequence[Tensor], wholes: Sequence[Tensor]) -> li
     """RMS of each, 0-dim; of what is sharded, over the whole tensor. An empty one has 0."""
     counts = [math.sqrt(max(1, whole.numel() * (2 if whole.is_complex() else 1))) for whole in wholes]
     roots = list(torch._foreach_div(torch._foreach_norm(list(updates)), counts))
-    sharded = [place for place, whole in enumerate(wholes) if is_sharded(whole)]
+    sharded = {place: whole for place, whole in enumerate(wholes) if is_sharded(whole)}
     if not sharded:
         return roots
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     groups: dict[tuple, list[int]] = {}
-    for place in sharded:
-        mesh = wholes[place].device_mesh
-        kinds = tuple(placement.is_replicate() for placement in wholes[place].placements)
-        groups.setdefault((mesh, kinds), []).append(place)
+    for place, whole in sharded.items():
+        kinds = tuple(placement.is_replicate() for placement in whole.placements)
+        groups.setdefault((whole.device_mesh, kinds), []).append(place)
     for (mesh, kinds), places in groups.items():  # one vector of squares for each way to shard
         squares = torch.stack([roots[place] for place in places]).square()
-        summands = [Replicate() if whole else Partial() for whole in kinds]
+        summands = [Replicate() if replicated else Partial() for replicated in kinds]
         summed = DTensor.from_local(squares, mesh, summands, run_check=False).full_tensor().sqrt()
         for place, root in zip(places, summed.unbind(), strict=True):
             roots[place] = root
     return roots
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether it is a DTensor. Asked of the class: torch.compile answers no for the tensor itself."""
     return type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(type(tensor), "to_local")
 
@@ -220,14 +224,14 @@ def _orthogonal_unit(update: Tensor, whole: Tensor) -> Tensor:
         update = DTensor.from_local(
             update.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
         ).full_tensor()
-        found = DTensor.from_local(_unit(orthogonalize(update)), mesh, [Replicate()] * mesh.ndim, run_check=False)
-        found = found.redistribute(mesh, placements).to_local()
+        unit = DTensor.from_local(_unit(orthogonalize(update)), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        found = unit.redistribute(mesh, placements).to_local()
     else:
         found = _unit(orthogonalize(update))
     return torch.view_as_real(found.resolve_conj()) if whole.is_complex() else found
 
 
-def _unit(matrix: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+def _unit(matrix: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     """matrix / RMS(matrix), over all of it or some dimensions; 0 where that is 0. A complex number counts as a pair."""
     squares = torch.view_as_real(matrix).square().sum(-1) / 2 if matrix.is_complex() else matrix.square()
     mean = squares.mean(dims, keepdim=True) if dims else squares.mean()

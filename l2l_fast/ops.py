@@ -63,9 +63,9 @@ for _name in ("lstm_step_", "lstm_step_reference_"):
 
 
 def _step_scaled(params, grads, states, weights, lr, steps, *args) -> None:
-    *args, weight_decay, maximize, rms = args
+    *config, weight_decay, maximize, rms = args
     op = torch.ops.l2l_fast.lstm_step_
-    updates = normalize.raw_updates(op, params, grads, states, weights, lr, steps, *args, weight_decay, maximize)
+    updates = normalize.raw_updates(op, params, grads, states, weights, lr, steps, *config, weight_decay, maximize)
     normalize.move_(params, updates, lr, rms, weight_decay)
 
 

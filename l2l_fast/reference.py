@@ -209,7 +209,7 @@ def cell_backward(
     d_weights["head.weight"].addmm_(d_y[None], saved["top"].T)
     d_weights["head.bias"].add_(d_y.sum())
     d_x = weights["head.weight"].T * d_y
-    d_old = []
+    d_old: list[Tensor] = []
     for layer in reversed(range(config.num_layers)):
         x, h, c, i, f, g, o, tanh_c = saved["layers"][layer]
         d_h = d_x + d_rows[2 * layer]
@@ -315,7 +315,8 @@ def lstm_unroll_backward(
     d_state = new_state_like(state) if need_state else state.new_empty(0)
     horizon, limit = grads.shape[0], gradient_limit(config, weights.dtype, state.dtype)
     for tile in _tiles(grads.shape[1]):
-        columns, saved = state[tile].T.to(weights.dtype), [{} for _ in range(horizon)]
+        columns = state[tile].T.to(weights.dtype)
+        saved: list[dict] = [{} for _ in range(horizon)]
         for t in range(horizon):
             _, columns = cell(grads[t, tile], columns, step + t, named, config, saved[t], limit)
         d_columns = torch.zeros_like(columns) if d_last is None else d_last[tile].T.to(weights.dtype)

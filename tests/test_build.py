@@ -1,10 +1,12 @@
 """What a build leaves behind: compiled modules of its own sources, or none."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,10 @@ def test_a_build_that_fails_leaves_no_module_of_an_earlier_one(tmp_path, inplace
     assert earlier[1].exists() != inplace
     if not required:
         assert "compiled kernels were not built, so it will run on plain PyTorch" in run.stderr
+
+
+def test_commits_are_checked_with_the_versions_of_the_test_suite():
+    tests = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
+    (pinned,) = (each for each in tests if each.startswith("ruff=="))
+    found = re.findall(r'"(ruff[^"]*)"', (ROOT / ".pre-commit-config.yaml").read_text())
+    assert found == [pinned, pinned]

@@ -568,7 +568,8 @@ def test_making_an_optimizer_draws_nothing():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_optimizers_by_name_share_what_was_read(monkeypatch):
+@pytest.mark.parametrize("network", ["l2l-base", "l2l-base-v1", "l2l-small"])
+def test_optimizers_by_name_share_what_was_read(network, monkeypatch):
     """So that one for each parameter costs nothing (gradients that are applied in backward)."""
     read, load = [], checkpoint.load
     monkeypatch.setattr(checkpoint, "load", lambda contents: read.append(contents) or load(contents))
@@ -577,7 +578,7 @@ def test_optimizers_by_name_share_what_was_read(monkeypatch):
     times = []
     for _ in range(5):
         start = time.process_time()
-        optimizers = [LSTMOptimizer([param], "l2l-small") for param in params]
+        optimizers = [LSTMOptimizer([param], network) for param in params]
         times.append(time.process_time() - start)
     assert len(read) == 1
     assert min(times) < 0.02
