@@ -1,4 +1,4 @@
-"""What mkdocstrings is to make of the docstrings: equations and examples in blocks of code, names without their roles."""
+"""What mkdocstrings is to make of docstrings: equations and examples in blocks of code, names without their roles."""
 
 import re
 

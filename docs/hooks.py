@@ -1,7 +1,7 @@
 """What mkdocs cannot do by itself: pages from outside docs/, mathematics without a script, wide tables.
 
-- A link that leaves docs/ is one to a page as well: what it leads to is added below source/, Markdown as it is, code in a
-  block, and its own links are followed likewise. README.md is the first page.
+- A link that leaves docs/ is one to a page as well: what it leads to is added below source/, Markdown as it is, code in
+  a block, and its own links are followed likewise. README.md is the first page.
 - Equations become MathML when the site is built, so that no reader's browser has to fetch a renderer.
 """
 
