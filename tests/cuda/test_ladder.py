@@ -1,4 +1,4 @@
-"""Every rung of bench/ladder computes the optimizer's step: in the emulator, against the CPU version that it carries."""
+"""Every rung of bench/ladder computes the optimizer's step: in the emulator, against its own CPU version."""
 
 import os
 import shutil
