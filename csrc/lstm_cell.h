@@ -11,7 +11,7 @@ namespace l2l {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// The order of gates in the rows of every weight matrix: torch.nn.LSTM's. A gate of a unit is the row
+// The order of gates in the rows of every weight matrix: torch.nn.LSTM's. A unit's row of a gate is
 // gate * hidden + unit.
 enum Gate { kInput, kForget, kCell, kOutput, kGates };
 

@@ -10,12 +10,11 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from l2l_fast import ops, reference
+from l2l_fast import checkpoint, normalize, ops
 from l2l_fast.checks import is_number, is_whole, require
-from l2l_fast.reference import FEATURES, OUTPUTS, Config
+from l2l_fast.config import FEATURES, MAX_LAYERS, OUTPUTS, Config, num_weights, split_weights, weight_shapes
 
-MAX_HIDDEN = 64
-MAX_LAYERS = 64
+MAX_HIDDEN = 64  # units of a network that is made; the ops take more
 
 
 class CoordinatewiseLSTM(nn.Module):
@@ -39,6 +38,11 @@ class CoordinatewiseLSTM(nn.Module):
             square being over the parameter's whole tensor, so that ``lr`` alone is the size of a step, as it is for
             AdamW; with r = 0.6 the rates that suit are AdamW's. It belongs to the optimizer's step and to
             meta-training: :meth:`forward`, which knows no tensors, gives u.
+        input_rms: None: the LSTM sees gradients as they are. A number c: c * d / sqrt(mean d^2), the mean being over
+            the parameter's whole tensor and, with decay rate ``betas[1]``, over the steps so far. The loss may then be
+            in any unit, and layers have gradients of any size. As ``update_rms`` it belongs to the step.
+        orthogonalize: what an optimizer does whose own ``orthogonalize`` is None: whether it adds u of a matrix to its
+            orthogonalized momentum. Needs moments and ``update_rms``.
 
     Attributes:
         default_lr: the optimizer's and the meta-trainer's where none is given: 1, which u is trained for, and AdamW's
@@ -72,14 +76,14 @@ class CoordinatewiseLSTM(nn.Module):
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,
         update_rms: float | None = None,
+        input_rms: float | None = None,
+        orthogonalize: bool = False,
     ) -> None:
         super().__init__()
         known = isinstance(features, str) and features in FEATURES
         require(known, "features", features, f"one of {', '.join(map(repr, FEATURES))}")
-        require(
-            is_whole(hidden_size, 1) and hidden_size <= MAX_HIDDEN, "hidden_size", hidden_size, "an int from 1 to 64"
-        )
-        require(is_whole(num_layers, 1) and num_layers <= MAX_LAYERS, "num_layers", num_layers, "an int from 1 to 64")
+        for name, count, most in (("hidden_size", hidden_size, MAX_HIDDEN), ("num_layers", num_layers, MAX_LAYERS)):
+            require(is_whole(count, 1) and count <= most, name, count, f"an int from 1 to {most}")
         require(isinstance(projection, bool), "projection", projection, "True or False")
         require(
             isinstance(output, str) and output in OUTPUTS, "output", output, f"one of {', '.join(map(repr, OUTPUTS))}"
@@ -91,18 +95,23 @@ class CoordinatewiseLSTM(nn.Module):
         good = pair and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
         require(good, "betas", betas, "two numbers in [0, 1)")
         require(is_number(eps) and eps > 0, "eps", eps, "a positive number")
-        known = update_rms is None or (is_number(update_rms) and update_rms > 0)
-        require(known, "update_rms", update_rms, "a positive number or None")
+        for name, value in {"update_rms": update_rms, "input_rms": input_rms}.items():
+            require(value is None or (is_number(value) and value > 0), name, value, "a positive number or None")
+        require(isinstance(orthogonalize, bool), "orthogonalize", orthogonalize, "True or False")
         self.config = Config(
             features, hidden_size, num_layers, projection, output, float(output_scale), float(preprocess_p),
             float(betas[0]), float(betas[1]), float(eps),
         )  # fmt: skip
         # Not of the config, which is what the ops compute: they give u, and what is made of it is the step's.
         self.update_rms = None if update_rms is None else float(update_rms)
+        self.input_rms = None if input_rms is None else float(input_rms)
+        self.orthogonalize = orthogonalize
+        if orthogonalize and (reason := normalize.no_momentum(self.config, self.update_rms)):
+            raise ValueError(f"orthogonalize must be False for a network {reason}")
         inputs = FEATURES[features]
         if projection:
             self.projection = nn.Linear(inputs, hidden_size)
-        for name, shape in reference.weight_shapes(self.config).items():
+        for name, shape in weight_shapes(self.config).items():
             if name.startswith(("weight_", "bias_")):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.head = nn.Linear(hidden_size, 1)
@@ -142,7 +151,7 @@ class CoordinatewiseLSTM(nn.Module):
     def flat_weights(self) -> Tensor:
         """All meta-parameters as one vector [W], differentiable, in the order the ops take."""
         # By attribute: torch.func's tensors and parametrized weights are no nn.Parameters.
-        named = [attrgetter(name)(self) for name in reference.weight_shapes(self.config)]
+        named = [attrgetter(name)(self) for name in weight_shapes(self.config)]
         return torch.cat([weight.reshape(-1) for weight in named])
 
     @torch.no_grad()
@@ -153,10 +162,10 @@ class CoordinatewiseLSTM(nn.Module):
             ValueError: a tensor of another shape; nothing is changed then.
             AttributeError: a weight is parametrized, so it is computed and cannot be written; nothing is changed then.
         """
-        shape = (reference.num_weights(self.config),)
+        shape = (num_weights(self.config),)
         require(isinstance(flat, Tensor), "flat", flat, f"a tensor {list(shape)}")
         require(flat.shape == shape, "shape of flat", tuple(flat.shape), str(shape))
-        named = reference.split_weights(flat, self.config)
+        named = split_weights(flat, self.config)
         parameters = [self.get_parameter(name) for name in named]
         for parameter, piece in zip(parameters, named.values(), strict=True):
             parameter.copy_(piece)
@@ -166,12 +175,14 @@ class CoordinatewiseLSTM(nn.Module):
         """The constructor's arguments."""
         options = self.config._asdict()
         options["betas"] = (options.pop("beta1"), options.pop("beta2"))
-        return options | {"update_rms": self.update_rms}
+        surroundings = {name: getattr(self, name) for name in ("update_rms", "input_rms", "orthogonalize")}
+        return options | surroundings
 
     @property
     def rule(self) -> str:
         """All but the weights, as a text that identifies it: of networks with the same, equal weights step alike."""
-        return repr(self.config) + ("" if self.update_rms is None else f" update_rms={self.update_rms!r}")
+        sizes = {"update_rms": self.update_rms, "input_rms": self.input_rms}
+        return repr(self.config) + "".join(f" {name}={size!r}" for name, size in sizes.items() if size is not None)
 
     @property
     def default_lr(self) -> float:
@@ -208,7 +219,7 @@ class CoordinatewiseLSTM(nn.Module):
         require(head.bias is not None, "head.bias", None, "a bias")
         network = cls._blank(hidden_size=lstm.hidden_size, num_layers=lstm.num_layers, **options)
         tensors = lstm.state_dict() | {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-        for name, shape in reference.weight_shapes(network.config).items():
+        for name, shape in weight_shapes(network.config).items():
             if name.startswith("projection."):
                 raise ValueError("projection must be False: from_torch takes an nn.LSTM and a head alone")
             require(tuple(tensors[name].shape) == shape, f"shape of {name}", tuple(tensors[name].shape), str(shape))
@@ -216,10 +227,21 @@ class CoordinatewiseLSTM(nn.Module):
         return network
 
     def save_pretrained(self, folder: str | PathLike) -> None:
-        """Write ``model.safetensors`` and ``config.json`` into ``folder``, made if it is not there."""
-        from l2l_fast import checkpoint
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``, made if it is not there.
 
-        checkpoint.save_pretrained(self, folder)
+        Args:
+            folder: where; other files in it stay.
+
+        Raises:
+            OSError: it cannot be written; the network that was there is there still.
+
+        Example:
+            >>> import tempfile, l2l_fast as l2l
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     l2l.CoordinatewiseLSTM().save_pretrained(folder)
+            ...     network = l2l.CoordinatewiseLSTM.from_pretrained(folder)
+        """
+        checkpoint.write(folder, self.options, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | PathLike, *, revision: str | None = None) -> CoordinatewiseLSTM:
@@ -235,9 +257,16 @@ class CoordinatewiseLSTM(nn.Module):
             ImportError: a hub id without huggingface_hub; the message has the command that installs it.
             ValueError: the folder's files are damaged, or of a later format.
         """
-        from l2l_fast import checkpoint
-
-        return checkpoint.from_pretrained(name_or_folder, revision=revision)
+        saved = checkpoint.read(name_or_folder, revision=revision)
+        try:
+            network = cls._blank(**saved.options)
+        except TypeError as error:
+            raise ValueError(f"{saved.path}: {error}; upgrade l2l_fast or save the network again") from None
+        try:
+            network.to(saved.tensors["head.weight"].dtype).load_state_dict(saved.tensors)
+        except (RuntimeError, KeyError) as error:
+            raise checkpoint.unfit(saved.path, error) from None
+        return network
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-FEATURES = {"identity": 1, "log_sign": 2, "moments": 2, "both": 4}
-OUTPUTS = ("linear", "tanh")
+from l2l_fast.config import Config, gradient_limit, has_moments, split_weights
 
 # Coordinates are independent, so work goes tile by tile: a tile's activations stay in cache, and a whole
 # truncation never holds more than one tile's activations at once.
@@ -28,81 +26,6 @@ TILE = 4096
 
 # float32's smallest normal number: kernels hold no smaller v, whatever their dtype.
 SMALLEST = 2.0**-126
-
-
-class Config(NamedTuple):
-    """What a coordinatewise LSTM computes; the fields are the ops' scalar arguments, in the schema's order."""
-
-    features: str
-    hidden_size: int
-    num_layers: int
-    projection: bool
-    output: str
-    output_scale: float
-    preprocess_p: float
-    beta1: float
-    beta2: float
-    eps: float
-
-    @classmethod
-    def of(cls, features: str | int, *fields) -> Config:
-        """From names, or from the ops' arguments: ``features`` and ``output`` as places in FEATURES and OUTPUTS."""
-        config = cls(features, *fields)
-        if isinstance(features, str):
-            return config
-        return config._replace(features=tuple(FEATURES)[features], output=OUTPUTS[config.output])
-
-
-def has_moments(config: Config) -> bool:
-    return config.features in ("moments", "both")
-
-
-def gradient_limit(config: Config, arithmetic: torch.dtype, state: torch.dtype) -> float:
-    """The magnitude from which on a gradient counts as not finite, given the dtypes of the weights and of the state.
-
-    Below it the state stays finite. Moments square a gradient, and an infinite v would never come down again. As it is,
-    it meets weights (up to a thousand or so, twice), and a sum of products that overflow is NaN. A logarithm is finite.
-    """
-    if config.features == "log_sign":
-        return math.inf
-    if arithmetic == state == torch.float64:
-        return 2.0**511
-    return 2.0**63 if has_moments(config) else 2.0**100
-
-
-def state_size(config: Config) -> int:
-    """Number of state rows per coordinate."""
-    return 2 * has_moments(config) + 2 * config.num_layers * config.hidden_size
-
-
-def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight, in the order in which they follow each other in the flat weight vector."""
-    hidden, inputs, shapes = config.hidden_size, FEATURES[config.features], {}
-    if config.projection:
-        shapes["projection.weight"] = (hidden, inputs)
-        shapes["projection.bias"] = (hidden,)
-        inputs = hidden
-    for layer in range(config.num_layers):
-        shapes[f"weight_ih_l{layer}"] = (4 * hidden, inputs)
-        shapes[f"weight_hh_l{layer}"] = (4 * hidden, hidden)
-        shapes[f"bias_ih_l{layer}"] = (4 * hidden,)
-        shapes[f"bias_hh_l{layer}"] = (4 * hidden,)
-        inputs = hidden
-    shapes["head.weight"] = (1, hidden)
-    shapes["head.bias"] = (1,)
-    return shapes
-
-
-def num_weights(config: Config) -> int:
-    """Length of the flat weight vector."""
-    return sum(math.prod(shape) for shape in weight_shapes(config).values())
-
-
-def split_weights(flat: Tensor, config: Config) -> dict[str, Tensor]:
-    """Views of the flat weight vector by name."""
-    shapes = weight_shapes(config)
-    pieces = flat.split([math.prod(shape) for shape in shapes.values()])
-    return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
 
 
 def split_state(state: Tensor, config: Config) -> list[Tensor]:
@@ -242,6 +165,19 @@ def scale_to_rms(updates: Tensor, rms: float) -> Tensor:
     mean = updates.square().mean() if updates.numel() else updates.new_zeros(())
     moves = mean > 0
     return torch.where(moves, updates * (rms / torch.where(moves, mean, 1.0).sqrt()), 0.0)
+
+
+def relative_to_rms(grad: Tensor, v: Tensor, step: Tensor, config: Config, rms: float) -> tuple[Tensor, Tensor]:
+    """The gradient x of one whole tensor, and the mean square v, of a network with ``input_rms``.
+
+    x = rms * grad / sqrt(v / (1 - beta2^step)),   v <- beta2 v + (1 - beta2) mean grad^2; where a gradient is not
+    finite, v is what it was, but for its bias. :mod:`l2l_fast.normalize` is how it is computed.
+    """
+    bias = 1 - config.beta2**step
+    mean = grad.square().mean() if grad.numel() else grad.new_zeros(())
+    before = v / (1 - config.beta2 ** (step - 1)) if step > 1 else torch.zeros_like(mean)
+    v = config.beta2 * v + (1 - config.beta2) * (mean if mean.isfinite() else before)
+    return (grad * (rms / (v / bias).sqrt()) if v / bias >= SMALLEST else 0 * grad), v
 
 
 @outside_autocast

@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from l2l_fast import CoordinatewiseLSTM, checkpoint
 
 
-@pytest.mark.parametrize("update_rms", [None, 0.6])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"update_rms": 0.6}, {"update_rms": 0.2, "input_rms": 0.01, "orthogonalize": True}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_round_trip(tmp_path, dtype, update_rms):
-    options = {"projection": True, "output": "tanh", "output_scale": 0.03, "update_rms": update_rms}
+def test_round_trip(tmp_path, dtype, sizes):
+    options = {"projection": True, "output": "tanh", "output_scale": 0.03, **sizes}
     network = CoordinatewiseLSTM("both", 3, 2, **options).to(dtype)
     network.save_pretrained(tmp_path / "new" / "folder")
     loaded = CoordinatewiseLSTM.from_pretrained(tmp_path / "new" / "folder")
@@ -146,7 +148,11 @@ def test_format_1_had_no_update_rms(network, tmp_path):
     network.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["format_version"] == 2
     _as_before(tmp_path)
-    options = {name: value for name, value in network.options.items() if name != "update_rms"}
+    options = {
+        name: value
+        for name, value in network.options.items()
+        if name not in ("update_rms", "input_rms", "orthogonalize")
+    }
     _edit(tmp_path, format_version=1, options=options)
     loaded = CoordinatewiseLSTM.from_pretrained(tmp_path)
     assert loaded.options == network.options

@@ -143,11 +143,11 @@ def test_every_example_is_in_the_readme_and_short():
 
 
 def test_the_recipe_of_the_docs_is_one(tmp_path):
-    from l2l_fast.cli.training import prepare, read_recipe, stages
+    from l2l_fast.meta.recipes import prepare, read, stages
 
     (block,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)
     (tmp_path / "my.json").write_text(block)
-    parts = stages(read_recipe(str(tmp_path / "my.json")))
+    parts = stages(read(str(tmp_path / "my.json")))
     assert len(parts) == 2
     for part in parts:
         network, tasks, training = prepare(part, "digits", 0)

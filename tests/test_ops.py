@@ -1,17 +1,20 @@
 """The operators as PyTorch sees them: schema, shapes, gradients, compilation."""
 
+import hashlib
+
 import overflow
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2l_fast import CoordinatewiseLSTM, arguments, ops, reference
-from l2l_fast.reference import FEATURES, Config
+from l2l_fast.config import FEATURES, Config, num_weights, state_size
 
 OPS = torch.ops.l2l_fast
 CONFIG = Config("both", 3, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
 CODES = dict(zip(Config._fields, arguments.codes(CONFIG), strict=True))
-STATE, WEIGHTS = reference.state_size(CONFIG), reference.num_weights(CONFIG)
+STATE, WEIGHTS = state_size(CONFIG), num_weights(CONFIG)
 
 
 def make_arguments(features="both", dtype=torch.float64, steps=3, size=6, projection=True):
@@ -29,6 +32,7 @@ def test_step_passes_opcheck(features):
     args = [params], [grads[0]], [state], weights, lr, steps, *arguments.codes(config), 0.01, False
     for op in (OPS.lstm_step_, OPS.lstm_step_reference_):
         opcheck(op, args)
+    opcheck(OPS.lstm_step_scaled_, (*args, 0.6))
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -150,8 +154,9 @@ def test_every_backend_refuses_the_same_steps_and_changes_nothing(backend, chang
         name: [*value, *change.get(name, [value[0].clone()])] if isinstance(value, list) else change.get(name, value)
         for name, value in (good | CODES).items()
     }
-    with pytest.raises(RuntimeError, match=message):
-        backend("lstm_step_")(*bad.values(), 0.0, False)
+    for name, more in {"lstm_step_": (), "lstm_step_scaled_": (0.6,)}.items():
+        with pytest.raises(RuntimeError, match=message):
+            backend(name)(*bad.values(), 0.0, False, *more)
     assert not good["params"][0].any()
     assert not good["states"][0].any()
 
@@ -166,6 +171,25 @@ def test_every_backend_refuses_the_same_unrolls(backend, change, message):
             backend("lstm_unroll")(*(good | change).values())
     with pytest.raises(RuntimeError, match=message):
         backend("lstm_unroll_backward")(*(of_backward | good | change).values(), True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("fused", "name"), [(False, "lstm_step_reference_"), (None, "lstm_step_"), (True, "lstm_step_")]
+)
+def test_the_reference_steps_where_it_is_asked_for(fused, name):
+    network, called = CoordinatewiseLSTM("moments", 3, 1), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            called.append(op.name())
+            return op(*args, **kwargs or {})
+
+    theta, number = torch.zeros(4), torch.tensor(1.0)
+    state, weights = ops.new_state(theta, network.config), network.flat_weights().detach()
+    with Watch():
+        ops.lstm_step_([theta], [torch.ones(4)], [state], weights, number, [number], network.config, fused=fused)
+    assert f"l2l_fast::{name}" in called
+    assert theta.all()
 
 
 def test_a_step_is_a_number_or_a_tensor():
@@ -200,7 +224,7 @@ def test_state_has_the_parameters_shape_and_contiguous_rows(shape, dtype):
     config = make_arguments()[0]
     param = torch.empty(shape)
     state = ops.new_state(param, config, dtype)
-    assert state.shape == (*shape, reference.state_size(config))
+    assert state.shape == (*shape, state_size(config))
     assert state.dtype == dtype
     assert not state.any()
     rows, row_bytes = state.shape[-1], state.stride(-1) * dtype.itemsize
@@ -220,6 +244,15 @@ def test_state_follows_the_parameters_memory_order():
     param = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
     state = ops.new_state(param, make_arguments()[0])
     assert state.stride()[:-1] == param.stride()
+
+
+def test_other_schemas_have_another_version():
+    """A compiled module of other schemas is refused by its version alone; its kernels would crash."""
+    schemas = "\n".join(str(getattr(OPS, name).default._schema) for name in sorted(ops.REFERENCE))
+    found = ops.VERSION, hashlib.sha256(schemas.encode()).hexdigest()[:12]
+    assert found == (3, "e4edcd8d678a"), (
+        "raise VERSION here, in l2l_fast/ops.py and in csrc/module.cpp, and take the new hash"
+    )
 
 
 def test_unroll_compiles_without_a_graph_break():
@@ -255,7 +288,7 @@ def test_gradients_too_large_for_a_finite_state_are_not_finite(backend, features
 
 def test_the_logarithm_takes_any_gradient_that_is_finite(backend):
     config = overflow.CONFIG._replace(features="log_sign")
-    weights, one = torch.linspace(-1, 1, reference.num_weights(config)), torch.tensor(1.0)
+    weights, one = torch.linspace(-1, 1, num_weights(config)), torch.tensor(1.0)
     theta, grad, state = torch.zeros(3), torch.tensor([1e20, -3e38, 1.0]), ops.new_state(torch.empty(3), config)
     backend("lstm_step_")([theta], [grad], [state], weights, one, [one], *arguments.codes(config), 0.0, False)
     assert state.isfinite().all()

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, build_info, checkpoint, ops, optim, reference
+from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, build_info, checkpoint, ops, optim
+from l2l_fast.config import gradient_limit
 
 
 def make_model():
@@ -439,7 +440,7 @@ def test_a_coordinate_comes_back_from_a_gradient_whose_square_overflows(fused, s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
 def test_error_if_nonfinite_means_what_the_step_does(dtype):
     theta, network = nn.Parameter(torch.zeros(2, dtype=dtype)), CoordinatewiseLSTM("both", 4, 1)
-    limit = reference.gradient_limit(network.config, torch.float32, torch.float32)
+    limit = gradient_limit(network.config, torch.float32, torch.float32)
     optimizer = LSTMOptimizer([theta], network, error_if_nonfinite=True)
     for size, error in ((0.99 * limit, False), (limit, True), (1e20, True)):
         before, theta.grad = theta.detach().clone(), torch.tensor([1.0, size]).to(dtype)
@@ -526,6 +527,26 @@ def test_steps_under_inference_mode(network):
         with torch.inference_mode():
             optimizer.step()
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_what_inference_mode_makes_serves_outside_it(network, fused):
+    optim._shipped.cache_clear()
+    one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    one.grad, two.grad = torch.ones(2), torch.ones(2)
+    expected = LSTMOptimizer([two], "l2l-small", fused=fused)
+    with torch.inference_mode():
+        optimizer = LSTMOptimizer([one], "l2l-small", fused=fused)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.5
+    for lr in (1.0, 1.0, 0.5):
+        expected.param_groups[0]["lr"] = lr
+        expected.step()
+    assert torch.equal(one, two)
+    assert not any(value.is_inference() for value in optimizer.state[one].values())
 
 
 def test_lr_is_exact_in_float64(network):

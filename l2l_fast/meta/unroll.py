@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from l2l_fast import normalize, ops
+from l2l_fast.config import Config
 from l2l_fast.meta.sampling import sample_coordinates
-from l2l_fast.reference import Config
 from l2l_fast.tasks import Instances
 from l2l_fast.tasks.base import Batch
 
@@ -44,6 +45,13 @@ class Rule:
     lr: float = 1.0
     weight_decay: float = 0.0
     update_rms: float | None = None
+
+
+class Estimate(NamedTuple):
+    """What a window gives: the 0-dim meta-loss, and its gradient with respect to the flat weights [W]."""
+
+    meta_loss: Tensor
+    gradient: Tensor
 
 
 class Trajectory:
@@ -74,7 +82,7 @@ class Trajectory:
         self.grad = torch.empty_like(self.theta)
         self._window, self._batches = window, None
         self.place(instances, scaling)
-        self.losses = self.evaluator()(_at(self._batches, 0), self.grad)
+        self.losses = self.evaluator()(at(self._batches, 0), self.grad)
         self.first_losses = self.losses.clone()
 
     def place(self, instances: Instances, scaling: Tensor | None = None) -> None:
@@ -92,7 +100,7 @@ class Trajectory:
     @torch.no_grad()
     def evaluate_start_(self) -> None:
         """Losses and gradients at the start."""
-        self.losses.copy_(self.evaluator()(_at(self._batches, 0), self.grad))
+        self.losses.copy_(self.evaluator()(at(self._batches, 0), self.grad))
         self.first_losses.copy_(self.losses)
 
     def next(self, length: int) -> Batch:
@@ -228,7 +236,7 @@ def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor, 
                 moves -= torch.where(normalize.is_held(d), 0.0, decay)
             trajectory.theta += moves
         grad = grads[t]
-        losses.append(evaluate(_at(batches, t), grad))
+        losses.append(evaluate(at(batches, t), grad))
     trajectory.grad.copy_(grad)
     trajectory.losses.copy_(losses[-1])
     return torch.stack(losses)
@@ -242,32 +250,6 @@ def _step_(trajectory: Trajectory, theta: Tensor, grad: Tensor, rule: Rule, lr: 
     )  # fmt: skip
 
 
-def unroll(
-    trajectory: Trajectory,
-    rule: Rule,
-    length: int,
-    *,
-    objective: str = "sum",
-    weights: Tensor | None = None,
-    coordinates: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Advance a trajectory by ``length`` steps and differentiate the losses after each of them.
-
-    Args:
-        trajectory: moved on in place.
-        rule: the optimizer.
-        length: T.
-        objective, weights: see :func:`loss_weights`.
-        coordinates: how many, of B * N, are drawn to stand for all in the gradient; None for all of them. See
-            :func:`~l2l_fast.meta.sampling.sample_coordinates`.
-
-    Returns:
-        losses [T, B], the 0-dim meta-loss, and its gradient with respect to the flat weights [W].
-    """
-    options = {"objective": objective, "weights": weights, "coordinates": coordinates}
-    return window_(trajectory, rule, trajectory.next(length), length, **options)
-
-
 @torch.no_grad()
 def window_(
     trajectory: Trajectory,
@@ -278,8 +260,20 @@ def window_(
     objective: str = "sum",
     weights: Tensor | None = None,
     coordinates: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The part of :func:`unroll` that is the device's alone, as :func:`advance_` is; ``batches`` are the next ones."""
+) -> Estimate:
+    """Advance a trajectory by ``length`` steps and differentiate the losses after each of them.
+
+    It is the device's part of the work alone, as :func:`advance_` is.
+
+    Args:
+        trajectory: moved on in place.
+        rule: the optimizer.
+        batches: of T steps, from ``trajectory.next(T)``.
+        length: T.
+        objective, weights: see :func:`loss_weights`.
+        coordinates: how many, of B * N, are drawn to stand for all in the gradient; None for all of them. See
+            :func:`~l2l_fast.meta.sampling.sample_coordinates`.
+    """
     size, first_state = trajectory.theta.numel(), trajectory.state.clone(memory_format=torch.preserve_format)
     first_step = trajectory.step + 1
     grads = trajectory.grad.new_empty(length + 1, *trajectory.grad.shape)
@@ -297,86 +291,9 @@ def window_(
         d_updates, inputs = d_updates[:, chosen] * factors, inputs[:, chosen]
         states = states.T[:, chosen].T  # along the rows, which are contiguous
     *_, d_weights = ops.lstm_unroll_backward(d_updates, None, inputs, states, rule.weights, rule.config, first_step)
-    return losses, meta_loss, d_weights
+    return Estimate(meta_loss, d_weights)
 
 
-def unroll_second_derivatives(
-    trajectory: Trajectory, rule: Rule, length: int, *, objective: str = "sum", weights: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`unroll` with the gradients' dependence on theta kept: the paper's slower option, all by autograd."""
-    phi = rule.weights.detach().requires_grad_()
-    theta, grad, state = trajectory.theta, trajectory.grad, trajectory.state.view(trajectory.theta.numel(), -1)
-    losses = []
-    with torch.enable_grad():
-        for t in range(length):
-            step = trajectory.steps_done + t + 1
-            updates, state = ops.lstm_unroll(grad.reshape(1, -1), state, phi, rule.config, step)
-            updates = updates.view_as(theta)
-            if rule.update_rms is not None:
-                updates = normalize.scale_rows(updates, trajectory.sizes, rule.update_rms)
-            theta = (1 - rule.lr * rule.weight_decay) * theta + rule.lr * updates
-            loss, grad = trajectory.evaluate(theta, create_graph=True)
-            losses.append(loss)
-        losses = torch.stack(losses)
-        meta_loss, _ = loss_weights(objective, losses, trajectory.first_losses, weights)
-        (d_weights,) = torch.autograd.grad(meta_loss, phi)
-    with torch.no_grad():
-        trajectory.theta.copy_(theta)
-        trajectory.grad.copy_(grad)
-        trajectory.losses.copy_(losses[-1])
-        trajectory.state.view(trajectory.theta.numel(), -1).copy_(state)
-        trajectory.step += length
-    trajectory.steps_done += length
-    return losses.detach(), meta_loss.detach(), d_weights
-
-
-def imitate(
-    trajectory: Trajectory, rule: Rule, length: int, teacher: torch.optim.Optimizer
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Let a hand-designed optimizer lead, and fit its moves.
-
-    L = 1 / (2 n) * sum_t ||lr * u[t] - lr * weight_decay * theta[t] - move_teacher[t]||^2 over n = B * N coordinates
-    (Chen et al. 2020).
-
-    Args:
-        trajectory: moved on in place, by the teacher.
-        rule: the optimizer that learns.
-        length: T.
-        teacher: an optimizer of ``trajectory.theta``.
-
-    Returns:
-        as :func:`unroll`: losses of the teacher's trajectory, the meta-loss, its gradient.
-    """
-    size, theta = trajectory.theta.numel(), trajectory.theta
-    evaluate, batches = trajectory.evaluator(), trajectory.next(length)
-    grads = theta.new_empty(length + 1, *theta.shape)
-    grads[0] = trajectory.grad
-    moves, losses = theta.new_empty(length, *theta.shape), []
-    for t in range(length):
-        before = theta.clone()
-        theta.grad = grads[t]
-        teacher.step()
-        moves[t] = theta - before + rule.lr * rule.weight_decay * before  # what lr * u should be
-        losses.append(evaluate(_at(batches, t), grads[t + 1]))
-    trajectory.grad.copy_(grads[length])
-    trajectory.losses.copy_(losses[-1])
-    with torch.no_grad():
-        step = trajectory.step + 1
-        first_state, flat = trajectory.state.view(size, -1), grads[:length].view(length, size)
-        updates, last_state = ops.lstm_unroll(flat, first_state, rule.weights, rule.config, step)
-        if rule.update_rms is not None:
-            raw, sizes = updates.view_as(moves), trajectory.sizes
-            updates = normalize.scale_rows(raw, sizes, rule.update_rms).view(length, size)
-        error = rule.lr * updates - moves.view(length, size)
-        d_updates = rule.lr * error / size
-        if rule.update_rms is not None:
-            d_updates = normalize.scale_rows_backward(d_updates.view_as(moves), raw, sizes, rule.update_rms)
-            d_updates = d_updates.view(length, size)
-        *_, d_weights = ops.lstm_unroll_backward(d_updates, None, flat, first_state, rule.weights, rule.config, step)
-        first_state.copy_(last_state)
-        trajectory.step += length
-    return torch.stack(losses), error.square().sum() / (2 * size), d_weights
-
-
-def _at(batches: Batch, t: int) -> Batch:
+def at(batches: Batch, t: int) -> Batch:
+    """The batches of one step."""
     return tree_map(lambda leaf: leaf[t], batches)
