@@ -5,11 +5,13 @@ TORCHES ?= 2.11.0 2.14.1
 VENV    ?= .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+DOCS    ?= .venv-docs
+DOCS_READY := $(DOCS)/.ready
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The tests are many and small: a process a core, with one thread each, is the quickest. A process takes up to a gigabyte.
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup demo test test-all frameworks bench compat sanitize cuda-check lint clean
+.PHONY: help setup demo test test-all frameworks bench compat docs sanitize cuda-check lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +46,17 @@ $(VENV)/.frameworks: $(READY)
 	@$(BIN)/python -c "import accelerate, lightning, transformers"
 	@touch $@
 
+docs: $(DOCS_READY)  ## build the documentation into site/, strictly: a link that leads nowhere is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "The documentation is in site/index.html"
+
+# A venv of its own: the pages are read from the sources, so neither torch nor kernels are needed.
+$(DOCS_READY): pyproject.toml
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check $$($(PYTHON) -c "import tomllib; \
+	    print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	@touch $@
+
 bench: $(READY)  ## time every step and meta-gradient beside its rivals: under ten minutes, on a quiet machine
 	@mkdir -p runs
 	$(BIN)/python -m pytest bench -rs --benchmark-quiet --benchmark-json=runs/benchmark.json
@@ -64,4 +77,4 @@ lint: $(READY)  ## style and types alone
 	$(BIN)/mypy
 
 clean:  ## remove what setup and builds made
-	rm -rf $(VENV) build dist *.egg-info l2l_fast/*.so runs/benchmark.json
+	rm -rf $(VENV) $(DOCS) site build dist *.egg-info l2l_fast/*.so runs/benchmark.json

@@ -62,7 +62,7 @@ L2L_HOST_DEVICE Moments<V> advance(Moments<V> old, V grad, const MomentScale<V>&
   return {fma(scale.beta1, old.m, scale.rest1 * grad), fma(scale.beta2, old.v, scale.rest2 * grad * grad)};
 }
 
-// From v: whether no gradient but 0 has come yet. Then y is 0, and the parameter stays where it is, as with any rule
+// From v: whether no nonzero gradient has come yet. Then y is 0, and the parameter stays where it is, as with any rule
 // designed by hand; its state goes on. The bound is float32's smallest normal number: v falls below it again some
 // 1,700 steps after the last gradient.
 template <class V>

@@ -136,7 +136,7 @@ class CoordinatewiseLSTM(nn.Module):
             step: number of the first step, counted from 1 (the moments' bias correction).
 
         Returns:
-            updates [T, N] and the state [N, S] after the last step, S numbers a coordinate.
+            updates [T, N] and the state [N, S] after the last step, S numbers per coordinate.
 
         Raises:
             RuntimeError: a tensor of another shape, dtype or device.

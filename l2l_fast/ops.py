@@ -101,12 +101,12 @@ def lstm_step_(
 
     Args:
         params: tensors of any shape, strides and floating dtype; changed in place.
-        grads: one a parameter, of its shape, any strides and floating dtype.
-        states: one a parameter, ``(*param.shape, S)`` with ``S = state_size(config)``, float32, bfloat16 or float64;
+        grads: one per parameter, of its shape, any strides and floating dtype.
+        states: one per parameter, ``(*param.shape, S)`` with ``S = state_size(config)``, float32, bfloat16 or float64;
             changed in place. Fastest as :func:`new_state` lays it out.
         weights: flat weight vector [W], float32 or float64; the arithmetic is done in its dtype.
         lr: 0-dim tensor, multiplier of the update; float32, float64, int32 or int64.
-        steps: one a parameter, 0-dim: the number of this step, counted from 1 (bias correction of the moments); of
+        steps: one per parameter, 0-dim: the number of this step, counted from 1 (bias correction of the moments); of
             the dtypes of ``lr``.
         config: what the network computes.
         weight_decay: decoupled weight decay, per unit of lr.

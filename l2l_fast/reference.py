@@ -52,7 +52,7 @@ def outside_autocast(function):
 
 
 def log_sign(grad: Tensor, p: float) -> list[Tensor]:
-    """log|d|/p and sign d of gradient coordinates d, or -1 and e^p d where ``|d| < e^-p``."""
+    """Gives log|d|/p and sign d of gradient coordinates d, or -1 and e^p d where ``|d| < e^-p``."""
     magnitude, threshold = grad.abs(), math.exp(-p)
     large = magnitude >= threshold
     log = magnitude.clamp(min=threshold).log() / p
@@ -99,7 +99,7 @@ def cell(
     """One step of the optimizer for a block of coordinates.
 
     (u, state') = m(grad, state; weights). A coordinate whose gradient is not finite gets u = 0 and keeps its state. One
-    that never had a gradient but 0, which v = 0 shows, gets u = 0.
+    that has never had a nonzero gradient, which v = 0 shows, gets u = 0.
 
     Args:
         grad: [n].

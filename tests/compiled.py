@@ -21,7 +21,7 @@ def compiled(name: str, sources: list[Path], *flags: str, link: list[str]) -> Pa
     version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
     facts = [version, torch.__version__, str(ROOT), *map(str, sources), *flags, "--", *link]
     digest = hashlib.sha256("\0".join(facts).encode())
-    for folder in (ROOT / "csrc", ROOT / "tests"):
+    for folder in (ROOT / "csrc", ROOT / "tests", ROOT / "bench"):
         for path in sorted(path for path in folder.rglob("*") if path.suffix in _SOURCES):
             digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     out = KEPT / f"{name}-{digest.hexdigest()[:16]}"

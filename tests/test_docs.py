@@ -1,18 +1,24 @@
-"""Every example that a person may copy runs: docstrings, and the README's Python from top to bottom."""
+"""Every example that a person may copy runs: docstrings, and the Python of every page; the commands exist."""
 
 import doctest
+import functools
 import importlib
+import os
 import pkgutil
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import l2l_fast
+from l2l_fast.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
@@ -20,6 +26,22 @@ MODULES = [
     for module in pkgutil.walk_packages(l2l_fast.__path__, "l2l_fast.")
     if not module.name.startswith(("l2l_fast.cli", "l2l_fast._C"))
 ]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "csrc" / "README.md",
+    ROOT / "bench" / "ladder" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+DOCUMENTS = [*PAGES, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("l2l_fast/weights/*/README.md"))]
+DOCUMENTS += sorted(ROOT.glob("bench/results/*/notes.md"))
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -35,14 +57,25 @@ def test_docstring_examples(name, tmp_path, monkeypatch):
     assert not failures, "".join(failures)
 
 
-def test_readme_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
+def blocks_of(path):
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [page for page in PAGES if blocks_of(page)], ids=name_of)
+def test_python_of_a_page_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    l2l_fast.CoordinatewiseLSTM(hidden_size=4, num_layers=1).save_pretrained("runs/demo/network")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 2
-    code = "\n".join(blocks).replace("meta_steps=1000", "meta_steps=2").replace("seeds=10", "seeds=2")
-    exec(compile(code, "README.md", "exec"), {})
-    assert Path("runs/mine/comparison.png").stat().st_size > 5000
+    code = "\n".join(blocks_of(path))
+    for module in re.findall(r"^import (accelerate|lightning|transformers)$", code, re.MULTILINE):
+        pytest.importorskip(module, reason="pip install l2l_fast[frameworks]")
+    shorter = re.sub(r"\bmeta_steps=\d+", "meta_steps=2", re.sub(r"\bseeds=10\b", "seeds=2", code))
+    exec(compile(shorter, path.name, "exec"), {"__name__": "__page__"})
+    for picture in re.findall(r'\.plot\("(.*?)"\)', code):
+        assert Path(picture).stat().st_size > 5000
+
+
+def test_the_pages_have_python():
+    assert len(blocks_of(ROOT / "README.md")) >= 2
+    assert len([page for page in PAGES if blocks_of(page)]) >= 6
 
 
 def run_example(name, *arguments, folder=None):
@@ -124,15 +157,6 @@ def test_every_example_is_in_the_readme_and_short():
         assert len(path.read_text().splitlines()) < 70
 
 
-def test_readme_names_only_commands_that_exist():
-    from l2l_fast.cli.app import app
-
-    known = {command.name for command in app.registered_commands}
-    used = set(re.findall(r"^\s*l2l-fast ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
-    assert used
-    assert used <= known
-
-
 def test_the_recipe_of_the_docs_is_one(tmp_path):
     from l2l_fast.meta.recipes import prepare, read, stages
 
@@ -145,14 +169,91 @@ def test_the_recipe_of_the_docs_is_one(tmp_path):
         l2l_fast.MetaTrainer(network, tasks, progress=False, **training)
 
 
-DOCUMENTS = [
-    ROOT / "README.md",
-    ROOT / "CHANGELOG.md",
-    ROOT / "csrc" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-]
-DOCUMENTS += [*sorted(ROOT.glob("l2l_fast/weights/*/README.md")), *sorted(ROOT.glob("bench/results/*/notes.md"))]
-each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+# ---------------------------------------------------------------- commands
+
+
+def lines_of_shell(text):
+    """Commands in a document: lines of blocks that are of no other language, and what stands in the text as code."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    fenced = [block for language, block in blocks if language in ("", "sh")]
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    indented = re.findall(r"^ {4}(.*)$", rest, re.MULTILINE)
+    inline = [" ".join(part.split()) for part in re.findall(r"(?<!`)`([^`]+)`(?!`)", rest)]
+    text = "\n".join([*fenced, *indented, *inline]).replace("\\\n", " ")
+    for line in text.splitlines():
+        for command in re.split(r"&&|;|\|| do ", line.partition(" #")[0]):
+            yield re.sub(r"\$\(.*?\)", "X", command).strip()
+
+
+def options_of(words):
+    return [word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)]
+
+
+COMMANDS = {
+    name: [option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)]
+    for name, command in typer.main.get_command(app).commands.items()
+}
+
+
+def check_l2l_fast(name=None, *rest):
+    """That the command exists and has these options."""
+    if name in ("--version", "--help"):
+        return
+    assert name is None or name in COMMANDS, f"l2l-fast has no command {name}"
+    assert {*options_of(rest)} <= {*COMMANDS.get(name, [])}, f"l2l-fast {name} lacks one of {options_of(rest)}"
+
+
+def check_make(*words):
+    text = (ROOT / "Makefile").read_text()
+    for word in words:
+        variable = word.partition("=")[0] if "=" in word else None
+        assert re.search(rf"^{variable} *\?=" if variable else rf"^{re.escape(word)}:", text, re.MULTILINE), word
+
+
+def check_python(*words):
+    """That the file exists and has these options; of pytest, that its files do."""
+    if words[0] == "-m":
+        files = [word.partition("::")[0] for word in words[2:] if "/" in word and "=" not in word]
+        assert all((ROOT / file).exists() for file in files), words
+        return
+    text = (ROOT / words[0]).read_text()
+    for option in options_of(words[1:]):
+        assert f'"{option}"' in text or words[0] == "setup.py", f"{words[0]} has no option {option}"
+
+
+def check_pip(*words):
+    for extras in re.findall(r"\[([a-z,]+)\]", " ".join(words)):
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert {*extras.split(",")} <= known.keys(), extras
+
+
+def check_file(path, *rest):
+    path = ROOT / path.partition("::")[0]
+    assert path.exists(), path
+    assert not rest or os.access(path, os.X_OK), f"{path} cannot be run"
+    assert all(option in path.read_text() for option in options_of(rest)), rest
+
+
+CHECKS = {"l2l-fast": check_l2l_fast, "make": check_make, "python": check_python, "pip": check_pip}
+
+
+@each_document
+def test_commands_and_their_options_exist(path):
+    for line in lines_of_shell(path.read_text()):
+        if not re.match(r"(?:[A-Z_0-9]+=\S* )*(?:l2l-fast|make|python|pip)( |$)|(csrc|bench|tests)/\S+\.(sh|py)", line):
+            continue
+        if "NAME" in line:  # of a file that a reader is to write
+            continue
+        words = [word for word in shlex.split(line) if not re.match(r"[A-Z_0-9]+=", word) or line.startswith("make")]
+        CHECKS.get(words[0], functools.partial(check_file, words[0]))(*words[1:])
+
+
+def test_the_readme_has_commands():
+    lines = [*lines_of_shell((ROOT / "README.md").read_text())]
+    assert {line.split()[0] for line in lines if line} >= {"l2l-fast", "make", "pip"}
+
+
+# ---------------------------------------------------------------- prose
 
 
 @each_document

@@ -5,6 +5,11 @@
 // is loaded.
 #pragma once
 
+#include "../element.h"
+#include "../lstm_cell.h"
+#include "packed.h"
+#include "vec.h"
+
 namespace l2l {
 namespace {
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "../element.h"
+#include "../lstm_step.h"
+#include "vec.h"
 
 namespace l2l {
 namespace {

@@ -10,6 +10,8 @@
 #include "outer.h"
 #include "unroll_backward.h"
 #include "peak.h"
+#include "tables.h"
+#include "vec.h"
 
 namespace l2l {
 namespace {

@@ -36,7 +36,7 @@ void step(const StepArguments& arguments, const Parallel& parallel) {
   const Packer<T> packer(net, static_cast<const T*>(arguments.weights), Packer<T>::kForward, kernel.order);
   const StepCall<T> call = {&packer.packed(), T(read(arguments.lr)), T(arguments.weight_decay), arguments.maximize};
   const int workers = useful_workers(parallel, net, double(coordinates));
-  const Scratch<T> scratch(workers, forward_scratch(net, kernel.tile));
+  const Scratch<T> scratch(workers, ForwardScratch<T>::size(net, kernel.tile));
   share(parallel, workers, tiles, 4, [&](int worker, int64_t tile) {
     const size_t i = std::upper_bound(starts.begin(), starts.end(), tile) - starts.begin() - 1;
     const StepTensor& tensor = flats[i].tensor;

@@ -34,7 +34,7 @@ void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matri
   const UnrollCall<T> call = {&packer.packed(), corrections.data(), &arguments, nullptr, nullptr};
   const int64_t tiles = (arguments.count + kernels.tile - 1) / kernels.tile;
   const int workers = useful_workers(parallel, net, double(arguments.count) * double(arguments.steps));
-  const Scratch<T> scratch(workers, forward_scratch(net, kernels.tile));
+  const Scratch<T> scratch(workers, ForwardScratch<T>::size(net, kernels.tile));
   share(parallel, workers, tiles, 1, [&](int worker, int64_t tile) {
     const int64_t first = tile * kernels.tile;
     const int count = int(std::min<int64_t>(kernels.tile, arguments.count - first));

@@ -8,6 +8,8 @@
 // tests/native/kernels_test.cpp holds every instruction set to these bounds.
 #pragma once
 
+#include "vec.h"
+
 namespace l2l {
 namespace {
 

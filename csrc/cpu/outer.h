@@ -4,6 +4,8 @@
 // the gradient stays in registers while the tile's coordinates go by.
 #pragma once
 
+#include "vec.h"
+
 namespace l2l {
 namespace {
 

@@ -1,6 +1,9 @@
 // The machine's ceiling: float32 multiply-adds on registers alone, as many sums at a time as the kernels keep.
 #pragma once
 
+#include "packed.h"
+#include "vec.h"
+
 namespace l2l {
 namespace {
 

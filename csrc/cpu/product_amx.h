@@ -1,6 +1,7 @@
 // Products of weights and activations in bfloat16, summed in float32 by AMX. Include inside the AMX unit only.
 #pragma once
 
+#include "cell.h"
 #include "product_pairs.h"
 
 namespace l2l {

@@ -2,6 +2,9 @@
 // units with AVX512_BF16 only.
 #pragma once
 
+#include "packed.h"
+#include "vec_avx512.h"
+
 namespace l2l {
 namespace {
 

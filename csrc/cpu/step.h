@@ -1,6 +1,10 @@
 // The optimizer's step on one tile of one tensor.
 #pragma once
 
+#include "cell.h"
+#include "coordinates.h"
+#include "tables.h"
+
 namespace l2l {
 namespace {
 
@@ -20,14 +24,8 @@ void step_tile(
   constexpr int width = NV * V::kLanes;
   const Network& net = call.packed->net;
 
-  T* grad = scratch;
-  T* output = grad + width;
-  T* features = output + width;
-  T* projected = features + 4 * width;
-  T* columns = projected + groups(net.hidden) * kGroup * width;
-  T* activations = columns + column_rows(net) * width;
-  T* state = activations + (kGates + 1) * net.hidden * width;
-  T* new_state = state + net.state_rows() * width;
+  const ForwardScratch<T> rows(scratch, net, width);
+  T *const grad = rows.grad, *const output = rows.output, *const state = rows.state, *const new_state = rows.new_state;
 
   int64_t offsets[3][width];
   Place places[3];
@@ -61,8 +59,9 @@ void step_tile(
 
   // A state that lies as new_state lays it out is worked on where it is; any other goes through the scratch.
   const bool direct = !skip && count == width && aligned<V>(state_place, tensor.state_row);
-  TileStep<T> tile = {grad,    state,       new_state, width,       features, projected,
-                      columns, activations, output,    corrections, next(2, tensor.state_row)};
+  TileStep<T> tile = {
+      grad, state, new_state, width, rows.features, rows.projected, rows.columns, rows.activations, output, corrections,
+      next(2, tensor.state_row)};
   if (direct) {
     T* data = static_cast<T*>(state_place.data) + first;
     tile.state = tile.new_state = data;

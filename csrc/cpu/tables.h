@@ -63,9 +63,28 @@ extern const StepKernel<float> kAvx512Bf16;
 extern const StepKernel<float> kAmxBf16;
 #endif
 
-// Scratch of the step and of the forward unroll, in scalars, for tiles up to `width` wide.
-inline int64_t forward_scratch(const Network& net, int width) {
-  return int64_t(width) * (6 + groups(net.hidden) * kGroup + 5 * net.hidden + 2 * net.state_rows() + column_rows(net));
-}
+// The scratch of the step and of the forward unroll, for tiles of `width` coordinates; what each part is, TileStep says.
+template <class T>
+struct ForwardScratch {
+  T *grad, *output, *features, *projected, *columns, *activations, *state, *new_state, *end;
+
+  // No more is done with `at` than adding to it.
+  L2L_HOST_DEVICE ForwardScratch(T* at, const Network& net, int width) {
+    grad = at;
+    output = grad + width;
+    features = output + width;
+    projected = features + 4 * width;
+    columns = projected + groups(net.hidden) * kGroup * width;
+    activations = columns + column_rows(net) * width;
+    state = activations + 5 * net.hidden * width;  // four gates, then tanh c
+    new_state = state + net.state_rows() * width;
+    end = new_state + net.state_rows() * width;
+  }
+  // How long it is, in scalars.
+  static L2L_HOST_DEVICE int64_t size(const Network& net, int width) {
+    T origin;
+    return ForwardScratch(&origin, net, width).end - &origin;
+  }
+};
 
 }  // namespace l2l

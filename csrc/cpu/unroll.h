@@ -1,6 +1,10 @@
 // T steps of one tile, forward.
 #pragma once
 
+#include "cell.h"
+#include "coordinates.h"
+#include "tables.h"
+
 namespace l2l {
 namespace {
 
@@ -24,14 +28,9 @@ void unroll_tile(
   const UnrollArguments& arguments = *call.arguments;
   const int rows = net.state_rows();
 
-  T* grad = scratch;
-  T* output = grad + width;
-  T* features = output + width;
-  T* projected = features + 4 * width;
-  T* columns = projected + groups(net.hidden) * kGroup * width;
-  T* activations = columns + column_rows(net) * width;
-  T* state = activations + (kGates + 1) * net.hidden * width;
-  T* new_state = state + rows * width;
+  const ForwardScratch<T> at(scratch, net, width);
+  T *const grad = at.grad, *const output = at.output;
+  T *state = at.state, *new_state = at.new_state;
   bool skip[width];
 
   load_rows(
@@ -42,7 +41,8 @@ void unroll_tile(
     const bool some = skip_not_finite<V>(net, grad, width, arguments.state.dtype, skip);
     forward<V, NV, false>(
         *call.packed,
-        {grad, state, new_state, width, features, projected, columns, activations, output, call.corrections[t], {}});
+        {grad, state, new_state, width, at.features, at.projected, at.columns, at.activations, output,
+         call.corrections[t], {}});
     if (some) keep_skipped(new_state, state, skip, width, rows);
     for (int i = 0; i < width; ++i) output[i] = some && skip[i] ? T(0) : T(net.output_scale) * output[i];
     store_rows(output, width, 1, steps(updates), t * updates.row + first * updates.column, 0, count, nullptr);

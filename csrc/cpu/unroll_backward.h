@@ -1,6 +1,12 @@
 // T steps of one tile, forward again and then backward through time.
 #pragma once
 
+#include "cell.h"
+#include "coordinates.h"
+#include "outer.h"
+#include "tables.h"
+#include "unroll.h"
+
 namespace l2l {
 namespace {
 

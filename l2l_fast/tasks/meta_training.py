@@ -161,7 +161,7 @@ class MetaTraining:
         return loss + (grad * (theta - point)).sum(), grad
 
     def _update(self, params: Params, grad: Tensor, m: Tensor, v: Tensor) -> Tensor:
-        """s MLP(z) of every coordinate; the moments are bias-corrected."""
+        """The update s MLP(z) of every coordinate; the moments are bias-corrected."""
         root = (v + EPSILON**2).sqrt()  # which has a derivative where v is 0
         z = torch.stack([m / root, grad / root, *log_sign(grad, PREPROCESS_P)]).flatten(1)
         h = (params["hidden.weight"] @ z + params["hidden.bias"]).tanh()

@@ -44,7 +44,7 @@ class ModuleTask:
         loss_fn: ``loss_fn(output, *targets) -> scalar``.
         batch_size: rows of a minibatch.
         name: what tables call it.
-        resample: True draws new rows at every step; False draws them once a trajectory.
+        resample: True draws new rows at every step; False draws them once per trajectory.
         test_data: as ``data``, for comparisons, so that optimizers are judged on rows they did not learn on. None: on
             those of ``data``, from other starts and in other minibatches.
 
@@ -285,7 +285,7 @@ class ModuleTask:
 
 
 def _leave() -> None:
-    """In the place of ``flatten_parameters``."""
+    """Stands in the place of ``flatten_parameters``."""
 
 
 def _own(buffer: Tensor, *others: Tensor) -> Tensor:
@@ -331,7 +331,7 @@ def _constants(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _gradients(losses: Tensor, params: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """Of the sum of the losses; None where they do not depend on the parameter."""
+    """Gradients of the sum of the losses; None where they do not depend on the parameter."""
     if not losses.requires_grad:
         return dict.fromkeys(params)
     grads = torch.autograd.grad(losses.sum(), list(params.values()), allow_unused=True)

@@ -31,7 +31,7 @@ class Quadratic:
         Andrychowicz et al. 2016, section 3.1, https://arxiv.org/abs/1606.04474
     """
 
-    resample = False  # W and y are the function, drawn once a trajectory
+    resample = False  # W and y are the function, drawn once per trajectory
 
     def __init__(self, dimension: int = 10, *, start_scale: float = 1.0, name: str = "quadratic") -> None:
         good = is_number(start_scale) and start_scale >= 0
