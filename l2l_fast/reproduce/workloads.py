@@ -336,17 +336,17 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def share_of_steps(rows: dict, row: str, rival: str = "AdamW") -> float:
-    """The share of the steps after which a row's curve has the rival's last loss; above 1 if it never has."""
+    """The share of the steps after which a row's curve stays below the rival's last loss; above 1 if it does not."""
     target = np.mean([_number(seed["last"]) for seed in rows[rival]["seeds"]])
     curve = np.mean([[_number(point) for point in seed["curve"]] for seed in rows[row]["seeds"]], 0)
-    below = np.flatnonzero(curve <= target)
-    if not len(below):
-        return 1 + 1 / POINTS
-    place = below[0]
-    if place == 0:
+    above = np.flatnonzero(curve > target)  # minibatches are noisy: the last time counts
+    if not len(above):
         return 1 / POINTS
+    place = above[-1] + 1
+    if place == POINTS:
+        return 1 + 1 / POINTS
     part = (curve[place - 1] - target) / (curve[place - 1] - curve[place])
-    return float((place + part + 0.5) / POINTS) if place + part + 0.5 < POINTS else 1.0
+    return float((place + part) / POINTS)  # a point is the middle of its twentieth, and counts at its end
 
 
 def _number(value: float | None) -> float:
