@@ -30,6 +30,9 @@ class CoordinatewiseLSTM(nn.Module):
         hidden_size: units of each LSTM layer, 1 to 64.
         num_layers: stacked LSTM layers, at least 1.
         projection: put ELU(Linear(features -> hidden_size)) before the first layer.
+        linear_path: add a linear function of the features to y: y = head(h) + linear.weight . features. It begins at 0.
+            With moments it begins at -m^/(sqrt(v^)+eps) and the head at 0, so training starts from Adam's direction
+            (u = -s * m^/(sqrt(v^)+eps) with linear output) and learns what to add.
         output: ``"linear"`` or ``"tanh"``.
         output_scale: s; with ``"tanh"`` the largest possible update.
         preprocess_p: p of the ``log_sign`` features.
@@ -66,6 +69,7 @@ class CoordinatewiseLSTM(nn.Module):
         num_layers: int = 2,
         *,
         projection: bool = False,
+        linear_path: bool = False,
         output: str = "linear",
         output_scale: float = 0.1,
         preprocess_p: float = 10.0,
@@ -81,6 +85,7 @@ class CoordinatewiseLSTM(nn.Module):
         )
         require(is_whole(num_layers, 1) and num_layers <= MAX_LAYERS, "num_layers", num_layers, "an int from 1 to 64")
         require(isinstance(projection, bool), "projection", projection, "True or False")
+        require(isinstance(linear_path, bool), "linear_path", linear_path, "True or False")
         require(
             isinstance(output, str) and output in OUTPUTS, "output", output, f"one of {', '.join(map(repr, OUTPUTS))}"
         )
@@ -95,7 +100,7 @@ class CoordinatewiseLSTM(nn.Module):
         require(known, "update_rms", update_rms, "a positive number or None")
         self.config = Config(
             features, hidden_size, num_layers, projection, output, float(output_scale), float(preprocess_p),
-            float(betas[0]), float(betas[1]), float(eps),
+            float(betas[0]), float(betas[1]), float(eps), linear_path,
         )  # fmt: skip
         # Not of the config, which is what the ops compute: they give u, and what is made of it is the step's.
         self.update_rms = None if update_rms is None else float(update_rms)
@@ -106,10 +111,15 @@ class CoordinatewiseLSTM(nn.Module):
             if name.startswith(("weight_", "bias_")):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.head = nn.Linear(hidden_size, 1)
+        if linear_path:
+            self.linear = nn.Linear(inputs, 1, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """``nn.LSTM``'s and ``nn.Linear``'s own initialisation, but for a zero head bias: no drift at the start."""
+        """``nn.LSTM``'s and ``nn.Linear``'s own initialisation, but for a zero head bias: no drift at the start.
+
+        A linear path begins at zero; with moments at -1 for m^/(sqrt(v^)+eps), and the head at zero: Adam's direction.
+        """
         bound = 1 / math.sqrt(self.config.hidden_size)
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
@@ -117,6 +127,11 @@ class CoordinatewiseLSTM(nn.Module):
             self.projection.reset_parameters()
         self.head.reset_parameters()
         nn.init.zeros_(self.head.bias)
+        if self.config.linear_path:
+            nn.init.zeros_(self.linear.weight)
+            if reference.has_moments(self.config):
+                nn.init.zeros_(self.head.weight)
+                nn.init.constant_(self.linear.weight[:, :1], -1.0)
 
     def forward(self, grads: Tensor, state: Tensor | None = None, step: Tensor | int = 1) -> tuple[Tensor, Tensor]:
         """Updates u of a sequence of gradients, before ``update_rms``; differentiable once.
@@ -171,7 +186,8 @@ class CoordinatewiseLSTM(nn.Module):
     @property
     def rule(self) -> str:
         """All but the weights, as a text that identifies it: of networks with the same, equal weights step alike."""
-        return repr(self.config) + ("" if self.update_rms is None else f" update_rms={self.update_rms!r}")
+        config = repr(self.config).replace(", linear_path=False", "")  # the text of before there was one
+        return config + ("" if self.update_rms is None else f" update_rms={self.update_rms!r}")
 
     @property
     def default_lr(self) -> float:
@@ -209,8 +225,9 @@ class CoordinatewiseLSTM(nn.Module):
         network = cls._blank(hidden_size=lstm.hidden_size, num_layers=lstm.num_layers, **options)
         tensors = lstm.state_dict() | {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
         for name, shape in reference.weight_shapes(network.config).items():
-            if name.startswith("projection."):
-                raise ValueError("projection must be False: from_torch takes an nn.LSTM and a head alone")
+            option = {"projection.weight": "projection", "linear.weight": "linear_path"}.get(name)
+            if option:
+                raise ValueError(f"{option} must be False: from_torch takes an nn.LSTM and a head alone")
             require(tuple(tensors[name].shape) == shape, f"shape of {name}", tuple(tensors[name].shape), str(shape))
         network.to(lstm.weight_ih_l0.dtype).load_state_dict(tensors)
         return network

@@ -18,7 +18,7 @@ from l2l_fast.reference import Config
 
 _CONFIG = (
     "int features, int hidden_size, int num_layers, bool projection, int output, "
-    "float output_scale, float preprocess_p, float beta1, float beta2, float eps"
+    "float output_scale, float preprocess_p, float beta1, float beta2, float eps, bool linear_path"
 )
 _LIBRARY = torch.library.Library("l2l_fast", "DEF")
 REFERENCE: dict[str, Callable] = {}  # by op: what runs where there is no kernel

@@ -36,7 +36,7 @@ struct BackwardRows {
   T* gates;    // [layers][kGates][hidden]: gradients of the pre-activations
   T* d_state;  // [state_rows]: gradient of the new state on entry to a step, of the old one on return
   T* d_x;      // [max(hidden, 4)]: gradient of what leaves or enters a layer
-  T* d_y;      // [1]: gradient of the head's sum
+  T* d_y;      // [1]: gradient of y's sum, before tanh
   T* sums;     // [Packing::count()], in its order
   T* weights;  // [Packing::count()], in its order
   T* next;     // [state_rows]: the state that the next step back begins with, on its way here
@@ -267,9 +267,11 @@ L2L_DEVICE void add_weight_gradients(const Cell<T>& cell, const BackwardRows<T>&
         sum_row(rows.gates + row * kStride<T>);
   }
   const T* top = rows.step.new_state + net.h_row(net.layers - 1) * kStride<T>;
-  for (int k = deal.take(hidden + 1); k <= hidden; k += threads)
-    rows.sums[packing.head_weight() + k] +=
-        k < hidden ? sum_products(rows.d_y, top + k * kStride<T>) : sum_row(rows.d_y);
+  const int of_y = hidden + 1 + net.linear_inputs();
+  for (int k = deal.take(of_y); k < of_y; k += threads) {
+    const T* x = k < hidden ? top + k * kStride<T> : rows.step.features + (k - hidden - 1) * kStride<T>;
+    rows.sums[packing.head_weight() + k] += k == hidden ? sum_row(rows.d_y) : sum_products(rows.d_y, x);
+  }
 }
 
 // From the gradient of the projected features, in d_x, to that of the features. Its threads meet once.
@@ -302,7 +304,8 @@ L2L_DEVICE void backward_projection(const Cell<T>& cell, const BackwardRows<T>& 
     rows.sums[packing.projection_bias() + unit] += sum_row(d + unit * kStride<T>);
 }
 
-// From the gradient of the features, in d_x, to that of the gradient, which is returned, and of the moments.
+// From the gradient of the features, in d_x but for what comes through the linear path, to that of the gradient, which
+// is returned, and of the moments.
 template <class T>
 L2L_DEVICE T backward_features(
     const Cell<T>& cell, const BackwardRows<T>& rows, const Gradient<T>& gradient, double step) {
@@ -310,7 +313,12 @@ L2L_DEVICE T backward_features(
   const Network& net = cell.net;
   const int lane = device::lane();
   const V grad(gradient.value);
-  const T* d = rows.d_x + lane;
+  T* d = rows.d_x + lane;
+  if (net.linear_path) {
+    const T* const w = rows.weights + Packing{net}.linear_weight();
+    const T d_y = rows.d_y[lane];
+    for (int f = 0; f < net.inputs(); ++f) d[f * kStride<T>] = std::fma(w[f], d_y, d[f * kStride<T>]);
+  }
   V sum(0);
   if (net.features == Features::identity) sum = V(*d);
   if (net.has_moments()) {
@@ -445,7 +453,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
           if (inside && gradients.d_grads.data) element<T>(gradients.d_grads, t, i) = d_grad;
         }
         // It has read the new state's moments, where the next step puts a state, and written those of d_state. With no
-        // moments it has read d_x alone, which is not written before another barrier.
+        // moments it has touched d_x alone, which no other does before another barrier, and each lane its own d_y.
         if (net.has_moments()) __syncthreads();
       }
       T* const spent = rows.step.new_state;

@@ -582,7 +582,9 @@ class MetaTrainer:
         settings = {name: getattr(self, name) for name in names}
         settings["horizon"], settings["imitation"] = describe_horizon(self.horizon), list(self.imitation)
         settings |= {f"tasks[{number}]": describe(task, self.device) for number, task in enumerate(self.tasks)}
-        settings["network"], settings["frozen"] = list(self.network.config), self._update.frozen
+        *config, linear_path = self.network.config
+        settings["network"], settings["frozen"] = config, self._update.frozen
+        settings["linear_path"] = linear_path or None  # runs begun before there was one go on
         settings["update_rms"] = self.network.update_rms
         settings["loss_weights"] = None if self.loss_weights is None else self.loss_weights.tolist()
         settings["meta_optimizer"] = self._optimizer_facts()

@@ -7,6 +7,7 @@ from l2l_fast.reference import Config
 
 PAPER = Config("log_sign", 20, 2, False, "linear", 0.1, 10.0, 0.95, 0.95, 1e-8)
 RNNPROP = Config("moments", 20, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
+LINEAR = Config("both", 20, 2, False, "linear", 0.1, 10.0, 0.95, 0.95, 1e-8, linear_path=True)
 
 
 def make_weights(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
+from problems import LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
 from test_loading import PRINT, run
 from test_native_step import CONFIGS, close, config_id, step_both
 
@@ -105,7 +105,7 @@ def test_bad_numbers():
     assert param.isnan().all()
 
 
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 def test_a_thousand_steps(config):
     """On a quadratic; as in test_step.py both get the gradient of the float64 run."""
     curvature, theta = torch.logspace(-2, 1, 50), torch.linspace(-1, 1, 50)

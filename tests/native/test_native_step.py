@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
+from problems import LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
 
 from l2l_fast import _native, ops, reference
 from l2l_fast.reference import Config
@@ -19,14 +19,15 @@ SIZES = [0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129, 100_00
 
 def config_id(config: Config) -> str:
     projection = "-projection" * config.projection
-    return f"{config.features}-{config.hidden_size}x{config.num_layers}{projection}-{config.output}"
+    linear = "-linear_path" * config.linear_path
+    return f"{config.features}-{config.hidden_size}x{config.num_layers}{projection}{linear}-{config.output}"
 
 
 CONFIGS = [
-    Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.95, 0.95, 1e-8)
-    for features, (hidden, layers), projection, output in itertools.product(
+    Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.95, 0.95, 1e-8, linear_path)
+    for features, (hidden, layers, linear_path), projection, output in itertools.product(
         ["identity", "log_sign", "moments", "both"],
-        [(1, 1), (7, 3), (20, 2), (64, 1)],
+        [(1, 1, False), (1, 1, True), (7, 3, False), (7, 3, True), (20, 2, False), (20, 2, True), (64, 1, False)],
         [False, True],
         ["linear", "tanh"],
     )
@@ -56,7 +57,7 @@ def test_kernel_is_what_runs(isa):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 def test_sizes(isa, config, size):
     param, grad, state = torch.randn(size), make_grads(size), make_state(size, config)
     params, states = step_both([param], [grad], [state], config)
@@ -94,13 +95,14 @@ def test_options(isa, config):
     hidden=st.integers(1, 64),
     layers=st.integers(1, 3),
     projection=st.booleans(),
+    linear_path=st.booleans(),
     output=st.sampled_from(reference.OUTPUTS),
     sizes=st.lists(st.integers(0, 140), max_size=4),
     number=st.integers(1, 1000),
     seed=st.integers(0, 2**16),
 )
-def test_any_network_and_group(features, hidden, layers, projection, output, sizes, number, seed):
-    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.9, 0.95, 1e-8)
+def test_any_network_and_group(features, hidden, layers, projection, linear_path, output, sizes, number, seed):
+    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.9, 0.95, 1e-8, linear_path)
     torch.manual_seed(seed)  # an example that fails does so again
     params = [torch.randn(size) for size in sizes]
     grads = [make_grads(size, seed=seed + i).clamp(-1, 1) for i, size in enumerate(sizes)]
@@ -167,7 +169,7 @@ def test_a_float64_parameter_is_not_rounded_to_float32():
     assert torch.equal(param, before)
 
 
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 @pytest.mark.parametrize("size", [1, 64, 65])
 def test_gradients_that_are_not_finite_change_nothing(isa, config, size):
     for bad in (float("nan"), float("inf"), float("-inf")):
@@ -198,7 +200,7 @@ def test_float64_weights_give_float64():
     close(state, states[0], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_a_thousand_steps(isa, config, state_dtype):
     """The state is a fading memory, so errors do not pile up: the run stays with that in float64."""
@@ -254,7 +256,9 @@ def test_threads_do_not_matter():
     assert all(torch.equal(r[0], results[0][0]) and torch.equal(r[1], results[0][1]) for r in results)
 
 
-@pytest.mark.parametrize("config", [RNNPROP, overflow.CONFIG, IDENTITY], ids=config_id)
+@pytest.mark.parametrize(
+    "config", [RNNPROP, LINEAR, overflow.CONFIG, IDENTITY, IDENTITY._replace(linear_path=True)], ids=config_id
+)
 @pytest.mark.parametrize(("dtype", "state_dtype"), overflow.DTYPES)
 def test_gradients_too_large_for_a_finite_state_are_not_finite(isa, config, dtype, state_dtype):
     op = torch.ops.l2l_fast
