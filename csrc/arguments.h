@@ -144,6 +144,20 @@ inline StepTensor step_tensor(
   };
 }
 
+inline std::vector<StepTensor> step_tensors(
+    const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
+    const std::vector<Tensor>& steps, const Network& net, const Tensor& weights) {
+  L2L_CHECK(
+      grads.size() == params.size() && states.size() == params.size() && steps.size() == params.size(),
+      "lstm_step_ needs one gradient, state and step for each of the ", params.size(), " parameters, got ",
+      grads.size(), ", ", states.size(), " and ", steps.size());
+  std::vector<StepTensor> tensors;
+  tensors.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i)
+    tensors.push_back(step_tensor(params[i], grads[i], states[i], steps[i], net, weights));
+  return tensors;
+}
+
 // A series [T, N] in the weights' dtype.
 inline Matrix series(const Tensor& tensor, const char* name, const Tensor& weights, int64_t steps, int64_t count) {
   check_device(tensor, name, weights);

@@ -45,6 +45,13 @@ struct Flat {
     tensor.state.strides = state.data();
   }
   Flat(Flat&&) = default;  // a moved vector keeps its memory, so the pointers stay good
+  Flat(const Flat& other) : sizes(other.sizes), param(other.param), grad(other.grad), state(other.state) {
+    tensor = other.tensor;
+    tensor.sizes = sizes.data();
+    tensor.param.strides = param.data();
+    tensor.grad.strides = grad.data();
+    tensor.state.strides = state.data();
+  }
 };
 
 }  // namespace l2l

@@ -19,18 +19,27 @@ struct Ops {
         features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps,
         linear_path);
     weights = checked_weights(weights, net);
-    L2L_CHECK(
-        grads.size() == params.size() && states.size() == params.size() && steps.size() == params.size(),
-        "lstm_step_ needs one gradient, state and step for each of the ", params.size(), " parameters, got ",
-        grads.size(), ", ", states.size(), " and ", steps.size());
-    std::vector<StepTensor> tensors;
-    tensors.reserve(params.size());
-    for (size_t i = 0; i < params.size(); ++i)
-      tensors.push_back(step_tensor(params[i], grads[i], states[i], steps[i], net, weights));
+    const std::vector<StepTensor> tensors = step_tensors(params, grads, states, steps, net, weights);
     Backend::step(
         {net, weights.const_data_ptr(), dtype_of(weights, "weights"), tensors.data(), int64_t(tensors.size()),
          scalar(lr, "lr", weights), weight_decay, maximize},
         weights);
+  }
+
+  static void step_scaled(
+      std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor weights, Tensor lr,
+      std::vector<Tensor> steps, int64_t features, int64_t hidden_size, int64_t num_layers, bool projection,
+      int64_t output, double output_scale, double preprocess_p, double beta1, double beta2, double eps,
+      bool linear_path, double weight_decay, bool maximize, double update_rms) {
+    const Network net = network(
+        features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps,
+        linear_path);
+    weights = checked_weights(weights, net);
+    const std::vector<StepTensor> tensors = step_tensors(params, grads, states, steps, net, weights);
+    Backend::step_scaled(
+        {net, weights.const_data_ptr(), dtype_of(weights, "weights"), tensors.data(), int64_t(tensors.size()),
+         scalar(lr, "lr", weights), weight_decay, maximize},
+        update_rms);
   }
 
   static std::tuple<Tensor, Tensor> unroll(

@@ -1,11 +1,9 @@
-"""Loads the compiled kernels and remembers why it could not.
+"""Loads the compiled kernels, for the operators of :mod:`l2l_fast.ops`, and remembers why it could not.
 
-Import it after :mod:`l2l_fast.ops`, which defines the operators that the kernels are registered for.
-
-    L2L_FAST_NATIVE=0       do not load them: the reference runs instead (also: false, no, off)
-    L2L_FAST_CPU_ISA=NAME   instruction set of the CPU kernels: avx512, avx2 or portable; by default the fastest that
-                            runs here, and with a warning where NAME does not. bf16: avx512 with the step's products in
-                            bfloat16, amx_bf16 or else avx512_bf16, which can also be named
+L2L_FAST_NATIVE=0       do not load them: the reference runs instead (also: false, no, off)
+L2L_FAST_CPU_ISA=NAME   instruction set of the CPU kernels: avx512, avx2 or portable; by default the fastest that
+                        runs here, and with a warning where NAME does not. bf16: avx512 with the step's products in
+                        bfloat16, amx_bf16 or else avx512_bf16, which can also be named
 """
 
 from __future__ import annotations
@@ -18,6 +16,8 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+
+from l2l_fast import ops
 
 
 def _load():
@@ -36,8 +36,12 @@ def _load():
         except ImportError as error:
             reason = f"built, but cannot be loaded: {error}"
         else:
-            _choose_isa(_C)
-            return _C, None
+            if getattr(_C, "ops_version", None) == ops.VERSION:
+                _choose_isa(_C)
+                return _C, None
+            # Loading it was enough to register its kernels, which would read other arguments than they are given.
+            ops.replace_kernels()
+            reason = f"of other sources, in {found}: build them again, with python setup.py build_ext --inplace"
     # Said here, as pip keeps a build's own warning to itself.
     warnings.warn(
         f"l2l_fast runs on plain PyTorch, many times slower. Its kernels are {reason}; "

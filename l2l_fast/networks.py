@@ -10,7 +10,7 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from l2l_fast import ops, reference
+from l2l_fast import normalize, ops, reference
 from l2l_fast.checks import is_number, is_whole, require
 from l2l_fast.reference import FEATURES, OUTPUTS, Config
 
@@ -42,6 +42,11 @@ class CoordinatewiseLSTM(nn.Module):
             square being over the parameter's whole tensor, so that ``lr`` alone is the size of a step, as it is for
             AdamW; with r = 0.6 the rates that suit are AdamW's. It belongs to the optimizer's step and to
             meta-training: :meth:`forward`, which knows no tensors, gives u.
+        input_rms: None: the LSTM sees gradients as they are. A number c: c * d / sqrt(mean d^2), the mean being over
+            the parameter's whole tensor and, with decay rate ``betas[1]``, over the steps so far. The loss may then be
+            in any unit, and layers have gradients of any size. As ``update_rms`` it belongs to the step.
+        orthogonalize: what an optimizer does whose own ``orthogonalize`` is None: whether it adds u of a matrix to its
+            orthogonalized momentum. Needs moments and ``update_rms``.
 
     Attributes:
         default_lr: the optimizer's and the meta-trainer's where none is given: 1, which u is trained for, and AdamW's
@@ -76,6 +81,8 @@ class CoordinatewiseLSTM(nn.Module):
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,
         update_rms: float | None = None,
+        input_rms: float | None = None,
+        orthogonalize: bool = False,
     ) -> None:
         super().__init__()
         known = isinstance(features, str) and features in FEATURES
@@ -96,14 +103,19 @@ class CoordinatewiseLSTM(nn.Module):
         good = pair and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
         require(good, "betas", betas, "two numbers in [0, 1)")
         require(is_number(eps) and eps > 0, "eps", eps, "a positive number")
-        known = update_rms is None or (is_number(update_rms) and update_rms > 0)
-        require(known, "update_rms", update_rms, "a positive number or None")
+        for name, value in {"update_rms": update_rms, "input_rms": input_rms}.items():
+            require(value is None or (is_number(value) and value > 0), name, value, "a positive number or None")
+        require(isinstance(orthogonalize, bool), "orthogonalize", orthogonalize, "True or False")
         self.config = Config(
             features, hidden_size, num_layers, projection, output, float(output_scale), float(preprocess_p),
             float(betas[0]), float(betas[1]), float(eps), linear_path,
         )  # fmt: skip
         # Not of the config, which is what the ops compute: they give u, and what is made of it is the step's.
         self.update_rms = None if update_rms is None else float(update_rms)
+        self.input_rms = None if input_rms is None else float(input_rms)
+        self.orthogonalize = orthogonalize
+        if orthogonalize and (reason := normalize.no_momentum(self.config, self.update_rms)):
+            raise ValueError(f"orthogonalize must be False for a network {reason}")
         inputs = FEATURES[features]
         if projection:
             self.projection = nn.Linear(inputs, hidden_size)
@@ -181,13 +193,15 @@ class CoordinatewiseLSTM(nn.Module):
         """The constructor's arguments."""
         options = self.config._asdict()
         options["betas"] = (options.pop("beta1"), options.pop("beta2"))
-        return options | {"update_rms": self.update_rms}
+        surroundings = {name: getattr(self, name) for name in ("update_rms", "input_rms", "orthogonalize")}
+        return options | surroundings
 
     @property
     def rule(self) -> str:
         """All but the weights, as a text that identifies it: of networks with the same, equal weights step alike."""
         config = repr(self.config).replace(", linear_path=False", "")  # the text of before there was one
-        return config + ("" if self.update_rms is None else f" update_rms={self.update_rms!r}")
+        sizes = {"update_rms": self.update_rms, "input_rms": self.input_rms}
+        return config + "".join(f" {name}={size!r}" for name, size in sizes.items() if size is not None)
 
     @property
     def default_lr(self) -> float:

@@ -1,13 +1,17 @@
-r"""The update scaled to one size over each tensor: what surrounds the step of a network that has ``update_rms``.
+r"""What surrounds the step of a network that has ``update_rms``, ``input_rms`` or ``orthogonalize``.
 
-theta <- theta - lr * weight_decay * theta + lr * update_rms * d / RMS(d),   (d, state) <- m(grad, state; phi)
+x <- input_rms * grad / sqrt(v),    v <- beta2 v + (1 - beta2) mean grad^2, without its bias towards the start
+d, state <- m(x, state; phi)
+d <- d - o / RMS(o) of a matrix,    o = NS(beta1 m + (1 - beta1) x), m being the state's running mean of x
+theta <- theta - lr * weight_decay * theta + lr * update_rms * d / RMS(d)
 
-RMS(d) = sqrt(mean d^2) is over the whole tensor; where it is 0, nothing moves. ``reference.scale_to_rms`` is the rule
-in plain words. The kernels need not know of it: they step scratch tensors of zeros, which then hold d, and what follows
-is a pass over many tensors at once. Nothing here waits for the device.
+Means and root mean squares are over a whole tensor; where they are 0, nothing moves. The kernels need not know of any
+of it: they step scratch tensors of zeros, which then hold d, and all else is passes over many tensors at once. Nothing
+here waits for the device.
 
-A coordinate whose gradient is not finite has d = 0, counts as 0 in the mean and keeps its value. The scratch says which
-these are: it begins as -0.0, and the step, which adds to every other coordinate, makes +0.0 of it at least.
+A coordinate whose gradient is not finite has d = 0, counts as 0 in the mean and keeps its value; v stays what it was.
+The scratch says which these are: it begins as -0.0, and the step, which adds to every other coordinate, makes +0.0 of
+it at least.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from l2l_fast.reference import SMALLEST, outside_autocast
+from l2l_fast.reference import SMALLEST, Config, has_moments, outside_autocast
 
+MAX_SIDE = 16384  # of a matrix to orthogonalize: beyond are vocabularies, whose rows have nothing to do with each other
 _LINE = 32  # coordinates; each tensor's scratch begins on a line of 128 bytes
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -64,6 +69,46 @@ def raw_updates(op: Callable, params, grads, states, weights, lr, steps, *args) 
     return updates
 
 
+def no_momentum(config: Config, update_rms: float | None) -> str | None:
+    """Why a network can have no ``orthogonalize``; None where it can."""
+    if update_rms is None:
+        return "without update_rms, whose update has a size of its own that would be lost"
+    if not has_moments(config):
+        return f"with features {config.features!r}, which have no momentum: those with moments have"
+    return None
+
+
+def relative(
+    grads: Sequence[Tensor], squares: Sequence[Tensor], steps: Sequence[Tensor], config: Config, rms: float, wholes=None
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients relative to the root mean square of their tensor's.
+
+    x = rms * grad / sqrt(v / (1 - beta2^step)),   v <- beta2 v + (1 - beta2) mean grad^2
+
+    Args:
+        grads: real tensors of this rank.
+        squares: v of each before the step, 0-dim; left as they are.
+        steps: number of this step for each, 0-dim.
+        config: for its ``beta2``.
+        rms: ``input_rms``.
+        wholes: what ``grads`` are the local, real views of, in shape and placement.
+
+    Returns:
+        x, and v of all [K] after the step: of a tensor with a gradient that is not finite what it was, but for the
+        bias towards the start.
+    """
+    wholes = grads if wholes is None else wholes
+    v, step = torch.stack(list(squares)), torch.stack(list(steps)).to(squares[0].dtype)
+    beta = config.beta2
+    roots = [root.to(v.dtype) for root in root_mean_squares([grad.to(v.dtype) for grad in grads], wholes)]
+    means, biases = torch.stack(roots).square(), 1 - beta ** (step - 1)
+    before = torch.where(biases > 0, v / torch.where(biases > 0, biases, 1.0), 0.0)
+    v = beta * v + (1 - beta) * torch.where(means.isfinite(), means, before)
+    unbiased = v / (1 - beta**step)
+    factors = torch.where(unbiased >= SMALLEST, rms / unbiased.clamp_min(SMALLEST).sqrt(), 0.0)
+    return list(torch._foreach_mul([grad.to(v.dtype) for grad in grads], list(factors.unbind()))), v
+
+
 def move_(
     params: Sequence[Tensor],
     updates: Updates,
@@ -71,7 +116,7 @@ def move_(
     rms: float,
     weight_decay: float = 0.0,
     wholes: Sequence[Tensor] | None = None,
-    matrices: Sequence[bool] = (),
+    momenta: Sequence[Tensor | None] = (),
 ) -> None:
     """Move every parameter along its update, scaled; the updates are spent.
 
@@ -82,14 +127,15 @@ def move_(
         rms: ``update_rms``.
         weight_decay: decoupled, per unit of lr.
         wholes: what ``params`` are the local, real views of; DTensors have their RMS over all ranks.
-        matrices: which of them are orthogonalized first; none if not given.
+        momenta: for each that is a matrix to orthogonalize what to orthogonalize, from :func:`momentum`; else None.
     """
     pieces, wholes = updates.pieces, params if wholes is None else wholes
-    held = is_held(updates.flat) if weight_decay or any(matrices) else None
-    for piece, whole, matrix in zip(pieces, wholes, matrices, strict=False):
-        if matrix:
-            piece.copy_(_orthogonalized(piece, whole))
-    if any(matrices):  # which mixes coordinates
+    matrices = [place for place, momentum in enumerate(momenta) if momentum is not None]
+    held = is_held(updates.flat) if weight_decay or matrices else None
+    for place in matrices:
+        momentum = torch.where(is_held(pieces[place]), 0.0, momenta[place])
+        pieces[place].sub_(_orthogonal_unit(momentum, wholes[place]))
+    if matrices:  # which mixes coordinates
         updates.flat.masked_fill_(held, 0.0)
     roots = torch.stack(root_mean_squares(pieces, wholes))
     factors = torch.where(roots >= SMALLEST, lr * rms / roots, 0.0)
@@ -99,6 +145,20 @@ def move_(
         rates = updates.cut(torch.where(held, 0.0, -weight_decay * lr))
         torch._foreach_addcmul_(pieces, [param.to(updates.flat.dtype) for param in params], rates)
     torch._foreach_add_(params, pieces)
+
+
+def momentum(grad: Tensor, state: Tensor, config: Config, dtype: torch.dtype, maximize: bool = False) -> Tensor:
+    """beta1 m + (1 - beta1) x, Nesterov's, after the step that has moved the state's m.
+
+    Args:
+        grad: x, [...].
+        state: [..., S].
+        config: for its ``beta1``.
+        dtype: of the result.
+        maximize: m is of -x.
+    """
+    share = 1 - config.beta1
+    return torch.add(config.beta1 * state[..., 0].to(dtype), grad.to(dtype), alpha=-share if maximize else share)
 
 
 def root_mean_squares(updates: Sequence[Tensor], wholes: Sequence[Tensor]) -> list[Tensor]:
@@ -132,8 +192,13 @@ def is_sharded(tensor: Tensor) -> bool:
 # ---------------------------------------------------------------- matrices
 
 
-def _orthogonalized(update: Tensor, whole: Tensor) -> Tensor:
-    """Of a parameter's update, which may be a rank's part of it: gathered, orthogonalized, and cut up again."""
+def is_matrix(tensor: Tensor) -> bool:
+    """Whether ``orthogonalize`` takes it: two dimensions or more, none of them a vocabulary's."""
+    return tensor.ndim > 1 and max(tensor.shape[0], math.prod(tensor.shape[1:])) <= MAX_SIDE
+
+
+def _orthogonal_unit(update: Tensor, whole: Tensor) -> Tensor:
+    """NS(update) / RMS of it, of what may be a rank's part: gathered, orthogonalized, and cut up again."""
     update = torch.view_as_complex(update.contiguous()) if whole.is_complex() else update
     if is_sharded(whole):
         from torch.distributed.tensor import DTensor, Replicate
@@ -143,11 +208,19 @@ def _orthogonalized(update: Tensor, whole: Tensor) -> Tensor:
         update = DTensor.from_local(
             update.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
         ).full_tensor()
-        found = DTensor.from_local(orthogonalize(update), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        found = DTensor.from_local(_unit(orthogonalize(update)), mesh, [Replicate()] * mesh.ndim, run_check=False)
         found = found.redistribute(mesh, placements).to_local()
     else:
-        found = orthogonalize(update)
+        found = _unit(orthogonalize(update))
     return torch.view_as_real(found.resolve_conj()) if whole.is_complex() else found
+
+
+def _unit(matrix: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+    """matrix / RMS(matrix), over all of it or some dimensions; 0 where that is 0. A complex number counts as a pair."""
+    squares = torch.view_as_real(matrix).square().sum(-1) / 2 if matrix.is_complex() else matrix.square()
+    mean = squares.mean(dims, keepdim=True) if dims else squares.mean()
+    moves = mean > 0
+    return matrix * torch.where(moves, torch.where(moves, mean, 1.0).rsqrt(), 0.0)
 
 
 @outside_autocast
@@ -166,24 +239,52 @@ def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
     Example:
         >>> import torch
         >>> from l2l_fast.normalize import orthogonalize
-        >>> bool((torch.linalg.svdvals(orthogonalize(torch.randn(6, 4, 3, 3))) < 1.3).all())
+        >>> bool((torch.linalg.svdvals(orthogonalize(torch.randn(6, 4, 3, 3)).flatten(1)) < 1.3).all())
         True
 
     References:
         Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
     """
-    x = update.flatten(1)
-    x = x / torch.linalg.vector_norm(x).clamp_min(SMALLEST)
-    wide = x.shape[0] <= x.shape[1]
+    return orthogonalize_each(update.flatten(1)[None], steps)[0].reshape(update.shape)
+
+
+def orthogonalize_each(matrices: Tensor, steps: int = 5) -> Tensor:
+    """:func:`orthogonalize` of B matrices [B, out, in]."""
+    x = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp_min(SMALLEST)
+    wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mH
     a, b, c = _QUINTIC
     for _ in range(steps):
         square = x @ x.mH
         x = a * x + (b * square + c * (square @ square)) @ x
-    return (x if wide else x.mH).reshape(update.shape)
+    return x if wide else x.mH.resolve_conj()
 
 
 # ---------------------------------------------------------------- rows of several tensors, as in meta-training
+
+
+def relative_rows(grads: Tensor, v: Tensor, step: Tensor, sizes: Sequence[int], config: Config, rms: float) -> Tensor:
+    """:func:`relative` of rows [..., N] that hold one tensor after another; moves v [..., K] on."""
+    x = []
+    v.mul_(config.beta2)
+    for place, piece in enumerate(grads.split(list(sizes), -1)):
+        v[..., place] += (1 - config.beta2) * piece.square().mean(-1)
+        unbiased = (v[..., place] / (1 - config.beta2**step)).unsqueeze(-1)
+        factor = torch.where(unbiased >= SMALLEST, rms / unbiased.clamp_min(SMALLEST).sqrt(), 0.0)
+        x.append(piece * factor)
+    return torch.cat(x, -1)
+
+
+def orthogonal_rows(momenta: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
+    """o / RMS(o) of the matrices in rows [B, N] of B instances, 0 for the other tensors, of shapes [*shape] each."""
+    found = []
+    for piece, shape in zip(momenta.split([math.prod(shape) for shape in shapes], -1), shapes, strict=True):
+        if len(shape) > 1:
+            matrices = orthogonalize_each(piece.view(len(piece), shape[0], -1))
+            found.append(_unit(matrices, (1, 2)).reshape(piece.shape))
+        else:
+            found.append(torch.zeros_like(piece))
+    return torch.cat(found, -1)
 
 
 def scale_rows(updates: Tensor, sizes: Sequence[int], rms: float) -> Tensor:

@@ -7,19 +7,22 @@ The dispatcher chooses the backend: the compiled CPU or CUDA kernel where one is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from l2l_fast import arguments, reference
+from l2l_fast import arguments, normalize, reference
 from l2l_fast.reference import Config
 
 _CONFIG = (
     "int features, int hidden_size, int num_layers, bool projection, int output, "
     "float output_scale, float preprocess_p, float beta1, float beta2, float eps, bool linear_path"
 )
+# Of the schemas; csrc/module.cpp has it too. Kernels of another version would read their arguments as others.
+VERSION = 4
 _LIBRARY = torch.library.Library("l2l_fast", "DEF")
 REFERENCE: dict[str, Callable] = {}  # by op: what runs where there is no kernel
 
@@ -36,6 +39,16 @@ def _define(schema: str, check, implementation, fake) -> None:
     REFERENCE[name] = checked
 
 
+def replace_kernels() -> None:
+    """Put the reference in the place of kernels that are loaded already and must not run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is overridden
+        for name, checked in REFERENCE.items():
+            for key in ("CPU", "CUDA"):
+                if torch._C._dispatch_has_kernel_for_dispatch_key(f"l2l_fast::{name}", key):
+                    _LIBRARY.impl(name, checked, key, allow_override=True)
+
+
 # ---------------------------------------------------------------- lstm_step_
 
 # The second has no kernels: the reference by request. An operator as well, or torch.compile would trace its tiles.
@@ -47,6 +60,23 @@ for _name in ("lstm_step_", "lstm_step_reference_"):
         reference.lstm_step_,
         lambda *args: None,
     )
+
+
+def _step_scaled(params, grads, states, weights, lr, steps, *args) -> None:
+    *args, weight_decay, maximize, rms = args
+    op = torch.ops.l2l_fast.lstm_step_
+    updates = normalize.raw_updates(op, params, grads, states, weights, lr, steps, *args, weight_decay, maximize)
+    normalize.move_(params, updates, lr, rms, weight_decay)
+
+
+# Of networks with update_rms, tensors that are whole: what normalize does around lstm_step_, or a kernel in two passes.
+_define(
+    f"lstm_step_scaled_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor weights, Tensor lr, "
+    f"Tensor[] steps, {_CONFIG}, float weight_decay, bool maximize, float update_rms) -> ()",
+    lambda *args: arguments.check_step(*args[:-1]),
+    _step_scaled,
+    lambda *args: None,
+)
 
 
 def lstm_step_(

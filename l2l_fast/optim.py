@@ -27,6 +27,8 @@ from l2l_fast.reference import Config
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # known not to be sharded without asking, which takes a microsecond each
+# torch 2.14's compiler cannot follow the gradients that fully_shard makes.
+_HIDES_SHARDED = torch.__version__ >= (2, 14)
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 # Options of param groups that not every version's state_dict has, with what such a state_dict means.
 _LATER_OPTIONS = {"maximize": False, "orthogonalize": False}
@@ -40,6 +42,8 @@ class _Network(NamedTuple):
     weights: Tensor  # flat, on the CPU
     update_rms: float | None = None
     default_lr: float = 1.0
+    input_rms: float | None = None
+    orthogonalize: bool = False
 
 
 class _Call(NamedTuple):
@@ -48,7 +52,8 @@ class _Call(NamedTuple):
     params: list[Tensor]
     arguments: tuple
     network: _Network
-    orthogonalize: bool
+    matrices: list[bool]  # which of them to orthogonalize
+    squares: list[Tensor]  # with input_rms
 
 
 class LSTMOptimizer(Optimizer):
@@ -70,10 +75,11 @@ class LSTMOptimizer(Optimizer):
             with ``update_rms``, a rate as AdamW has it; otherwise 1, which is what the network was trained for.
         weight_decay: decoupled weight decay, per unit of lr.
         maximize: ascend instead of descend.
-        orthogonalize: of networks with ``update_rms``: put the update of every tensor of two dimensions or more through
-            five Newton-Schulz steps (:func:`~l2l_fast.normalize.orthogonalize`) before it is scaled, as Muon does with
-            its momentum. What is no matrix in this sense, an embedding or the last layer, belongs into a group with
-            ``orthogonalize=False``; tensors of one dimension are left as they are. A sharded matrix is gathered.
+        orthogonalize: of networks with ``update_rms`` and moments: start from Muon where a tensor has two dimensions or
+            more: u is added to the momentum after five Newton-Schulz steps
+            (:func:`~l2l_fast.normalize.orthogonalize`), RMS 1, before both are scaled. None: as the network says. Left
+            as they are: tensors of one dimension, and those with a side above 16,384, a vocabulary's. A sharded matrix
+            is gathered for it.
         state_dtype: float32, or bfloat16: half the memory, but a step may be slower where the CPU has only AVX2; the
             arithmetic stays float32. float64 computes in float64. A gradient that is not finite in the dtype of the
             arithmetic counts as one that is not; so does one whose square is not (2^63 in float32), which networks with
@@ -112,7 +118,7 @@ class LSTMOptimizer(Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        orthogonalize: bool = False,
+        orthogonalize: bool | None = None,
         state_dtype: torch.dtype = torch.float32,
         fused: bool | None = None,
         error_if_nonfinite: bool = False,
@@ -187,11 +193,11 @@ class LSTMOptimizer(Optimizer):
 
     def _check_rule(self, options: dict, where: str = "") -> None:
         """What a group's options ask of its network."""
-        rms = self._networks[options["network"]].update_rms
-        if options["orthogonalize"] and rms is None:
+        network = self._networks[options["network"]]
+        reason = normalize.no_momentum(network.config, network.update_rms)
+        if options["orthogonalize"] and reason:
             raise ValueError(
-                f"{where}orthogonalize must be False for a network without update_rms, whose update has a size of its "
-                "own that would be lost: use a network that has it, such as l2l-base"
+                f"{where}orthogonalize must be False for a network {reason}; l2l-base is one that has what it takes"
             )
 
     def _warn_of_leaps(self, group: dict) -> None:
@@ -208,9 +214,8 @@ class LSTMOptimizer(Optimizer):
         """Copy a network's weights; returns the name under which groups refer to it."""
         if isinstance(network, str) and network in self._networks:
             return network
-        dtype = torch.float64 if self.state_dtype == torch.float64 else torch.float32
-        found = _shipped(network, dtype) if isinstance(network, str) else None
-        name, self._networks[name] = found or _flattened(network, dtype)
+        found = _shipped(network, self._arithmetic) if isinstance(network, str) else None
+        name, self._networks[name] = found or _flattened(network, self._arithmetic)
         return name
 
     def _need_kernel(self, device: torch.device) -> None:
@@ -240,15 +245,22 @@ class LSTMOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
+            if _HIDES_SHARDED and any(is_sharded(param) for group in self.param_groups for param in group["params"]):
+                self._move_uncompiled()
+                return loss
             self._prepare()
-        # Everything is looked at before anything is changed.
+        self._move()
+        return loss
+
+    def _move(self) -> None:
+        """Everything is looked at before anything is changed."""
         calls, fresh, stepped = [], [], []
         try:
             for group in self.param_groups:
                 calls += self._calls(group, fresh)
             # A call looks at its arguments itself, but the one before has changed its parameters by then; and of a
             # parameter that it steps on scratch it sees nothing.
-            if fresh and (len(calls) > 1 or any(call.network.update_rms for call in calls)):
+            if fresh and (len(calls) > 1 or any(_on_scratch(call.network) for call in calls)):
                 for call in calls:
                     arguments.check_step(*call.arguments)
             for call in calls:
@@ -259,25 +271,39 @@ class LSTMOptimizer(Optimizer):
                 if not any(param is other for other in stepped):
                     del self.state[param]
             raise
-        return loss
+
+    _move_uncompiled = torch._disable_dynamo(_move)
 
     def _run(self, call: _Call) -> None:
         op = torch.ops.l2l_fast.lstm_step_reference_ if self.fused is False else torch.ops.l2l_fast.lstm_step_
-        tensors, *_, lr, steps = call.arguments[:6]
-        rms, updates = call.network.update_rms, None
+        network, (tensors, grads, states, weights, lr, steps, *rest) = call.network, call.arguments
+        squares = updates = None
         ops.count_versions(call.params)
         torch._foreach_add_(steps, 1)
         try:
-            if rms is None:
-                op(*call.arguments)
+            if network.input_rms is not None:
+                grads, squares = normalize.relative(
+                    grads, call.squares, steps, network.config, network.input_rms, call.params
+                )
+            arguments = (tensors, grads, states, weights, lr, steps, *rest)
+            if network.update_rms is None:
+                op(*arguments)
+            elif self.fused is not False and not any(call.matrices) and not any(map(is_sharded, call.params)):
+                torch.ops.l2l_fast.lstm_step_scaled_(*arguments, network.update_rms)
             else:
-                updates = normalize.raw_updates(op, *call.arguments)
+                updates = normalize.raw_updates(op, *arguments)
         except RuntimeError:
             torch._foreach_sub_(steps, 1)
             raise
+        if squares is not None:
+            torch._foreach_copy_(call.squares, list(squares.unbind()))
         if updates is not None:
-            matrices = [call.orthogonalize and param.ndim > 1 for param in call.params]
-            normalize.move_(tensors, updates, lr, rms, call.arguments[-2], call.params, matrices)
+            weight_decay, maximize = rest[-2:]
+            momenta = [
+                normalize.momentum(grad, state, network.config, weights.dtype, maximize) if matrix else None
+                for grad, state, matrix in zip(grads, states, call.matrices, strict=True)
+            ]
+            normalize.move_(tensors, updates, lr, network.update_rms, weight_decay, call.params, momenta)
 
     @torch.compiler.assume_constant_result
     def _prepare(self) -> None:
@@ -288,77 +314,90 @@ class LSTMOptimizer(Optimizer):
     def _calls(self, group: dict, fresh: list[Tensor]) -> list[_Call]:
         """The group's parameters that have a gradient, by device, each list with its arguments of ``lstm_step_``.
 
+        Models of many small tensors pay for every line of the loops here, so there are few.
+
         fresh: takes the parameters whose state is made here.
         """
-        params = self._with_gradient(group)
-        states = [self._state_of(param, group, fresh) for param in params]
-        by_device = {}
-        for param, state in zip(params, states, strict=True):
-            here = by_device.setdefault(param.device, ([], []))
-            here[0].append(param)
-            here[1].append(state)
-        network, orthogonalize = self._networks[group["network"]], bool(group["orthogonalize"])
-        return [
-            _Call(params, self._arguments(group, device, params, states), network, orthogonalize)
-            for device, (params, states) in by_device.items()
-        ]
-
-    def _with_gradient(self, group: dict) -> list[Tensor]:
-        if group["network"] not in self._networks:
+        name = group["network"]
+        network = self._networks.get(name)
+        if network is None:
             raise ValueError(
-                f"network of a param group must be one that it was added with, got {group['network']!r}: a group keeps "
+                f"network of a param group must be one that it was added with, got {name!r}: a group keeps "
                 "its network; make a new optimizer, or give it with add_param_group"
             )
-        config = self._networks[group["network"]].config
-        params = [param for param in group["params"] if param.grad is not None]
-        for param in params:
-            if param.grad.layout != torch.strided:
+        pairs = [(param, param.grad) for param in group["params"] if param.grad is not None]
+        for param, grad in pairs:
+            if grad.layout is not torch.strided:
                 raise RuntimeError(
-                    f"{self._label(group, param)} has a {param.grad.layout} gradient; LSTMOptimizer needs dense ones "
+                    f"{self._label(group, param)} has a {grad.layout} gradient; LSTMOptimizer needs dense ones "
                     "(for nn.Embedding: sparse=False)"
                 )
-            if self.error_if_nonfinite and not self._is_finite(param, config):
+            if self.error_if_nonfinite and not self._is_finite(param, network.config):
                 raise RuntimeError(
                     f"{self._label(group, param)} has a gradient that is not finite (error_if_nonfinite=True)"
                 )
-        return params
+        by_device: dict[torch.device, tuple[list, ...]] = {}
+        last = None
+        for param, grad in pairs:
+            device = param.device
+            if device != last:
+                last = device
+                params, tensors, grads, states, steps, squares = by_device.setdefault(device, ([], [], [], [], [], []))
+            state = self.state.get(param)
+            if not state:
+                state = self._first_state(param, network)
+                fresh.append(param)
+            step = state["step"]
+            # ZeroRedundancyOptimizer puts every number on the CPU, and other loaders may leave one that is no tensor.
+            if not isinstance(step, Tensor) or step.device != device:
+                step = state["step"] = _number(step, torch.float32, device)
+            if type(grad) not in _PLAIN:
+                grad = _local(_beside(grad, param))
+            if grad.is_complex():
+                grad = torch.view_as_real(grad.resolve_conj())
+            params.append(param)
+            tensors.append(_real(_local(param)))
+            grads.append(grad.resolve_neg())
+            states.append(_local(state["lstm"]))
+            steps.append(step)
+            if network.input_rms is not None:
+                square = state["square"]
+                if not isinstance(square, Tensor) or square.device != device:
+                    square = state["square"] = _number(square, self._arithmetic, device)
+                squares.append(square)
+        orthogonalize = network.orthogonalize if group["orthogonalize"] is None else group["orthogonalize"]
+        calls = []
+        for device, (*columns, squares) in by_device.items():
+            matrices = [bool(orthogonalize) and normalize.is_matrix(param) for param in columns[0]]
+            calls.append(_Call(columns[0], self._arguments(group, device, *columns), network, matrices, squares))
+        return calls
 
-    def _state_of(self, param: Tensor, group: dict, fresh: list[Tensor]) -> dict:
-        state = self.state.get(param)
-        if not state:
-            config = self._networks[group["network"]].config
-            step = torch.zeros((), dtype=torch.float32, device=param.device)
-            state = self.state[param] = {"step": step, "lstm": _new_state(param, config, self.state_dtype)}
-            fresh.append(param)
-        step = state["step"]
-        # ZeroRedundancyOptimizer puts every number on the CPU, and other loaders may leave one that is no tensor.
-        if not isinstance(step, Tensor) or step.device != param.device:
-            state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
-        return state
+    def _first_state(self, param: Tensor, network: _Network) -> dict:
+        state = {"step": _number(0, torch.float32, param.device)}
+        state["lstm"] = _new_state(param, network.config, self.state_dtype)
+        if network.input_rms is not None:
+            state["square"] = _number(0, self._arithmetic, param.device)
+        self.state[param] = state
+        return self.state[param]
+
+    @property
+    def _arithmetic(self) -> torch.dtype:
+        return torch.float64 if self.state_dtype == torch.float64 else torch.float32
 
     def _is_finite(self, param: Tensor, config: Config) -> bool:
         """Whether the gradient is, as the ops mean it; of a sharded one, whether it is on every rank."""
         grad = _real(_beside(param.grad, param))
-        arithmetic = torch.float64 if self.state_dtype == torch.float64 else torch.float32
-        limit = reference.gradient_limit(config, arithmetic, self.state_dtype)
-        finite = (grad.to(arithmetic).abs() < limit).all()
+        limit = reference.gradient_limit(config, self._arithmetic, self.state_dtype)
+        finite = (grad.to(self._arithmetic).abs() < limit).all()
         finite = finite.full_tensor() if is_sharded(finite) else finite
         return isinstance(finite, FakeTensor) or bool(finite)  # a fake one has no values
 
-    def _arguments(self, group: dict, device: torch.device, params: list[Tensor], states: list[dict]) -> tuple:
+    def _arguments(self, group: dict, device: torch.device, params, tensors, grads, states, steps) -> tuple:
         """Those of ``lstm_step_`` for parameters of a group that are on one device."""
         weights = self._weights(group["network"], device, params[0])
         lr = self._lr(group["lr"], device, weights.dtype)
-        tensors, grads = [], []
-        for param in params:
-            tensors.append(_real(_local(param)))
-            grad = param.grad
-            if type(grad) not in _PLAIN:
-                grad = _local(_beside(grad, param))
-            grads.append(_real(grad.resolve_conj()).resolve_neg())
-        locals_, steps = [_local(state["lstm"]) for state in states], [state["step"] for state in states]
         options = float(group["weight_decay"]), bool(group["maximize"])
-        return (tensors, grads, locals_, weights, lr, steps, *self._codes(group["network"]), *options)
+        return (tensors, grads, states, weights, lr, steps, *self._codes(group["network"]), *options)
 
     def _codes(self, name: str) -> tuple:
         """A network's config as the ops take it; worked out once, since small models pay for every line of a step."""
@@ -386,7 +425,7 @@ class LSTMOptimizer(Optimizer):
         key = ("lr", device)
         held = self._constants.get(key)
         if held is None or held[0] != lr:  # schedulers change it, so only the last value is kept
-            held = self._constants[key] = (lr, torch.full((), lr, dtype=dtype, device=device))
+            held = self._constants[key] = (lr, _number(lr, dtype, device))
         return held[1]
 
     def _label(self, group: dict, param: Tensor) -> str:
@@ -460,8 +499,15 @@ class LSTMOptimizer(Optimizer):
             )
         state = _new_state(param, config, self.state_dtype)
         state.copy_(lstm)
-        step = torch.as_tensor(step, dtype=torch.float32, device=param.device).reshape(()).clone()
-        return {"lstm": state, "step": step}
+        restored = {"lstm": state, "step": _number(step, torch.float32, param.device)}
+        if self._networks[group["network"]].input_rms is not None:
+            square = saved.get("square")
+            if not _is_number(square):
+                raise ValueError(
+                    f"the state_dict's square of {self._label(group, param)} must be a number, got {square!r}"
+                )
+            restored["square"] = _number(square, self._arithmetic, param.device)
+        return restored
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -484,7 +530,8 @@ def _shipped(name: str, dtype: torch.dtype) -> tuple[str, _Network] | None:
 
 def _flattened(network, dtype: torch.dtype) -> tuple[str, _Network]:
     """The name that groups and state_dicts call a network by, and the network, its weights on the CPU."""
-    with _disable_current_modes():  # under FakeTensorMode the weights are needed all the same
+    # Under FakeTensorMode the weights are needed all the same, and other optimizers share those of shipped networks.
+    with _disable_current_modes(), torch.inference_mode(False):
         if isinstance(network, str | PathLike):
             network = from_pretrained(network)
         if not isinstance(network, CoordinatewiseLSTM):
@@ -500,7 +547,14 @@ def _flattened(network, dtype: torch.dtype) -> tuple[str, _Network]:
         values = b"" if isinstance(weights, FakeTensor) else weights.to(torch.float32).numpy().tobytes()
         digest = hashlib.sha256(network.rule.encode() + values).hexdigest()[:16]
     name = f"{config.features}-{config.num_layers}x{config.hidden_size}-{digest}"
-    return name, _Network(config, weights, network.update_rms, network.default_lr)
+    return name, _Network(
+        config, weights, network.update_rms, network.default_lr, network.input_rms, network.orthogonalize
+    )
+
+
+def _on_scratch(network: _Network) -> bool:
+    """Whether its step does something before or after the op."""
+    return network.update_rms is not None or network.input_rms is not None
 
 
 def _is_number(value) -> bool:
@@ -519,8 +573,9 @@ def _check_options(options: dict, where: str = "") -> None:
             )
         if not _is_number(value):
             raise ValueError(f"{where}{name} must be finite and not negative, got {value!r}")
-    for name in ("maximize", "orthogonalize"):
-        require(options[name] in (True, False), f"{where}{name}", options[name], "True or False")
+    require(options["maximize"] in (True, False), f"{where}maximize", options["maximize"], "True or False")
+    known = options["orthogonalize"] in (True, False, None)
+    require(known, f"{where}orthogonalize", options["orthogonalize"], "True, False or None")
 
 
 def _real(tensor: Tensor) -> Tensor:
@@ -540,6 +595,13 @@ def _beside(grad: Tensor, param: Tensor) -> Tensor:
     return grad.redistribute(param.device_mesh, param.placements)
 
 
+# What outlives a call is an ordinary tensor also where the call was made under torch.inference_mode.
+@torch.inference_mode(False)
+def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=dtype, device=device).reshape(()).clone()
+
+
+@torch.inference_mode(False)
 def _new_state(param: Tensor, config: Config, dtype: torch.dtype) -> Tensor:
     """Zero state of a parameter, placed as the parameter is."""
     state = ops.new_state(_real(_local(param)), config, dtype)

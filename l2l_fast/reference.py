@@ -249,6 +249,19 @@ def scale_to_rms(updates: Tensor, rms: float) -> Tensor:
     return torch.where(moves, updates * (rms / torch.where(moves, mean, 1.0).sqrt()), 0.0)
 
 
+def relative_to_rms(grad: Tensor, v: Tensor, step: Tensor, config: Config, rms: float) -> tuple[Tensor, Tensor]:
+    """The gradient x of one whole tensor, and the mean square v, of a network with ``input_rms``.
+
+    x = rms * grad / sqrt(v / (1 - beta2^step)),   v <- beta2 v + (1 - beta2) mean grad^2; where a gradient is not
+    finite, v is what it was, but for its bias. :mod:`l2l_fast.normalize` is how it is computed.
+    """
+    bias = 1 - config.beta2**step
+    mean = grad.square().mean() if grad.numel() else grad.new_zeros(())
+    before = v / (1 - config.beta2 ** (step - 1)) if step > 1 else torch.zeros_like(mean)
+    v = config.beta2 * v + (1 - config.beta2) * (mean if mean.isfinite() else before)
+    return (grad * (rms / (v / bias).sqrt()) if v / bias >= SMALLEST else 0 * grad), v
+
+
 @outside_autocast
 def cell_backward(
     d_update: Tensor,

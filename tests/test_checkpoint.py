@@ -10,17 +10,13 @@ from safetensors.torch import load_file, save_file
 from l2l_fast import CoordinatewiseLSTM, checkpoint
 
 
-@pytest.mark.parametrize("update_rms", [None, 0.6])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"update_rms": 0.6}, {"update_rms": 0.2, "input_rms": 0.01, "orthogonalize": True}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("linear_path", [False, True])
-def test_round_trip(tmp_path, dtype, update_rms, linear_path):
-    options = {
-        "projection": True,
-        "linear_path": linear_path,
-        "output": "tanh",
-        "output_scale": 0.03,
-        "update_rms": update_rms,
-    }
+def test_round_trip(tmp_path, dtype, sizes, linear_path):
+    options = {"projection": True, "output": "tanh", "output_scale": 0.03, "linear_path": linear_path, **sizes}
     network = CoordinatewiseLSTM("both", 3, 2, **options).to(dtype)
     network.save_pretrained(tmp_path / "new" / "folder")
     loaded = CoordinatewiseLSTM.from_pretrained(tmp_path / "new" / "folder")
@@ -109,7 +105,7 @@ def _other_weights(folder):
         (lambda folder: (folder / "config.json").write_text("{"), ValueError, "not a config"),
         (lambda folder: (folder / "config.json").write_text("[]"), ValueError, "not a config"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), ValueError, "not a config"),
-        (lambda folder: _edit(folder, format_version=4), ValueError, "upgrade l2l_fast"),
+        (lambda folder: _edit(folder, format_version=3), ValueError, "upgrade l2l_fast"),
         (lambda folder: _edit(folder, options={"wings": 2}), ValueError, "wings"),
         (lambda folder: _edit(folder, options={"hidden_size": 9, "num_layers": 2}), ValueError, "does not hold"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), ValueError, "does not hold"),
@@ -149,13 +145,15 @@ def test_what_earlier_versions_saved_is_loaded(network, tmp_path):
     assert torch.equal(CoordinatewiseLSTM.from_pretrained(tmp_path).flat_weights(), network.flat_weights())
 
 
-@pytest.mark.parametrize(("version", "unknown"), [(1, ("update_rms", "linear_path")), (2, ("linear_path",))])
-def test_earlier_formats_had_fewer_options(network, tmp_path, version, unknown):
+@pytest.mark.parametrize(
+    "unknown", [{"update_rms", "input_rms", "orthogonalize", "linear_path"}, {"linear_path"}], ids=["first", "later"]
+)
+def test_options_that_were_not_there_yet_have_their_defaults(network, tmp_path, unknown):
     network.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == 3
+    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == 2
     _as_before(tmp_path)
     options = {name: value for name, value in network.options.items() if name not in unknown}
-    _edit(tmp_path, format_version=version, options=options)
+    _edit(tmp_path, format_version=2 if len(unknown) == 1 else 1, options=options)
     loaded = CoordinatewiseLSTM.from_pretrained(tmp_path)
     assert loaded.options == network.options
     assert loaded.update_rms is None

@@ -16,29 +16,38 @@ RMS = 0.6
 
 def make_network(features="both", update_rms=RMS, **options):
     torch.manual_seed(3)
-    return CoordinatewiseLSTM(features, 4, 1, update_rms=update_rms, **options)
+    return CoordinatewiseLSTM(features, 4, 1, update_rms=update_rms, output_scale=1.0, **options)
 
 
-def expected_step(theta, grad, state, step, network, lr, weight_decay=0.0, maximize=False, orthogonalize=False):
-    """The rule as a sentence: the cell's updates of one whole tensor, scaled by the reference; real or complex."""
+def expected_step(theta, grad, state, step, network, lr, weight_decay=0.0, maximize=False, orthogonalize=False, v=None):
+    """The rule as a sentence: the cell's updates of one whole tensor, scaled by the reference; real or complex.
+
+    v: the mean square that input_rms has before the step, as a list of one number, moved on.
+    """
+    config = network.config
     weights = network.flat_weights().detach()
     weights = weights.double() if state.dtype == torch.float64 else weights
     real, g = (torch.view_as_real(x) if x.is_complex() else x for x in (theta, grad))
     g = (-g if maximize else g).to(weights.dtype)
+    if network.input_rms is not None:
+        g, v[0] = reference.relative_to_rms(g, v[0], step, config, network.input_rms)
     updates, new_state = reference.lstm_unroll(
-        g.reshape(1, -1), state.reshape(-1, state.shape[-1]), weights, torch.tensor(float(step)), *network.config
+        g.reshape(1, -1), state.reshape(-1, state.shape[-1]), weights, torch.tensor(float(step)), *config
     )
-    finite = g.abs() < reference.gradient_limit(network.config, weights.dtype, state.dtype)
+    new_state = new_state.view(state.shape)
+    finite = g.abs() < reference.gradient_limit(config, weights.dtype, state.dtype)
     d = updates.view(real.shape)
     if orthogonalize and theta.ndim > 1:
-        d = torch.view_as_complex(d) if theta.is_complex() else d
-        d = normalize.orthogonalize(d)
-        d = torch.view_as_real(d.resolve_conj()) if theta.is_complex() else d
-        d = torch.where(finite, d, 0.0)
+        momentum = config.beta1 * new_state[..., 0].to(weights.dtype) + (1 - config.beta1) * g
+        momentum = torch.where(finite, momentum, 0.0)
+        o = torch.view_as_complex(momentum.contiguous()) if theta.is_complex() else momentum
+        o = normalize.orthogonalize(o)
+        o = torch.view_as_real(o.resolve_conj()) if theta.is_complex() else o
+        d = torch.where(finite, d - reference.scale_to_rms(o, 1.0), 0.0)
     wide = real.to(torch.promote_types(real.dtype, weights.dtype))
     moved = wide - lr * weight_decay * wide + lr * reference.scale_to_rms(d, network.update_rms)
     moved = torch.where(finite, moved, wide).to(real.dtype)
-    return torch.view_as_complex(moved) if theta.is_complex() else moved, new_state.view(state.shape)
+    return torch.view_as_complex(moved) if theta.is_complex() else moved, new_state
 
 
 def make_params(dtype=torch.float32):
@@ -61,22 +70,25 @@ def set_gradients(params, step):
 
 @pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("options", [
-    {}, {"weight_decay": 0.1}, {"maximize": True, "weight_decay": 0.2}, {"orthogonalize": True, "weight_decay": 0.1}
+    {}, {"weight_decay": 0.1}, {"maximize": True, "weight_decay": 0.2}, {"orthogonalize": True, "weight_decay": 0.1},
+    {"orthogonalize": True, "maximize": True},
 ])  # fmt: skip
+@pytest.mark.parametrize("input_rms", [None, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
-def test_a_step_is_the_reference_rule(dtype, options, fused):
-    network, params = make_network(), make_params(dtype)
+def test_a_step_is_the_reference_rule(dtype, input_rms, options, fused):
+    network, params = make_network(input_rms=input_rms), make_params(dtype)
     optimizer = LSTMOptimizer(params, network, lr=0.3, fused=fused, **options)
     thetas = [param.detach().clone() for param in params]
     states = [torch.zeros(*(torch.view_as_real(t) if t.is_complex() else t).shape, 10) for t in thetas]
+    squares = [[torch.tensor(0.0)] for _ in thetas]
     for step in range(1, 4):
         set_gradients(params, step)
         params[1].grad.view(-1)[4] = float("nan")
         if step == 2:
             params[0].grad[2] = float("inf")
         found = [
-            expected_step(theta, param.grad, state, step, network, 0.3, **options)
-            for theta, param, state in zip(thetas, params, states, strict=True)
+            expected_step(theta, param.grad, state, step, network, 0.3, **options, v=v)
+            for theta, param, state, v in zip(thetas, params, states, squares, strict=True)
         ]
         thetas, states = [theta for theta, _ in found], [state for _, state in found]
         optimizer.step()
@@ -354,9 +366,97 @@ def test_orthogonalize_is_a_groups_choice():
     bias.grad = torch.ones(4)
     groups = [{"params": [matrix, bias]}, {"params": [embedding], "orthogonalize": False}]
     LSTMOptimizer(groups, make_network(), lr=0.5, orthogonalize=True).step()
-    expected = normalize.orthogonalize(embedding.detach())
-    torch.testing.assert_close(matrix.detach(), 0.5 * reference.scale_to_rms(expected, RMS), rtol=1e-4, atol=1e-4)
+    # At the first step the momentum is along the gradient.
+    network = make_network()
+    updates, _ = network(matrix.grad.reshape(1, -1))
+    o = reference.scale_to_rms(normalize.orthogonalize(matrix.grad), 1.0)
+    expected = 0.5 * reference.scale_to_rms(updates[0].detach().view(6, 4) - o, RMS)
+    torch.testing.assert_close(matrix.detach(), expected, rtol=1e-4, atol=1e-4)
+    expected = 0.5 * reference.scale_to_rms(updates[0].detach().view(6, 4), RMS)
+    torch.testing.assert_close(embedding.detach(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(bias.detach().square().mean().sqrt().item(), 0.5 * RMS)
+
+
+def test_a_network_says_whether_its_matrices_are_orthogonalized():
+    def moved(network, **options):
+        theta = nn.Parameter(torch.zeros(6, 4))
+        theta.grad = torch.linspace(-1, 2, 24).view(6, 4).sin()
+        LSTMOptimizer([theta], network, lr=0.5, **options).step()
+        return theta.detach()
+
+    own, other = make_network(orthogonalize=True), make_network()
+    assert torch.equal(moved(own), moved(other, orthogonalize=True))
+    assert torch.equal(moved(own, orthogonalize=False), moved(other))
+    assert moved(own).ne(moved(other)).any()
+
+
+def test_vocabularies_are_no_matrices():
+    for shape, expected in {(4, 5): True, (4, 5, 6): True, (7,): False, (): False, (16384, 2): True}.items():
+        assert normalize.is_matrix(torch.empty(shape, device="meta")) == expected, shape
+    for shape in ((16385, 2), (2, 16385), (3, 128, 129)):
+        assert not normalize.is_matrix(torch.empty(shape, device="meta")), shape
+
+
+# ---------------------------------------------------------------- inputs relative to their tensor's
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("update_rms", [None, RMS])
+def test_with_input_rms_the_unit_of_the_loss_has_no_part(fused, update_rms):
+    network, found = make_network(update_rms=update_rms, input_rms=0.01), []
+    for unit in (1.0, 2.0**40, 2.0**-40):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.zeros(5, 3)), nn.Parameter(torch.zeros(4))]
+        optimizer = LSTMOptimizer(params, network, lr=0.1, fused=fused)
+        for step in range(4):
+            set_gradients(params, step)
+            params[1].grad.mul_(unit)
+            optimizer.step()
+        found.append(params)
+    for params in found[1:]:
+        for param, first in zip(params, found[0], strict=True):
+            torch.testing.assert_close(param, first, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_leaves_the_scale_of_the_inputs():
+    theta = nn.Parameter(torch.zeros(6))
+    optimizer, known = LSTMOptimizer([theta], make_network(input_rms=0.01), lr=0.1), None
+    for step, worst in enumerate((float("inf"), 3.0, 1.0, float("nan"), 1e30)):
+        theta.grad = torch.tensor([2.0, -1.0, 0.5, 0.1, worst, -worst])
+        before = theta.detach().clone()
+        optimizer.step()
+        state = optimizer.state[theta]
+        estimate = (state["square"] / (1 - 0.95 ** (step + 1))).item()
+        if step == 0:
+            assert estimate == 0  # nothing is known, so nothing moves
+            assert torch.equal(theta, before)
+        elif step > 2:
+            assert estimate == pytest.approx(known, rel=1e-5)
+            assert torch.equal(theta[4:], before[4:])
+            assert theta[:4].ne(before[:4]).all()
+        known = estimate
+        assert state["lstm"].isfinite().all()
+
+
+def test_the_scale_of_the_inputs_is_saved_and_asked_for():
+    network, theta = make_network(input_rms=0.01), nn.Parameter(torch.ones(4, 3))
+    optimizer = LSTMOptimizer([theta], network, lr=0.1)
+    for step in range(3):
+        set_gradients([theta], step)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = nn.Parameter(theta.detach().clone())
+    other = LSTMOptimizer([again], network, lr=0.1)
+    other.load_state_dict(saved)
+    for param, one in ((theta, optimizer), (again, other)):
+        set_gradients([param], 3)
+        one.step()
+    assert torch.equal(theta, again)
+    with pytest.raises(ValueError, match="belongs to network"):
+        LSTMOptimizer([again], make_network()).load_state_dict(saved)
+    del saved["state"][0]["square"]
+    with pytest.raises(ValueError, match=r"square of parameter 0 .* must be a number, got None"):
+        other.load_state_dict(saved)
 
 
 def test_orthogonalize_is_refused_where_the_update_has_a_size_of_its_own():
@@ -367,7 +467,13 @@ def test_orthogonalize_is_refused_where_the_update_has_a_size_of_its_own():
     with pytest.raises(ValueError, match="orthogonalize must be False for a network without update_rms"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "network": plain})
     assert len(optimizer.param_groups) == 1
-    with pytest.raises(ValueError, match="orthogonalize must be True or False, got 5"):
+    for build in (
+        lambda: CoordinatewiseLSTM("log_sign", update_rms=RMS, orthogonalize=True),
+        lambda: LSTMOptimizer([theta], make_network("log_sign"), orthogonalize=True),
+    ):
+        with pytest.raises(ValueError, match="orthogonalize must be False for a network with features 'log_sign'"):
+            build()
+    with pytest.raises(ValueError, match="orthogonalize must be True, False or None, got 5"):
         LSTMOptimizer([theta], make_network(), orthogonalize=5)
 
 
@@ -383,9 +489,10 @@ def test_a_rate_for_the_network_of_before_is_warned_of():
 
 
 @pytest.mark.parametrize("bad", [0, -1.0, float("nan"), float("inf"), "0.6", True])
-def test_a_bad_update_rms_is_refused(bad):
-    with pytest.raises(ValueError, match="update_rms must be a positive number or None"):
-        CoordinatewiseLSTM(update_rms=bad)
+@pytest.mark.parametrize("name", ["update_rms", "input_rms"])
+def test_a_bad_size_is_refused(name, bad):
+    with pytest.raises(ValueError, match=f"{name} must be a positive number or None"):
+        CoordinatewiseLSTM(**{name: bad})
 
 
 def test_the_network_shows_it_and_gives_raw_updates():

@@ -1,5 +1,7 @@
 """The operators as PyTorch sees them: schema, shapes, gradients, compilation."""
 
+import hashlib
+
 import overflow
 import pytest
 import torch
@@ -33,6 +35,7 @@ def test_step_passes_opcheck(features):
     args = [params], [grads[0]], [state], weights, lr, steps, *arguments.codes(config), 0.01, False
     for op in (OPS.lstm_step_, OPS.lstm_step_reference_):
         opcheck(op, args)
+    opcheck(OPS.lstm_step_scaled_, (*args, 0.6))
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -155,8 +158,9 @@ def test_every_backend_refuses_the_same_steps_and_changes_nothing(backend, chang
         name: [*value, *change.get(name, [value[0].clone()])] if isinstance(value, list) else change.get(name, value)
         for name, value in (good | CODES).items()
     }
-    with pytest.raises(RuntimeError, match=message):
-        backend("lstm_step_")(*bad.values(), 0.0, False)
+    for name, more in {"lstm_step_": (), "lstm_step_scaled_": (0.6,)}.items():
+        with pytest.raises(RuntimeError, match=message):
+            backend(name)(*bad.values(), 0.0, False, *more)
     assert not good["params"][0].any()
     assert not good["states"][0].any()
 
@@ -225,6 +229,15 @@ def test_state_follows_the_parameters_memory_order():
     param = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
     state = ops.new_state(param, make_arguments()[0])
     assert state.stride()[:-1] == param.stride()
+
+
+def test_other_schemas_have_another_version():
+    """A compiled module of other schemas is refused by its version alone; its kernels would crash."""
+    schemas = "\n".join(str(getattr(OPS, name).default._schema) for name in sorted(ops.REFERENCE))
+    found = ops.VERSION, hashlib.sha256(schemas.encode()).hexdigest()[:12]
+    assert found == (3, "e4edcd8d678a"), (
+        "raise VERSION here, in l2l_fast/ops.py and in csrc/module.cpp, and take the new hash"
+    )
 
 
 def test_unroll_compiles_without_a_graph_break():

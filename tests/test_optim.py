@@ -528,6 +528,26 @@ def test_steps_under_inference_mode(network):
     assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("fused", [None, False])
+def test_what_inference_mode_makes_serves_outside_it(network, fused):
+    optim._shipped.cache_clear()
+    one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    one.grad, two.grad = torch.ones(2), torch.ones(2)
+    expected = LSTMOptimizer([two], "l2l-small", fused=fused)
+    with torch.inference_mode():
+        optimizer = LSTMOptimizer([one], "l2l-small", fused=fused)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.5
+    for lr in (1.0, 1.0, 0.5):
+        expected.param_groups[0]["lr"] = lr
+        expected.step()
+    assert torch.equal(one, two)
+    assert not any(value.is_inference() for value in optimizer.state[one].values())
+
+
 def test_lr_is_exact_in_float64(network):
     moves = {}
     for lr in (0.1, torch.tensor(0.1, dtype=torch.float64), 1.0):

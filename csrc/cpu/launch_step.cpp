@@ -1,7 +1,12 @@
 // The step of a whole param group: every tensor is cut into tiles, and the tiles of all are shared among the threads.
+#include <cmath>
+#include <vector>
+
 #include "../flat.h"
 #include "../lstm_step.h"
 #include "isa.h"
+#include "vec.h"
+#include "coordinates.h"
 #include "pack.h"
 #include "schedule.h"
 
@@ -41,7 +46,121 @@ void step(const StepArguments& arguments, const Parallel& parallel) {
   });
 }
 
+constexpr int64_t kBlock = 4096;             // coordinates that are summed, then moved, at a time
+constexpr int64_t kTogether = int64_t(1) << 18;  // coordinates whose updates are held at a time, unless one tensor has more
+
+// Part of one tensor, whose updates lie densely in the parameter's memory order.
+struct Block {
+  int64_t tensor, first;
+  int count;
+};
+
+template <class T>
+double sum_of_squares(const T* u, int count) {
+  double sums[4] = {};  // one would wait for itself
+  int i = 0;
+  for (; i + 4 <= count; i += 4)
+    for (int k = 0; k < 4; ++k) sums[k] += double(u[i + k]) * double(u[i + k]);
+  for (; i < count; ++i) sums[0] += double(u[i]) * double(u[i]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// u is -0.0 where the step has not touched it, since the gradient is not finite: such a coordinate keeps its value.
+template <class T>
+void move_block(const StepTensor& tensor, const T* u, int64_t first, int count, T factor, T decay) {
+  with_dtype(tensor.param.dtype, [&](auto* null) {
+    using E = std::remove_pointer_t<decltype(null)>;
+    auto move = [&](T update, E& theta) {
+      if (update == 0 && std::signbit(update)) return;
+      const T change = decay == 0 ? factor * update : factor * update - decay * T(widen(theta));
+      narrow(widen(theta) + change, theta);
+    };
+    E* data = static_cast<E*>(tensor.param.data);
+    if (tensor.dims == 1 && tensor.param.strides[0] == 1) {
+      for (int i = 0; i < count; ++i) move(u[i], data[first + i]);
+      return;
+    }
+    int64_t offsets[256];
+    for (int at = 0; at < count; at += 256) {
+      const int some = std::min(256, count - at);
+      offsets_of(tensor.dims, tensor.sizes, tensor.param.strides, first + at, some, offsets);
+      for (int i = 0; i < some; ++i) move(u[at + i], data[offsets[i]]);
+    }
+  });
+}
+
+// The step onto memory of -0.0 that lies as the parameters do, which then holds u; then two passes over that.
+template <class T>
+void step_scaled(const StepArguments& arguments, const StepTensor* from, int64_t count, double rms,
+                 const Parallel& parallel) {
+  std::vector<Flat> flats, onto;
+  std::vector<StepTensor> raw;
+  std::vector<int64_t> starts;
+  std::vector<Block> blocks;
+  int64_t coordinates = 0;
+  flats.reserve(count);
+  onto.reserve(count);
+  for (int64_t i = 0; i < count; ++i) {
+    if (from[i].count == 0) continue;
+    flats.emplace_back(from[i]);
+    starts.push_back(coordinates);
+    for (int64_t first = 0; first < from[i].count; first += kBlock)
+      blocks.push_back({int64_t(flats.size()) - 1, first, int(std::min(kBlock, from[i].count - first))});
+    coordinates += from[i].count;
+  }
+  const T one = 1;
+  std::vector<T> updates(coordinates, T(-0.0));
+  for (size_t i = 0; i < flats.size(); ++i) {
+    onto.push_back(flats[i]);
+    Flat& flat = onto.back();
+    int64_t stride = 1;
+    for (int d = flat.tensor.dims - 1; d >= 0; --d) {
+      flat.param[d] = stride;
+      stride *= flat.sizes[d];
+    }
+    flat.tensor.param = {updates.data() + starts[i], sizeof(T) == 8 ? DType::float64 : DType::float32, flat.param.data()};
+    raw.push_back(flat.tensor);
+  }
+  StepArguments step_arguments = arguments;
+  step_arguments.tensors = raw.data();
+  step_arguments.tensor_count = int64_t(raw.size());
+  step_arguments.lr = {&one, sizeof(T) == 8 ? Number::float64 : Number::float32};
+  step_arguments.weight_decay = 0;
+  step<T>(step_arguments, parallel);
+
+  const int workers = int(std::clamp<int64_t>(coordinates / (8 * kBlock), 1, parallel.threads));
+  std::vector<double> squares(blocks.size()), sums(flats.size());
+  auto start = [&](const Block& block) { return updates.data() + starts[block.tensor] + block.first; };
+  share(parallel, workers, int64_t(blocks.size()), 4, [&](int, int64_t b) {
+    squares[b] = sum_of_squares(start(blocks[b]), blocks[b].count);
+  });
+  for (size_t b = 0; b < blocks.size(); ++b) sums[blocks[b].tensor] += squares[b];
+  const T lr = T(read(arguments.lr)), decay = lr * T(arguments.weight_decay);
+  share(parallel, workers, int64_t(blocks.size()), 4, [&](int, int64_t b) {
+    const Block& block = blocks[b];
+    const StepTensor& tensor = flats[block.tensor].tensor;
+    const T root = T(std::sqrt(sums[block.tensor] / double(tensor.count)));
+    const T factor = root >= T(0x1p-126) ? lr * T(rms) / root : T(0);  // reference.SMALLEST
+    move_block(tensor, start(block), block.first, block.count, factor, decay);
+  });
+}
+
+template <class T>
+void step_scaled(const StepArguments& arguments, double rms, const Parallel& parallel) {
+  for (int64_t first = 0, last; first < arguments.tensor_count; first = last) {
+    int64_t coordinates = 0;
+    for (last = first; last < arguments.tensor_count && (last == first || coordinates < kTogether); ++last)
+      coordinates += arguments.tensors[last].count;
+    step_scaled<T>(arguments, arguments.tensors + first, last - first, rms, parallel);
+  }
+}
+
 }  // namespace
+
+void lstm_step_scaled_cpu(const StepArguments& arguments, double rms, const Parallel& parallel) {
+  if (arguments.weights_dtype == DType::float64) return step_scaled<double>(arguments, rms, parallel);
+  step_scaled<float>(arguments, rms, parallel);
+}
 
 void lstm_step_cpu(const StepArguments& arguments, const Parallel& parallel) {
   if (arguments.weights_dtype == DType::float64) return step<double>(arguments, parallel);

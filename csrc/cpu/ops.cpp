@@ -14,6 +14,9 @@ struct Cpu {
   }
 
   static void step(const StepArguments& arguments, const Tensor&) { lstm_step_cpu(arguments, threads()); }
+  static void step_scaled(const StepArguments& arguments, double rms) {
+    lstm_step_scaled_cpu(arguments, rms, threads());
+  }
   static void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, const Tensor&) {
     lstm_unroll_cpu(arguments, updates, last, threads());
   }
@@ -29,6 +32,7 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(l2l_fast, CPU, m) {
   using Ops = l2l::Ops<l2l::Cpu>;
   m.impl("lstm_step_", TORCH_BOX(&Ops::step));
+  m.impl("lstm_step_scaled_", TORCH_BOX(&Ops::step_scaled));
   m.impl("lstm_unroll", TORCH_BOX(&Ops::unroll));
   m.impl("lstm_unroll_backward", TORCH_BOX(&Ops::unroll_backward));
 }

@@ -8,6 +8,7 @@ using namespace l2l;
 namespace {
 
 struct Emulated {
+  static constexpr bool kScales = false;
   void step(const StepArguments& arguments) const {
     std::vector<char> workspace(lstm_step_cuda_workspace(arguments));
     lstm_step_cuda(arguments, workspace.data(), nullptr);

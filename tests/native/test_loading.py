@@ -131,3 +131,29 @@ sys.path.insert(0, {str(tmp_path)!r})
         f"not built in {checkout}, which Python finds before the installed package in {module.parent}, which has them"
     )
     assert f"Its kernels are {said}: start Python in another folder" in result.stderr
+
+
+def test_kernels_that_take_other_arguments_are_not_run(tmp_path):
+    """As where a checkout was updated and not built again: they are there, and would read a number as a string."""
+    from l2l_fast import _native
+
+    package = Path(_native.extension.__file__).parent
+    shutil.copytree(package, tmp_path / "l2l_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / "l2l_fast" / "ops.py"
+    path.write_text(path.read_text() + "\nVERSION = -1\n")
+    step = """
+import torch, l2l_fast
+theta = torch.nn.Parameter(torch.ones(3))
+theta.grad = torch.ones(3)
+l2l_fast.LSTMOptimizer([theta]).step()
+config = l2l_fast.CoordinatewiseLSTM("both", 4, 1)(torch.ones(2, 3))
+print(theta.tolist())
+"""
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); " + WARN
+    result = run(code + PRINT + step)
+    assert result.returncode == 0, result.stderr
+    assert "'native': False" in result.stdout
+    assert "Its kernels are of other sources" in result.stderr
+    assert "build them again" in result.stderr
+    expected = run(WARN + step, L2L_FAST_NATIVE="0")
+    assert result.stdout.splitlines()[-1] == expected.stdout.splitlines()[-1]

@@ -1,0 +1,141 @@
+"""lstm_step_scaled_: the step with every tensor's update scaled to one RMS, against the reference in float64."""
+
+import pytest
+import torch
+from problems import LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
+from test_native_step import LAYOUTS, SIZES, close
+
+from l2l_fast import arguments, normalize, ops, reference
+
+RMS = 0.6
+
+
+def step(params, grads, states, config, *, lr=0.7, weights=None, weight_decay=0.0, maximize=False):
+    weights = make_weights(config) if weights is None else weights
+    steps = [torch.tensor(3.0) for _ in params]
+    fields = *arguments.codes(config), weight_decay, maximize, RMS
+    torch.ops.l2l_fast.lstm_step_scaled_(params, grads, states, weights, torch.tensor(lr), steps, *fields)
+
+
+def expected(param, grad, state, config, *, lr=0.7, weights=None, weight_decay=0.0, maximize=False):
+    """The rule as a sentence, in float64: (param, state)."""
+    weights = (make_weights(config) if weights is None else weights).double()
+    g = (-grad if maximize else grad).double()
+    rows = state.double().reshape(-1, state.shape[-1])
+    updates, last = reference.lstm_unroll(g.reshape(1, -1), rows, weights, torch.tensor(3.0), *config)
+    held = ~(g.abs() < reference.gradient_limit(config, torch.float32, state.dtype))
+    theta = param.double()
+    moved = theta - lr * weight_decay * theta + lr * reference.scale_to_rms(updates.view(param.shape), RMS)
+    return torch.where(held, theta, moved), last.view(state.shape)
+
+
+def check(param, grad, state, config, rtol=2e-5, **options):
+    wanted = expected(param, grad, state, config, **options)
+    step([param], [grad], [state], config, **options)
+    close(param, wanted[0], rtol=rtol, atol=4e-6)
+    close(state, wanted[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.3, "maximize": True}], ids=["plain", "decay"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
+def test_sizes(isa, config, size, options):
+    check(torch.randn(size), make_grads(size), make_state(size, config), config, **options)
+
+
+@pytest.mark.parametrize("canonical", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(isa, layout, canonical):
+    param = LAYOUTS[layout]()
+    grad = torch.empty(param.shape).copy_(make_grads(*param.shape))
+    state = ops.new_state(param, PAPER) if canonical else torch.empty(*param.shape, reference.state_size(PAPER))
+    state.copy_(torch.empty(state.shape).uniform_(-0.9, 0.9))
+    check(param, grad, state, PAPER, weight_decay=0.1)
+
+
+def test_neighbours_in_memory_stay():
+    whole = torch.randn(12, 14)
+    before, window = whole.clone(), whole[2:9, 3:11]
+    step([window], [torch.randn(window.shape)], [ops.new_state(window, PAPER)], PAPER)
+    changed = whole != before
+    assert changed[2:9, 3:11].all()
+    changed[2:9, 3:11] = False
+    assert not changed.any()
+
+
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(isa, param_dtype):
+    param = torch.randn(99).to(param_dtype)
+    rtol = 2e-5 + torch.finfo(param_dtype).eps / 2
+    check(param, make_grads(99), make_state(99, PAPER), PAPER, rtol=rtol, weight_decay=0.1)
+
+
+def test_float64_throughout():
+    param, grad = torch.randn(33, dtype=torch.float64), make_grads(33, dtype=torch.float64)
+    state, weights = make_state(33, PAPER, dtype=torch.float64), make_weights(PAPER, dtype=torch.float64)
+    wanted = expected(param, grad, state, PAPER, lr=0.5, weights=weights, weight_decay=0.1)
+    step([param], [grad], [state], PAPER, lr=0.5, weights=weights, weight_decay=0.1)
+    close(param, wanted[0], rtol=1e-9, atol=1e-11)
+    close(state, wanted[1], rtol=1e-9, atol=1e-11)
+
+
+def test_what_is_not_finite_keeps_its_value_and_counts_as_0(isa):
+    param, grad, state = torch.randn(70), make_grads(70), make_state(70, PAPER)
+    grad[::7] = float("nan")
+    before = param.clone(), state.clone()
+    check(param, grad, state, PAPER, weight_decay=0.3)
+    assert torch.equal(param[::7], before[0][::7])
+    assert torch.equal(state[::7], before[1][::7])
+
+
+def test_an_update_of_0_leaves_only_weight_decay():
+    param, weights = torch.randn(40), torch.zeros_like(make_weights(PAPER))
+    before = param.clone()
+    step([param], [make_grads(40)], [make_state(40, PAPER)], PAPER, lr=0.5, weights=weights, weight_decay=0.1)
+    torch.testing.assert_close(param, before * 0.95)
+
+
+def test_a_nan_in_the_weights_is_seen(isa):
+    weights = make_weights(PAPER)
+    weights[100] = float("nan")
+    param = torch.zeros(5)
+    step([param], [torch.ones(5)], [make_state(5, PAPER)], PAPER, weights=weights)
+    assert param.isnan().all()
+
+
+def test_many_tensors_and_any_threads_give_what_each_alone_does():
+    """More coordinates than are held at a time, one tensor larger than that; no sum depends on threads."""
+    sizes, before, found = [3, 0, 5000, 200_000, 1, 100_000, 300_000, 17], torch.get_num_threads(), []
+    weights = make_weights(RNNPROP)
+
+    def run(together):
+        params = [torch.ones(size) for size in sizes]
+        grads = [make_grads(size, seed=i) for i, size in enumerate(sizes)]
+        states = [ops.new_state(param, RNNPROP) for param in params]
+        groups = [slice(None)] if together else [slice(i, i + 1) for i in range(len(sizes))]
+        for group in groups:
+            step(params[group], grads[group], states[group], RNNPROP, weights=weights, weight_decay=0.1)
+        return torch.cat(params)
+
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run(together=True))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(each, found[0]) for each in [*found, run(together=False)])
+
+
+def test_the_kernel_is_what_is_done_around_the_plain_step():
+    """The same rule where there is no kernel of it, as on a GPU."""
+    params = [torch.randn(shape) for shape in [(3, 5), (7,), (), (40, 30)]]
+    twins = [param.clone() for param in params]
+    grads = [make_grads(*param.shape) for param in params]
+    states = [[ops.new_state(param, RNNPROP) for param in params] for _ in range(2)]
+    step(params, grads, states[0], RNNPROP, weight_decay=0.1)
+    weights, lr, steps = make_weights(RNNPROP), torch.tensor(0.7), [torch.tensor(3.0)] * 4
+    call = twins, grads, states[1], weights, lr, steps, *arguments.codes(RNNPROP), 0.1, False
+    updates = normalize.raw_updates(torch.ops.l2l_fast.lstm_step_, *call)
+    normalize.move_(twins, updates, lr, RMS, 0.1)
+    for one, two in zip([*params, *states[0]], [*twins, *states[1]], strict=True):
+        torch.testing.assert_close(one, two)
