@@ -267,11 +267,12 @@ L2L_DEVICE void add_weight_gradients(const Cell<T>& cell, const BackwardRows<T>&
         sum_row(rows.gates + row * kStride<T>);
   }
   const T* top = rows.step.new_state + net.h_row(net.layers - 1) * kStride<T>;
-  const int of_y = hidden + 1 + net.linear_inputs();
-  for (int k = deal.take(of_y); k < of_y; k += threads) {
-    const T* x = k < hidden ? top + k * kStride<T> : rows.step.features + (k - hidden - 1) * kStride<T>;
-    rows.sums[packing.head_weight() + k] += k == hidden ? sum_row(rows.d_y) : sum_products(rows.d_y, x);
-  }
+  for (int k = deal.take(hidden + 1); k <= hidden; k += threads)
+    rows.sums[packing.head_weight() + k] +=
+        k < hidden ? sum_products(rows.d_y, top + k * kStride<T>) : sum_row(rows.d_y);
+  if (!net.linear_path) return;
+  for (int f = deal.take(net.inputs()); f < net.inputs(); f += threads)
+    rows.sums[packing.linear_weight() + f] += sum_products(rows.d_y, rows.step.features + f * kStride<T>);
 }
 
 // From the gradient of the projected features, in d_x, to that of the features. Its threads meet once.
@@ -339,12 +340,16 @@ L2L_DEVICE T backward_features(
 
 // ---------------------------------------------------------------- kernels
 
-// kHidden: the hidden size where it is known when the kernel is compiled, otherwise 0.
-template <class T, OnChip kOnChip, int kHidden>
+// kHidden: the hidden size where it is known when the kernel is compiled, otherwise 0. kLinear: then, whether there is a
+// linear path, whose few instructions would cost the others registers that they have not.
+template <class T, OnChip kOnChip, int kHidden, bool kLinear = false>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::all>)
     backward_kernel(const __grid_constant__ BackwardCall<T> call) {
   Cell<T> cell = call.cell;
-  if constexpr (kHidden > 0) cell.net.hidden = kHidden;
+  if constexpr (kHidden > 0) {
+    cell.net.hidden = kHidden;
+    cell.net.linear_path = kLinear;
+  }
   const Network& net = cell.net;
   const UnrollArguments& arguments = call.arguments;
   const UnrollGradients& gradients = call.gradients;
@@ -521,14 +526,19 @@ struct Plan {
   int64_t bytes() const { return states + slabs + blocks * (rows + weights - shared()); }
 };
 
+template <class T, int kHidden>
+auto kernel_of_size(bool linear_path) {
+  return linear_path ? backward_kernel<T, OnChip::all, kHidden, true> : backward_kernel<T, OnChip::all, kHidden, false>;
+}
+
 template <class T>
-auto kernel_for(OnChip on_chip, int hidden) {
+auto kernel_for(OnChip on_chip, const Network& net) {
   if constexpr (sizeof(T) == 4)
-    if (on_chip == OnChip::all) switch (hidden) {
-        case 8: return backward_kernel<T, OnChip::all, 8>;
-        case 16: return backward_kernel<T, OnChip::all, 16>;
-        case 20: return backward_kernel<T, OnChip::all, 20>;
-        case 32: return backward_kernel<T, OnChip::all, 32>;
+    if (on_chip == OnChip::all) switch (net.hidden) {
+        case 8: return kernel_of_size<T, 8>(net.linear_path);
+        case 16: return kernel_of_size<T, 16>(net.linear_path);
+        case 20: return kernel_of_size<T, 20>(net.linear_path);
+        case 32: return kernel_of_size<T, 32>(net.linear_path);
         default: break;
       }
   switch (on_chip) {
@@ -554,7 +564,7 @@ void unroll_backward(
       plan.rows,
       plan.weights};
   if (plan.blocks > 0) {
-    const auto kernel = kernel_for<T>(plan.on_chip, net.hidden);
+    const auto kernel = kernel_for<T>(plan.on_chip, net);
     const dim3 grid(unsigned(plan.blocks)), block(unsigned(backward_warps(net.hidden) * device::kWarp));
     check(device::launch(kernel, grid, block, size_t(plan.shared()), stream, call), "lstm_unroll_backward");
   }
