@@ -9,7 +9,7 @@ PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The tests are many and small: a process a core, with one thread each, is the quickest. A process takes up to a gigabyte.
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup demo test test-all bench compat sanitize cuda-check lint clean
+.PHONY: help setup demo test test-all frameworks bench compat sanitize cuda-check lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,16 @@ test: lint  ## the test suite, with coverage: minutes
 test-all: test  ## and what takes long: sanitizers, every GPU architecture, a hundred kills, the soak
 	$(PYTEST) -m slow
 
+frameworks: $(VENV)/.frameworks  ## the optimizer in Hugging Face's Trainer, Accelerate and Lightning: installs them, minutes
+	$(PYTEST) tests/frameworks \
+	    tests/test_docs.py::test_the_example_of_hugging_faces_trainer_runs_and_resumes \
+	    tests/test_docs.py::test_the_example_of_lightning_runs
+
+$(VENV)/.frameworks: $(READY)
+	@$(PIP) "l2l_fast[frameworks]"
+	@$(BIN)/python -c "import accelerate, lightning, transformers"
+	@touch $@
+
 bench: $(READY)  ## time every step and meta-gradient beside its rivals: under ten minutes, on a quiet machine
 	@mkdir -p runs
 	$(BIN)/python -m pytest bench -rs --benchmark-quiet --benchmark-json=runs/benchmark.json
@@ -48,9 +58,10 @@ sanitize:  ## the kernels without torch under AddressSanitizer and UndefinedBeha
 cuda-check: $(READY)  ## compile the CUDA kernels for every architecture, no GPU needed; their registers and memory
 	$(BIN)/python csrc/cuda/check.py
 
-lint: $(READY)  ## style alone
+lint: $(READY)  ## style and types alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:  ## remove what setup and builds made
 	rm -rf $(VENV) build dist *.egg-info l2l_fast/*.so runs/benchmark.json

@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from l2l_fast import reference
-from l2l_fast.reference import Config
+from l2l_fast.config import Config, state_size, weight_shapes
 
 # Bytes a coordinate and step of the hand-designed optimizers in float32: what they read and what they write.
 HAND_DESIGNED = {"SGD": 12, "RMSprop": 20, "Adam": 28}
@@ -15,17 +14,17 @@ HAND_DESIGNED = {"SGD": 12, "RMSprop": 20, "Adam": 28}
 
 def step_bytes(config: Config, state_dtype=torch.float32, param_dtype=torch.float32) -> int:
     """State and parameter read and written, gradient read."""
-    return 2 * reference.state_size(config) * state_dtype.itemsize + 3 * param_dtype.itemsize
+    return 2 * state_size(config) * state_dtype.itemsize + 3 * param_dtype.itemsize
 
 
 def step_multiply_adds(config: Config) -> int:
     """One for each entry of each weight matrix; biases and activations are left out."""
-    return sum(math.prod(shape) for shape in reference.weight_shapes(config).values() if len(shape) == 2)
+    return sum(math.prod(shape) for shape in weight_shapes(config).values() if len(shape) == 2)
 
 
 def meta_bytes(config: Config, unroll: int) -> float:
     """A coordinate and step of a meta-gradient: the step, its gradient kept and summed, and the backward's reading."""
-    first_state = reference.state_size(config) * 4 / unroll
+    first_state = state_size(config) * 4 / unroll
     return step_bytes(config) + 6 * 4 + first_state
 
 
@@ -34,11 +33,9 @@ def meta_multiply_adds(config: Config) -> int:
 
     Recomputing the forward run is a way's own business and does not count. The features need no gradient.
     """
-    shapes = reference.weight_shapes(config)
-    of_features = [
-        "projection.weight" if config.projection else "weight_ih_l0",
-        *["linear.weight"] * config.linear_path,
-    ]
+    shapes = weight_shapes(config)
+    of_features = ["projection.weight" if config.projection else "weight_ih_l0"]
+    of_features += ["linear.weight"] * config.linear_path
     return 3 * step_multiply_adds(config) - sum(math.prod(shapes[name]) for name in of_features)
 
 

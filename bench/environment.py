@@ -11,6 +11,7 @@ import torch
 
 import cases
 from l2l_fast import build_info
+from l2l_fast.environment import cpu_model
 
 
 def describe(arguments: list[str]) -> dict:
@@ -59,14 +60,6 @@ def _host(arguments: list[str]) -> dict:
         "threads": torch.get_num_threads(),
         "command": " ".join(["python -m pytest", *map(_plain, arguments)]),
     }
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _plain(argument: str) -> str:

@@ -92,13 +92,13 @@ def meta() -> None:
         trainer = MetaTrainer(cases.network(**UPDATES), task, unroll=cases.UNROLL, horizon=100, instances=instances,
                               progress=False, device=cases.device)  # fmt: skip
         for _ in range(30):  # captured by then
-            trainer._step()
+            trainer.step()
         cases.finished()
         times = []
         for _ in range(5):
             begun = time.perf_counter()
             for _ in range(40):
-                trainer._step()
+                trainer.step()
             cases.finished()
             times.append((time.perf_counter() - begun) / 40)
         say("meta", f"{case}, {task.name}", f"{1e3 * statistics.median(times):8.3f} ms a meta-update", key=case)
@@ -106,7 +106,7 @@ def meta() -> None:
             activities = [torch.profiler.ProfilerActivity.CUDA]
             with torch.profiler.profile(activities=activities) as profile:
                 for _ in range(10):
-                    trainer._step()
+                    trainer.step()
                 cases.finished()
             events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
             busy = sum(event.self_device_time_total for event in events) / 1e4

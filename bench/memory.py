@@ -22,7 +22,8 @@ from torch import Tensor
 
 import l2l_fast as l2l
 import rivals
-from l2l_fast.meta.unroll import Rule, Trajectory, unroll
+from l2l_fast.meta.estimators import TruncatedBackpropagation
+from l2l_fast.meta.unroll import Rule, Trajectory
 
 
 class Bowl:
@@ -101,10 +102,11 @@ def prepared(way: str, coordinates: int, length: int, device: str):
     network = l2l.CoordinatewiseLSTM().to(device)
     rule = Rule(network.config, network.flat_weights().detach())
     small = Trajectory(l2l.tasks.Instances(Bowl(64), [0], device), rule.config)
-    unroll(small, rule, 2)  # what loads on first use does not count
+    estimator = TruncatedBackpropagation(rule)
+    estimator.prepare(small, 2)()  # what loads on first use does not count
     trajectory = Trajectory(l2l.tasks.Instances(Bowl(coordinates), [0], device), rule.config)
     if way != "autograd":
-        return lambda: unroll(trajectory, rule, length)
+        return lambda: estimator.prepare(trajectory, length)()
     cells = rivals.Cells(network)
     state = cells.new_state(coordinates)
     return lambda: autograd(trajectory, cells, state, length)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_fast import CoordinatewiseLSTM, reference
+from l2l_fast.config import split_weights, state_size
 from l2l_fast.tasks import Instances
 
 
@@ -33,7 +34,7 @@ class Cells(nn.Module):
     def __init__(self, network: CoordinatewiseLSTM) -> None:
         super().__init__()
         flat, self.config = network.flat_weights().detach(), network.config
-        weights, self.device = reference.split_weights(flat, self.config), flat.device
+        weights, self.device = split_weights(flat, self.config), flat.device
         self.cells = nn.ModuleList()
         for layer in range(self.config.num_layers):
             inputs = weights[f"weight_ih_l{layer}"].shape[1]
@@ -65,7 +66,7 @@ class Sequence(nn.Module):
         self.config = config = network.config
         self.lstm, self.head = nn.LSTM(2, config.hidden_size, config.num_layers), nn.Linear(config.hidden_size, 1)
         flat = network.flat_weights().detach()
-        weights, self.device = reference.split_weights(flat, config), flat.device
+        weights, self.device = split_weights(flat, config), flat.device
         self.lstm.load_state_dict({name: weights[name] for name in self.lstm.state_dict()})
         self.head.load_state_dict({"weight": weights["head.weight"], "bias": weights["head.bias"]})
         self.to(self.device)
@@ -93,14 +94,14 @@ class Compiled(nn.Module):
         self.first_step = torch.ones((), device=self.flat.device)
 
     def new_state(self, size: int) -> Tensor:
-        return torch.zeros(reference.state_size(self.config), size, device=self.flat.device)
+        return torch.zeros(state_size(self.config), size, device=self.flat.device)
 
     def forward(self, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         return self.move(grad, state, self.first_step, self.flat)
 
 
 def _reference_move(config, grad: Tensor, state: Tensor, step: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.cell(grad, state, step, reference.split_weights(flat, config), config)
+    return reference.cell(grad, state, step, split_weights(flat, config), config)
 
 
 # ---------------------------------------------------------------- steps

@@ -37,7 +37,7 @@ def test_meta_update(case, way, race):
         cases.network(**UPDATES), task, unroll=cases.UNROLL, horizon=100, instances=instances, progress=False,
         device=cases.device,
     )  # fmt: skip
-    ours = trainer._step  # fit() also validates at its end, which is no part of a meta-update
+    ours = trainer.step  # fit() also validates at its end, which is no part of a meta-update
     call = ours if way == "ours" else rivals.MetaUpdate(cases.network(**UPDATES), task, instances, cases.UNROLL).step
     race(
         f"meta-update, {case}", call, kind="meta-update", case=case, way=way, data=task.name,

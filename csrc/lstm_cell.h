@@ -11,8 +11,8 @@ namespace l2l {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// The order of gates in the rows of every weight matrix: torch.nn.LSTM's. Row of a gate of a unit: gate * hidden +
-// unit.
+// The order of gates in the rows of every weight matrix: torch.nn.LSTM's. A unit's row of a gate is
+// gate * hidden + unit.
 enum Gate { kInput, kForget, kCell, kOutput, kGates };
 
 // Gates are needed only as e^-z (sigmoid) and e^-2z (tanh), so the weights are multiplied by this beforehand and the

@@ -41,9 +41,11 @@ struct StepArguments {
 // A coordinate whose gradient is not finite keeps its value and its state.
 void lstm_step_cpu(const StepArguments& arguments, const Parallel& parallel);
 
-// The same with the updates of every tensor scaled to the root mean square `rms`: theta <- theta + lr * (rms * u / RMS(u)
-// - weight_decay * theta). The coordinates that are kept count as u = 0; where all of u is 0, only weight decay is left.
-// Needs one of the arithmetic's scalars a coordinate of the largest tensors while it runs. The sums are in a fixed order.
+// The same with the updates of every tensor scaled to the root mean square `rms`: theta <- theta + lr * (rms * u /
+// RMS(u)
+// - weight_decay * theta). The coordinates that are kept count as u = 0; where all of u is 0, only weight decay is
+// left. Needs one of the arithmetic's scalars a coordinate of the largest tensors while it runs. The sums are in a
+// fixed order.
 void lstm_step_scaled_cpu(const StepArguments& arguments, double rms, const Parallel& parallel);
 
 // The same on a GPU: data, weights and scalars in its memory, structs and strides in the host's, where they are needed

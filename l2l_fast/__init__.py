@@ -1,11 +1,10 @@
 """Learned LSTM optimizers at hand-designed speed."""
 
-__version__ = "0.1.0"  # before the imports: modules below read it
-
 from l2l_fast import data, evaluate, meta, ops, tasks
 from l2l_fast._native import build_info
+from l2l_fast._version import __version__
 from l2l_fast.evaluate import Comparison, compare
-from l2l_fast.meta import MetaTrainer
+from l2l_fast.meta import MetaTrainer, train
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.optim import LSTMOptimizer
 
@@ -14,6 +13,7 @@ __all__ = [
     "CoordinatewiseLSTM",
     "LSTMOptimizer",
     "MetaTrainer",
+    "__version__",
     "build_info",
     "compare",
     "data",
@@ -21,4 +21,5 @@ __all__ = [
     "meta",
     "ops",
     "tasks",
+    "train",
 ]

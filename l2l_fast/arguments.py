@@ -1,4 +1,4 @@
-"""What the ops take: the checks of ``csrc/arguments.h``, in front of the reference.
+"""What the ops take: the checks of ``csrc/arguments.h``, in front of the
 
 Each raises a RuntimeError that names the argument, before anything is changed.
 """
@@ -8,15 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from l2l_fast import reference
-from l2l_fast.reference import Config
+from l2l_fast.config import FEATURES, MAX_HIDDEN, MAX_LAYERS, OUTPUTS, STATE_DTYPES, Config, num_weights, state_size
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_STATE = (torch.float32, torch.bfloat16, torch.float64)
 _WEIGHTS = (torch.float32, torch.float64)
 _NUMBERS = (torch.float32, torch.float64, torch.int32, torch.int64)
 _MAX_DIMS = 64
-_NAMES = {"features": tuple(reference.FEATURES), "output": reference.OUTPUTS}
+_NAMES = {"features": tuple(FEATURES), "output": OUTPUTS}
 
 
 def codes(config: Config) -> tuple:
@@ -28,7 +26,7 @@ def codes(config: Config) -> tuple:
         if getattr(config, name) not in known:
             raise RuntimeError(f"{name} must be {' or '.join(known)}, got {getattr(config, name)!r}")
     features, output = (known.index(getattr(config, name)) for name, known in _NAMES.items())
-    return tuple(config._replace(features=features, output=output))
+    return (features, *config[1:4], output, *config[5:])
 
 
 def _config(*fields) -> Config:
@@ -64,7 +62,7 @@ def _check_series(tensor: Tensor, name: str, weights: Tensor, *shape: int) -> No
 
 
 def _check_state(tensor: Tensor, name: str, weights: Tensor, *shape: int) -> None:
-    _check(tensor, name, weights, _STATE)
+    _check(tensor, name, weights, STATE_DTYPES)
     if tensor.shape != shape:
         raise RuntimeError(f"{name} must be {list(shape)}, got shape {list(tensor.shape)}")
 
@@ -77,11 +75,11 @@ def _check_own_memory(tensor: Tensor, name: str) -> None:
 
 
 def _check_network(weights: Tensor, config: Config) -> None:
-    for name, most in (("hidden_size", 4096), ("num_layers", 64)):
+    for name, most in (("hidden_size", MAX_HIDDEN), ("num_layers", MAX_LAYERS)):
         if not 1 <= getattr(config, name) <= most:
             raise RuntimeError(f"{name} must be from 1 to {most}, got {getattr(config, name)}")
     _check(weights, "weights", weights, _WEIGHTS)
-    count = reference.num_weights(config)
+    count = num_weights(config)
     if weights.shape != (count,):
         raise RuntimeError(f"weights must be a vector of {count} for this network, got shape {list(weights.shape)}")
 
@@ -94,11 +92,11 @@ def check_step(params, grads, states, weights, lr, steps, *args) -> None:
             f"lstm_step_ needs one gradient, state and step for each of the {len(params)} parameters, got "
             f"{len(grads)}, {len(states)} and {len(steps)}"
         )
-    size = reference.state_size(config)
+    size = state_size(config)
     for param, grad, state, step in zip(params, grads, states, steps, strict=True):
         _check(param, "a parameter", weights, _FLOATING)
         _check(grad, "a gradient", weights, _FLOATING)
-        _check(state, "a state", weights, _STATE)
+        _check(state, "a state", weights, STATE_DTYPES)
         shape = list(param.shape)
         if grad.shape != param.shape:
             raise RuntimeError(f"a gradient has shape {list(grad.shape)}, its parameter {shape}")
@@ -121,7 +119,7 @@ def check_unroll(grads, state, weights, step, *args) -> None:
         raise RuntimeError(f"grads must be [T, N], got shape {list(grads.shape)}")
     _check_number(step, "step", weights)
     _check_series(grads, "grads", weights, *grads.shape)
-    _check_state(state, "state", weights, grads.shape[1], reference.state_size(config))
+    _check_state(state, "state", weights, grads.shape[1], state_size(config))
 
 
 def check_unroll_backward(d_updates, d_last, grads, state, weights, step, *args) -> None:

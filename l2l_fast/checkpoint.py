@@ -1,4 +1,7 @@
-"""Saving and finding trained networks: a folder of ``model.safetensors`` and ``config.json``."""
+"""How trained networks are kept and found: a folder of ``model.safetensors`` and ``config.json``.
+
+This file knows options and tensors; :class:`~l2l_fast.CoordinatewiseLSTM` makes a network of them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import re
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +19,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from l2l_fast.files import replacing, write_text
-from l2l_fast.networks import CoordinatewiseLSTM
 
 FORMAT_VERSION = 2  # 1 had no update_rms, input_rms, orthogonalize and linear_path, which have their defaults there
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -28,47 +31,46 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in WEIGHTS.glob(f"*/{CONFIG_FILE}"))
 
 
-def save_pretrained(network: CoordinatewiseLSTM, folder: str | PathLike) -> None:
-    """Write a network into ``folder``, made if it is not there.
+class Saved(NamedTuple):
+    """A network as it is kept: the constructor's options, the tensors by name, and the file that holds them."""
+
+    options: dict
+    tensors: dict[str, Tensor]
+    path: Path
+
+
+def write(folder: str | PathLike, options: dict, tensors: dict[str, Tensor]) -> None:
+    """Put a network into ``folder``, made if it is not there.
 
     ``model.safetensors`` holds the options too, so that one rename puts a network in the place of another; then
     ``config.json`` follows, the same options for people and for the hub. Who reads in between, or after a kill there,
     finds one network, whole.
 
     Args:
-        network: what to save.
         folder: where; other files in it stay.
+        options: of the network's constructor, fit for JSON.
+        tensors: its ``state_dict``.
 
     Raises:
         OSError: it cannot be written; the network that was there is there still.
-
-    Example:
-        >>> import tempfile, l2l_fast as l2l
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     l2l.CoordinatewiseLSTM().save_pretrained(folder)
-        ...     network = l2l.CoordinatewiseLSTM.from_pretrained(folder)
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    config = {"format_version": FORMAT_VERSION, "network": "CoordinatewiseLSTM", "options": network.options}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    config = {"format_version": FORMAT_VERSION, "network": "CoordinatewiseLSTM", "options": options}
     text = json.dumps(config | {"weights": _digest(tensors)}, indent=2) + "\n"
     with replacing(folder / WEIGHTS_FILE) as file:
         file.write(save(tensors, metadata={"format": "pt", "config": text}))
     write_text(folder / CONFIG_FILE, text)
 
 
-def from_pretrained(name_or_folder: str | PathLike, *, revision: str | None = None) -> CoordinatewiseLSTM:
-    """A trained network.
-
-    Args:
-        name_or_folder: a shipped name (:func:`shipped`), a folder written by ``save_pretrained`` (``./NAME`` where NAME
-            is a shipped one), or a hub id ``owner/name``, which is downloaded with huggingface_hub.
-        revision: of the hub id: a branch, tag or commit.
+def read(name_or_folder: str | PathLike, *, revision: str | None = None) -> Saved:
+    """A network that was written, from a shipped name (:func:`shipped`), a folder or a hub id.
 
     Raises:
         FileNotFoundError: nothing of that name, or no hub to ask; where it can be no hub id, the message lists the
             shipped names.
+        ImportError: a hub id without huggingface_hub; the message has the command that installs it.
         ValueError: the folder's files are damaged, or of a later format.
     """
     if not isinstance(name_or_folder, str | PathLike):
@@ -76,15 +78,21 @@ def from_pretrained(name_or_folder: str | PathLike, *, revision: str | None = No
     name = os.fspath(name_or_folder)
     # First, so that what a name means does not depend on the folder in which a program was started.
     if isinstance(name_or_folder, str) and name in shipped():
-        return _load(WEIGHTS / name)
+        return _read(WEIGHTS / name)
     if Path(name).is_dir():
-        return _load(Path(name))
+        return _read(Path(name))
     if isinstance(name_or_folder, str) and _HUB_ID.fullmatch(name):
-        return _load(_download(name, revision))
+        return _read(_download(name, revision))
     raise FileNotFoundError(
         f"no network {name!r}: give a folder written by save_pretrained, a hub id owner/name, "
         f"or a shipped name ({', '.join(shipped()) or 'none is shipped in this version'})"
     )
+
+
+def unfit(path: Path, reason: object) -> ValueError:
+    """The refusal of a file whose tensors are not those of its options."""
+    reason = str(reason).splitlines()[-1].strip()
+    return ValueError(f"{path} does not hold the network of config.json: {reason}; save it again")
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
@@ -106,7 +114,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
     )
 
 
-def _load(folder: Path) -> CoordinatewiseLSTM:
+def _read(folder: Path) -> Saved:
     weights, path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     config = _read_config(path)
     tensors, own = _read_weights(weights, config is not None)
@@ -120,17 +128,9 @@ def _load(folder: Path) -> CoordinatewiseLSTM:
         config = own  # a config.json of other weights is that of a save that is under way, or was killed
     if config is None:
         raise FileNotFoundError(f"{folder} holds no network: config.json is missing; save one with save_pretrained")
-    try:
-        network = CoordinatewiseLSTM._blank(**config["options"])
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}; upgrade l2l_fast or save the network again") from None
-    try:
-        network.to(tensors["head.weight"].dtype).load_state_dict(tensors)
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(_not_the_network(weights, error)) from None
     if config.get("weights", digest := _digest(tensors)) != digest:
-        raise ValueError(_not_the_network(weights, "these weights are not those that were saved with it"))
-    return network
+        raise unfit(weights, "these weights are not those that were saved with it")
+    return Saved(config["options"], tensors, weights)
 
 
 def _read_config(path: Path) -> dict | None:
@@ -152,7 +152,7 @@ def _read_weights(path: Path, needed: bool) -> tuple[dict[str, Tensor], dict | N
     try:
         tensors = load(contents)
     except SafetensorError as error:
-        raise ValueError(_not_the_network(path, error)) from None
+        raise unfit(path, error) from None
     # The format begins with the length of a JSON header, of which safetensors shows all but this.
     header = json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])
     metadata = header.get("__metadata__", {})
@@ -176,15 +176,10 @@ def _checked(text: str | bytes, path: Path) -> dict:
     return config
 
 
-def _not_the_network(path: Path, reason: object) -> str:
-    reason = str(reason).splitlines()[-1].strip()
-    return f"{path} does not hold the network of config.json: {reason}; save it again"
-
-
 def _digest(tensors: dict[str, Tensor]) -> str:
     """Tells a network's weights from others."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

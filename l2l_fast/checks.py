@@ -21,7 +21,7 @@ def is_whole(value, least: int) -> bool:
 
 def whole(option: str, value, least: int) -> int:
     """An int of at least ``least``, from NumPy's and others' as well."""
-    good = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    good = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
     require(good, option, value, f"an int of at least {least}")
     return int(value)
 

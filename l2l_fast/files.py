@@ -21,7 +21,7 @@ from typing import BinaryIO
 try:
     import fcntl
 except ImportError:  # Windows: no locks, but each file still appears whole
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 STALE = 3600  # seconds after which an unfinished file is one that a killed writer has left
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}

@@ -10,12 +10,20 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from l2l_fast import normalize, ops, reference
+from l2l_fast import checkpoint, normalize, ops
 from l2l_fast.checks import is_number, is_whole, require
-from l2l_fast.reference import FEATURES, OUTPUTS, Config
+from l2l_fast.config import (
+    FEATURES,
+    MAX_LAYERS,
+    OUTPUTS,
+    Config,
+    has_moments,
+    num_weights,
+    split_weights,
+    weight_shapes,
+)
 
-MAX_HIDDEN = 64
-MAX_LAYERS = 64
+MAX_HIDDEN = 64  # units of a network that is made; the ops take more
 
 
 class CoordinatewiseLSTM(nn.Module):
@@ -45,7 +53,7 @@ class CoordinatewiseLSTM(nn.Module):
         input_rms: None: the LSTM sees gradients as they are. A number c: c * d / sqrt(mean d^2), the mean being over
             the parameter's whole tensor and, with decay rate ``betas[1]``, over the steps so far. The loss may then be
             in any unit, and layers have gradients of any size. As ``update_rms`` it belongs to the step.
-        orthogonalize: what an optimizer does whose own ``orthogonalize`` is None: whether it adds u of a matrix to its
+        orthogonalize: what an optimizer does whose own ``orthogonalize`` is None: whether u of a matrix is added to its
             orthogonalized momentum. Needs moments and ``update_rms``.
 
     Attributes:
@@ -87,10 +95,8 @@ class CoordinatewiseLSTM(nn.Module):
         super().__init__()
         known = isinstance(features, str) and features in FEATURES
         require(known, "features", features, f"one of {', '.join(map(repr, FEATURES))}")
-        require(
-            is_whole(hidden_size, 1) and hidden_size <= MAX_HIDDEN, "hidden_size", hidden_size, "an int from 1 to 64"
-        )
-        require(is_whole(num_layers, 1) and num_layers <= MAX_LAYERS, "num_layers", num_layers, "an int from 1 to 64")
+        for name, count, most in (("hidden_size", hidden_size, MAX_HIDDEN), ("num_layers", num_layers, MAX_LAYERS)):
+            require(is_whole(count, 1) and count <= most, name, count, f"an int from 1 to {most}")
         require(isinstance(projection, bool), "projection", projection, "True or False")
         require(isinstance(linear_path, bool), "linear_path", linear_path, "True or False")
         require(
@@ -119,7 +125,7 @@ class CoordinatewiseLSTM(nn.Module):
         inputs = FEATURES[features]
         if projection:
             self.projection = nn.Linear(inputs, hidden_size)
-        for name, shape in reference.weight_shapes(self.config).items():
+        for name, shape in weight_shapes(self.config).items():
             if name.startswith(("weight_", "bias_")):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.head = nn.Linear(hidden_size, 1)
@@ -141,7 +147,7 @@ class CoordinatewiseLSTM(nn.Module):
         nn.init.zeros_(self.head.bias)
         if self.config.linear_path:
             nn.init.zeros_(self.linear.weight)
-            if reference.has_moments(self.config):
+            if has_moments(self.config):
                 nn.init.zeros_(self.head.weight)
                 nn.init.constant_(self.linear.weight[:, :1], -1.0)
 
@@ -169,7 +175,7 @@ class CoordinatewiseLSTM(nn.Module):
     def flat_weights(self) -> Tensor:
         """All meta-parameters as one vector [W], differentiable, in the order the ops take."""
         # By attribute: torch.func's tensors and parametrized weights are no nn.Parameters.
-        named = [attrgetter(name)(self) for name in reference.weight_shapes(self.config)]
+        named = [attrgetter(name)(self) for name in weight_shapes(self.config)]
         return torch.cat([weight.reshape(-1) for weight in named])
 
     @torch.no_grad()
@@ -180,10 +186,10 @@ class CoordinatewiseLSTM(nn.Module):
             ValueError: a tensor of another shape; nothing is changed then.
             AttributeError: a weight is parametrized, so it is computed and cannot be written; nothing is changed then.
         """
-        shape = (reference.num_weights(self.config),)
+        shape = (num_weights(self.config),)
         require(isinstance(flat, Tensor), "flat", flat, f"a tensor {list(shape)}")
         require(flat.shape == shape, "shape of flat", tuple(flat.shape), str(shape))
-        named = reference.split_weights(flat, self.config)
+        named = split_weights(flat, self.config)
         parameters = [self.get_parameter(name) for name in named]
         for parameter, piece in zip(parameters, named.values(), strict=True):
             parameter.copy_(piece)
@@ -238,19 +244,30 @@ class CoordinatewiseLSTM(nn.Module):
         require(head.bias is not None, "head.bias", None, "a bias")
         network = cls._blank(hidden_size=lstm.hidden_size, num_layers=lstm.num_layers, **options)
         tensors = lstm.state_dict() | {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-        for name, shape in reference.weight_shapes(network.config).items():
+        for name, shape in weight_shapes(network.config).items():
             option = {"projection.weight": "projection", "linear.weight": "linear_path"}.get(name)
             if option:
                 raise ValueError(f"{option} must be False: from_torch takes an nn.LSTM and a head alone")
             require(tuple(tensors[name].shape) == shape, f"shape of {name}", tuple(tensors[name].shape), str(shape))
-        network.to(lstm.weight_ih_l0.dtype).load_state_dict(tensors)
+        network.to(tensors["weight_ih_l0"].dtype).load_state_dict(tensors)
         return network
 
     def save_pretrained(self, folder: str | PathLike) -> None:
-        """Write ``model.safetensors`` and ``config.json`` into ``folder``, made if it is not there."""
-        from l2l_fast import checkpoint
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``, made if it is not there.
 
-        checkpoint.save_pretrained(self, folder)
+        Args:
+            folder: where; other files in it stay.
+
+        Raises:
+            OSError: it cannot be written; the network that was there is there still.
+
+        Example:
+            >>> import tempfile, l2l_fast as l2l
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     l2l.CoordinatewiseLSTM().save_pretrained(folder)
+            ...     network = l2l.CoordinatewiseLSTM.from_pretrained(folder)
+        """
+        checkpoint.write(folder, self.options, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | PathLike, *, revision: str | None = None) -> CoordinatewiseLSTM:
@@ -266,9 +283,16 @@ class CoordinatewiseLSTM(nn.Module):
             ImportError: a hub id without huggingface_hub; the message has the command that installs it.
             ValueError: the folder's files are damaged, or of a later format.
         """
-        from l2l_fast import checkpoint
-
-        return checkpoint.from_pretrained(name_or_folder, revision=revision)
+        saved = checkpoint.read(name_or_folder, revision=revision)
+        try:
+            network = cls._blank(**saved.options)
+        except TypeError as error:
+            raise ValueError(f"{saved.path}: {error}; upgrade l2l_fast or save the network again") from None
+        try:
+            network.to(saved.tensors["head.weight"].dtype).load_state_dict(saved.tensors)
+        except (RuntimeError, KeyError) as error:
+            raise checkpoint.unfit(saved.path, error) from None
+        return network
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

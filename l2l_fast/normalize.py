@@ -2,7 +2,7 @@ r"""What surrounds the step of a network that has ``update_rms``, ``input_rms`` 
 
 x <- input_rms * grad / sqrt(v),    v <- beta2 v + (1 - beta2) mean grad^2, without its bias towards the start
 d, state <- m(x, state; phi)
-d <- d - o / RMS(o) of a matrix,    o = NS(beta1 m + (1 - beta1) x), m being the state's running mean of x
+d <- d / (2 RMS(d)) - o / RMS(o) of a matrix,    o = NS(beta1 m + (1 - beta1) x), m being the state's running mean of x
 theta <- theta - lr * weight_decay * theta + lr * update_rms * d / RMS(d)
 
 Means and root mean squares are over a whole tensor; where they are 0, nothing moves. The kernels need not know of any
@@ -18,13 +18,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from l2l_fast.reference import SMALLEST, Config, has_moments, outside_autocast
+from l2l_fast.config import Config, has_moments
+from l2l_fast.reference import SMALLEST, outside_autocast
 
+LEARNED_SHARE = 0.5  # RMS of the learned part beside that of the orthogonalized momentum, 1: docs/notebook.md
 MAX_SIDE = 16384  # of a matrix to orthogonalize: beyond are vocabularies, whose rows have nothing to do with each other
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 _LINE = 32  # coordinates; each tensor's scratch begins on a line of 128 bytes
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -131,20 +137,27 @@ def move_(
     """
     pieces, wholes = updates.pieces, params if wholes is None else wholes
     matrices = [place for place, momentum in enumerate(momenta) if momentum is not None]
-    held = is_held(updates.flat) if weight_decay or matrices else None
-    for place in matrices:
-        momentum = torch.where(is_held(pieces[place]), 0.0, momenta[place])
-        pieces[place].sub_(_orthogonal_unit(momentum, wholes[place]))
-    if matrices:  # which mixes coordinates
-        updates.flat.masked_fill_(held, 0.0)
-    roots = torch.stack(root_mean_squares(pieces, wholes))
-    factors = torch.where(roots >= SMALLEST, lr * rms / roots, 0.0)
-    torch._foreach_mul_(pieces, list(factors.unbind()))
+    held: Any = is_held(updates.flat) if weight_decay or matrices else None
+    if matrices:
+        chosen, choice = [pieces[place] for place in matrices], [wholes[place] for place in matrices]
+        zero = [is_held(piece) for piece in chosen]
+        _scale_(chosen, choice, LEARNED_SHARE)
+        for place, piece, whole, none in zip(matrices, chosen, choice, zero, strict=True):
+            momentum = torch.where(none, 0.0, momenta[place])  # type: ignore[arg-type]
+            piece.sub_(_orthogonal_unit(momentum, whole))
+        updates.flat.masked_fill_(held, 0.0)  # an orthogonalized matrix mixes coordinates
+    _scale_(pieces, wholes, lr * rms)
     if weight_decay:
         # In the updates' dtype, so that a parameter of half precision is rounded once.
         rates = updates.cut(torch.where(held, 0.0, -weight_decay * lr))
         torch._foreach_addcmul_(pieces, [param.to(updates.flat.dtype) for param in params], rates)
-    torch._foreach_add_(params, pieces)
+    torch._foreach_add_(list(params), pieces)
+
+
+def _scale_(updates: Sequence[Tensor], wholes: Sequence[Tensor], rms: float | Tensor) -> None:
+    roots = torch.stack(root_mean_squares(updates, wholes))
+    factors = torch.where(roots >= SMALLEST, rms / roots, 0.0)
+    torch._foreach_mul_(list(updates), list(factors.unbind()))
 
 
 def momentum(grad: Tensor, state: Tensor, config: Config, dtype: torch.dtype, maximize: bool = False) -> Tensor:
@@ -165,26 +178,25 @@ def root_mean_squares(updates: Sequence[Tensor], wholes: Sequence[Tensor]) -> li
     """RMS of each, 0-dim; of what is sharded, over the whole tensor. An empty one has 0."""
     counts = [math.sqrt(max(1, whole.numel() * (2 if whole.is_complex() else 1))) for whole in wholes]
     roots = list(torch._foreach_div(torch._foreach_norm(list(updates)), counts))
-    sharded = [place for place, whole in enumerate(wholes) if is_sharded(whole)]
+    sharded = {place: whole for place, whole in enumerate(wholes) if is_sharded(whole)}
     if not sharded:
         return roots
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     groups: dict[tuple, list[int]] = {}
-    for place in sharded:
-        mesh = wholes[place].device_mesh
-        kinds = tuple(placement.is_replicate() for placement in wholes[place].placements)
-        groups.setdefault((mesh, kinds), []).append(place)
+    for place, whole in sharded.items():
+        kinds = tuple(placement.is_replicate() for placement in whole.placements)
+        groups.setdefault((whole.device_mesh, kinds), []).append(place)
     for (mesh, kinds), places in groups.items():  # one vector of squares for each way to shard
         squares = torch.stack([roots[place] for place in places]).square()
-        summands = [Replicate() if whole else Partial() for whole in kinds]
+        summands = [Replicate() if replicated else Partial() for replicated in kinds]
         summed = DTensor.from_local(squares, mesh, summands, run_check=False).full_tensor().sqrt()
         for place, root in zip(places, summed.unbind(), strict=True):
             roots[place] = root
     return roots
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether it is a DTensor. Asked of the class: torch.compile answers no for the tensor itself."""
     return type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(type(tensor), "to_local")
 
@@ -194,7 +206,11 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def is_matrix(tensor: Tensor) -> bool:
     """Whether ``orthogonalize`` takes it: two dimensions or more, none of them a vocabulary's."""
-    return tensor.ndim > 1 and max(tensor.shape[0], math.prod(tensor.shape[1:])) <= MAX_SIDE
+    return _is_matrix(tensor.shape)
+
+
+def _is_matrix(shape: torch.Size) -> bool:
+    return len(shape) > 1 and max(shape[0], math.prod(shape[1:])) <= MAX_SIDE
 
 
 def _orthogonal_unit(update: Tensor, whole: Tensor) -> Tensor:
@@ -208,14 +224,14 @@ def _orthogonal_unit(update: Tensor, whole: Tensor) -> Tensor:
         update = DTensor.from_local(
             update.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
         ).full_tensor()
-        found = DTensor.from_local(_unit(orthogonalize(update)), mesh, [Replicate()] * mesh.ndim, run_check=False)
-        found = found.redistribute(mesh, placements).to_local()
+        unit = DTensor.from_local(_unit(orthogonalize(update)), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        found = unit.redistribute(mesh, placements).to_local()
     else:
         found = _unit(orthogonalize(update))
     return torch.view_as_real(found.resolve_conj()) if whole.is_complex() else found
 
 
-def _unit(matrix: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+def _unit(matrix: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     """matrix / RMS(matrix), over all of it or some dimensions; 0 where that is 0. A complex number counts as a pair."""
     squares = torch.view_as_real(matrix).square().sum(-1) / 2 if matrix.is_complex() else matrix.square()
     mean = squares.mean(dims, keepdim=True) if dims else squares.mean()
@@ -265,7 +281,7 @@ def orthogonalize_each(matrices: Tensor, steps: int = 5) -> Tensor:
 
 def relative_rows(grads: Tensor, v: Tensor, step: Tensor, sizes: Sequence[int], config: Config, rms: float) -> Tensor:
     """:func:`relative` of rows [..., N] that hold one tensor after another; moves v [..., K] on."""
-    x = []
+    x, step = [], step.to(v.dtype)
     v.mul_(config.beta2)
     for place, piece in enumerate(grads.split(list(sizes), -1)):
         v[..., place] += (1 - config.beta2) * piece.square().mean(-1)
@@ -275,15 +291,31 @@ def relative_rows(grads: Tensor, v: Tensor, step: Tensor, sizes: Sequence[int], 
     return torch.cat(x, -1)
 
 
-def orthogonal_rows(momenta: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
-    """o / RMS(o) of the matrices in rows [B, N] of B instances, 0 for the other tensors, of shapes [*shape] each."""
-    found = []
-    for piece, shape in zip(momenta.split([math.prod(shape) for shape in shapes], -1), shapes, strict=True):
-        if len(shape) > 1:
-            matrices = orthogonalize_each(piece.view(len(piece), shape[0], -1))
-            found.append(_unit(matrices, (1, 2)).reshape(piece.shape))
-        else:
-            found.append(torch.zeros_like(piece))
+def join_rows(updates: Tensor, momenta: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
+    """d / (2 RMS(d)) - o / RMS(o) of the matrices in rows, o being their orthogonalized momenta; d of other tensors.
+
+    Args:
+        updates: d, [B, N].
+        momenta: [B, N].
+        shapes: of each tensor of an instance.
+
+    Returns:
+        [B, N].
+    """
+    sizes, found = [math.prod(shape) for shape in shapes], []
+    for d, momentum, shape in zip(updates.split(sizes, -1), momenta.split(sizes, -1), shapes, strict=True):
+        if _is_matrix(shape):
+            o = _unit(orthogonalize_each(momentum.reshape(len(d), shape[0], -1)), (1, 2))
+            d = _scaled(d, LEARNED_SHARE)[0] - o.reshape(d.shape)
+        found.append(d)
+    return torch.cat(found, -1)
+
+
+def join_rows_backward(d_joined: Tensor, updates: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
+    """dL/dd of :func:`join_rows`, [..., N]."""
+    sizes, found = [math.prod(shape) for shape in shapes], []
+    for g, d, shape in zip(d_joined.split(sizes, -1), updates.split(sizes, -1), shapes, strict=True):
+        found.append(_scaled_backward(g, d, LEARNED_SHARE) if _is_matrix(shape) else g)
     return torch.cat(found, -1)
 
 
@@ -313,12 +345,15 @@ def scale_rows_backward(d_scaled: Tensor, updates: Tensor, sizes: Sequence[int],
     Returns:
         [..., N]; 0 for tensors whose d is 0.
     """
-    found = []
-    for g, d in zip(d_scaled.split(list(sizes), -1), updates.split(list(sizes), -1), strict=True):
-        scaled, factor = _scaled(d, rms)
-        # d / rho is scaled / update_rms.
-        found.append(factor * (g - scaled * (g * scaled).mean(-1, keepdim=True) / rms**2))
-    return torch.cat(found, -1)
+    pieces = zip(d_scaled.split(list(sizes), -1), updates.split(list(sizes), -1), strict=True)
+    return torch.cat([_scaled_backward(g, d, rms) for g, d in pieces], -1)
+
+
+def _scaled_backward(d_scaled: Tensor, updates: Tensor, rms: float) -> Tensor:
+    """Of one tensor, over the last dimension."""
+    scaled, factor = _scaled(updates, rms)
+    # d / rho is scaled / update_rms.
+    return factor * (d_scaled - scaled * (d_scaled * scaled).mean(-1, keepdim=True) / rms**2)
 
 
 def _scaled(updates: Tensor, rms: float) -> tuple[Tensor, Tensor]:

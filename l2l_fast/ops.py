@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from l2l_fast import arguments, normalize, reference
-from l2l_fast.reference import Config
+from l2l_fast.config import Config, state_size
 
 _CONFIG = (
     "int features, int hidden_size, int num_layers, bool projection, int output, "
@@ -63,9 +63,9 @@ for _name in ("lstm_step_", "lstm_step_reference_"):
 
 
 def _step_scaled(params, grads, states, weights, lr, steps, *args) -> None:
-    *args, weight_decay, maximize, rms = args
+    *config, weight_decay, maximize, rms = args
     op = torch.ops.l2l_fast.lstm_step_
-    updates = normalize.raw_updates(op, params, grads, states, weights, lr, steps, *args, weight_decay, maximize)
+    updates = normalize.raw_updates(op, params, grads, states, weights, lr, steps, *config, weight_decay, maximize)
     normalize.move_(params, updates, lr, rms, weight_decay)
 
 
@@ -90,13 +90,14 @@ def lstm_step_(
     *,
     weight_decay: float = 0.0,
     maximize: bool = False,
+    fused: bool | None = None,
 ) -> None:
     r"""Move every parameter by one step of the learned optimizer, in place, and advance its state.
 
     theta <- theta - lr * weight_decay * theta + lr * u,   (u, state) <- m(grad, state; weights)
 
-    A coordinate whose gradient is not finite (:func:`reference.gradient_limit`) keeps its value and its state. No
-    autograd: the optimizer's own path.
+    A coordinate whose gradient is not finite (:func:`~l2l_fast.config.gradient_limit`) keeps its value and its state.
+    No autograd: the optimizer's own path.
 
     Args:
         params: tensors of any shape, strides and floating dtype; changed in place.
@@ -110,6 +111,7 @@ def lstm_step_(
         config: what the network computes.
         weight_decay: decoupled weight decay, per unit of lr.
         maximize: ascend instead of descend.
+        fused: False runs the reference, whatever kernels there are; None and True, what the dispatcher has.
 
     Raises:
         RuntimeError: a tensor of another shape, dtype or device (all are on that of ``weights``), or an expanded
@@ -130,7 +132,8 @@ def lstm_step_(
     """
     fields = *arguments.codes(config), weight_decay, maximize
     count_versions([*params, *states])
-    torch.ops.l2l_fast.lstm_step_(params, grads, states, weights, lr, steps, *fields)
+    op = torch.ops.l2l_fast.lstm_step_reference_ if fused is False else torch.ops.l2l_fast.lstm_step_
+    op(params, grads, states, weights, lr, steps, *fields)
 
 
 def count_versions(overwritten: Sequence[Tensor]) -> None:
@@ -166,8 +169,8 @@ def lstm_unroll(
 
     (u[t], state[t+1]) = m(grads[t], state[t]; weights),  t = 0 .. T-1
 
-    A gradient that is not finite (:func:`reference.gradient_limit`) gives u = 0 and passes the state on. Under the
-    transforms of ``torch.func`` the reference runs.
+    A gradient that is not finite (:func:`~l2l_fast.config.gradient_limit`) gives u = 0 and passes the state on. Under
+    the transforms of ``torch.func`` the reference runs.
 
     Args:
         grads: [T, N], of the dtype of ``weights``.
@@ -316,7 +319,7 @@ def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32)
         >>> l2l.ops.new_state(torch.empty(3, 5), network.config).shape
         torch.Size([3, 5, 80])
     """
-    size, count = reference.state_size(config), param.numel()
+    size, count = state_size(config), param.numel()
     on_gpu = param.device.type == "cuda"
     line, fours = (128 if on_gpu else 64) // dtype.itemsize, -(-count // 4) * 4
     # CPU kernels work on whole lines where they lie, CUDA kernels on four coordinates: so the widest that is not waste.

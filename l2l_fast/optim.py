@@ -9,7 +9,7 @@ import warnings
 from contextlib import ExitStack
 from numbers import Real
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +18,16 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
-from l2l_fast import _native, arguments, normalize, ops, reference
-from l2l_fast.checkpoint import from_pretrained, shipped
+from l2l_fast import _native, arguments, normalize, ops
+from l2l_fast.checkpoint import shipped
 from l2l_fast.checks import require
+from l2l_fast.config import STATE_DTYPES, Config, gradient_limit, state_size
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.normalize import is_sharded
-from l2l_fast.reference import Config
 
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # known not to be sharded without asking, which takes a microsecond each
 # torch 2.14's compiler cannot follow the gradients that fully_shard makes.
-_HIDES_SHARDED = torch.__version__ >= (2, 14)
+_HIDES_SHARDED = torch.__version__ >= "2.14"
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 # Options of param groups that not every version's state_dict has, with what such a state_dict means.
 _LATER_OPTIONS = {"maximize": False, "orthogonalize": False}
@@ -75,11 +74,11 @@ class LSTMOptimizer(Optimizer):
             with ``update_rms``, a rate as AdamW has it; otherwise 1, which is what the network was trained for.
         weight_decay: decoupled weight decay, per unit of lr.
         maximize: ascend instead of descend.
-        orthogonalize: of networks with ``update_rms`` and moments: start from Muon where a tensor has two dimensions or
-            more: u is added to the momentum after five Newton-Schulz steps
-            (:func:`~l2l_fast.normalize.orthogonalize`), RMS 1, before both are scaled. None: as the network says. Left
-            as they are: tensors of one dimension, and those with a side above 16,384, a vocabulary's. A sharded matrix
-            is gathered for it.
+        orthogonalize: of networks with ``update_rms`` and moments: begin with Muon's update where a tensor has two
+            dimensions or more. u, with RMS 1/2, is added to the momentum after five Newton-Schulz steps
+            (:func:`~l2l_fast.normalize.orthogonalize`), with RMS 1, and their sum is scaled. None: as the network says.
+            Left as they are: tensors of one dimension, and those with a side above 16,384, a vocabulary's. A sharded
+            matrix is gathered for it.
         state_dtype: float32, or bfloat16: half the memory, but a step may be slower where the CPU has only AVX2; the
             arithmetic stays float32. float64 computes in float64. A gradient that is not finite in the dtype of the
             arithmetic counts as one that is not; so does one whose square is not (2^63 in float32), which networks with
@@ -129,9 +128,9 @@ class LSTMOptimizer(Optimizer):
         require(error_if_nonfinite in (True, False), "error_if_nonfinite", error_if_nonfinite, "True or False")
         self.state_dtype, self.fused, self.error_if_nonfinite = state_dtype, fused, error_if_nonfinite
         self._networks: dict[str, _Network] = {}  # by the name that param groups and state_dicts carry
-        self._constants: dict[tuple, Tensor] = {}  # lr and weights by device
+        self._constants: dict[tuple, Any] = {}  # lr and weights by device, configs as the ops take them
         self._rated = lr is not None  # or each group's rate is its network's
-        options = {"lr": 1.0 if lr is None else lr, "weight_decay": weight_decay, "maximize": maximize}
+        options: dict[str, Any] = {"lr": 1.0 if lr is None else lr, "weight_decay": weight_decay, "maximize": maximize}
         options["orthogonalize"] = orthogonalize
         _check_options(options)  # groups need not use them, but those that are added later may
         name = self._adopt(network)
@@ -203,7 +202,7 @@ class LSTMOptimizer(Optimizer):
     def _warn_of_leaps(self, group: dict) -> None:
         """A rate meant for a network that gives its update a size of its own would be silent ruin here."""
         lr, rms = group["lr"], self._networks[group["network"]].update_rms
-        if rms is not None and isinstance(lr, Real) and lr * rms > 0.5:
+        if rms is not None and isinstance(lr, Real) and float(lr) * rms > 0.5:
             warnings.warn(
                 f"lr={lr:g} moves every tensor by {lr * rms:g} a step, root mean square: a network with update_rms has "
                 "AdamW's rates, such as 0.003. l2l-base has it now; what it was before, for lr=1, is l2l-base-v1",
@@ -254,7 +253,9 @@ class LSTMOptimizer(Optimizer):
 
     def _move(self) -> None:
         """Everything is looked at before anything is changed."""
-        calls, fresh, stepped = [], [], []
+        calls: list[_Call] = []
+        fresh: list[Tensor] = []
+        stepped: list[Tensor] = []
         try:
             for group in self.param_groups:
                 calls += self._calls(group, fresh)
@@ -297,7 +298,7 @@ class LSTMOptimizer(Optimizer):
             raise
         if squares is not None:
             torch._foreach_copy_(call.squares, list(squares.unbind()))
-        if updates is not None:
+        if updates is not None and network.update_rms is not None:
             weight_decay, maximize = rest[-2:]
             momenta = [
                 normalize.momentum(grad, state, network.config, weights.dtype, maximize) if matrix else None
@@ -332,7 +333,7 @@ class LSTMOptimizer(Optimizer):
                     f"{self._label(group, param)} has a {grad.layout} gradient; LSTMOptimizer needs dense ones "
                     "(for nn.Embedding: sparse=False)"
                 )
-            if self.error_if_nonfinite and not self._is_finite(param, network.config):
+            if self.error_if_nonfinite and not self._is_finite(param, grad, network.config):
                 raise RuntimeError(
                     f"{self._label(group, param)} has a gradient that is not finite (error_if_nonfinite=True)"
                 )
@@ -384,10 +385,10 @@ class LSTMOptimizer(Optimizer):
     def _arithmetic(self) -> torch.dtype:
         return torch.float64 if self.state_dtype == torch.float64 else torch.float32
 
-    def _is_finite(self, param: Tensor, config: Config) -> bool:
+    def _is_finite(self, param: Tensor, grad: Tensor, config: Config) -> bool:
         """Whether the gradient is, as the ops mean it; of a sharded one, whether it is on every rank."""
-        grad = _real(_beside(param.grad, param))
-        limit = reference.gradient_limit(config, self._arithmetic, self.state_dtype)
+        grad = _real(_beside(grad, param))
+        limit = gradient_limit(config, self._arithmetic, self.state_dtype)
         finite = (grad.to(self._arithmetic).abs() < limit).all()
         finite = finite.full_tensor() if is_sharded(finite) else finite
         return isinstance(finite, FakeTensor) or bool(finite)  # a fake one has no values
@@ -485,8 +486,9 @@ class LSTMOptimizer(Optimizer):
 
     def _restored_state(self, group: dict, param: Tensor, saved: dict) -> dict:
         config = self._networks[group["network"]].config
-        shape = (*_real(param).shape, reference.state_size(config))
-        lstm, step = saved.get("lstm"), saved.get("step")
+        shape = (*_real(param).shape, state_size(config))
+        lstm: Any = saved.get("lstm")
+        step: Any = saved.get("step")
         found = tuple(lstm.shape) if isinstance(lstm, Tensor) and "step" in saved else None
         if found != shape:
             raise ValueError(
@@ -501,7 +503,7 @@ class LSTMOptimizer(Optimizer):
         state.copy_(lstm)
         restored = {"lstm": state, "step": _number(step, torch.float32, param.device)}
         if self._networks[group["network"]].input_rms is not None:
-            square = saved.get("square")
+            square: Any = saved.get("square")
             if not _is_number(square):
                 raise ValueError(
                     f"the state_dict's square of {self._label(group, param)} must be a number, got {square!r}"
@@ -533,7 +535,7 @@ def _flattened(network, dtype: torch.dtype) -> tuple[str, _Network]:
     # Under FakeTensorMode the weights are needed all the same, and other optimizers share those of shipped networks.
     with _disable_current_modes(), torch.inference_mode(False):
         if isinstance(network, str | PathLike):
-            network = from_pretrained(network)
+            network = CoordinatewiseLSTM.from_pretrained(network)
         if not isinstance(network, CoordinatewiseLSTM):
             raise TypeError(
                 "network must be a CoordinatewiseLSTM, a shipped name, a folder or a hub id, got "
@@ -588,7 +590,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def _beside(grad: Tensor, param: Tensor) -> Tensor:
+def _beside(grad: Tensor, param: Any) -> Tensor:
     """The gradient placed as its parameter is: one that every rank has a summand of is summed here."""
     if not is_sharded(grad) or grad.placements == param.placements:
         return grad

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-FEATURES = {"identity": 1, "log_sign": 2, "moments": 2, "both": 4}
-OUTPUTS = ("linear", "tanh")
+from l2l_fast.config import Config, gradient_limit, has_moments, split_weights
 
 # Coordinates are independent, so work goes tile by tile: a tile's activations stay in cache, and a whole
 # truncation never holds more than one tile's activations at once.
@@ -28,84 +26,6 @@ TILE = 4096
 
 # float32's smallest normal number: kernels hold no smaller v, whatever their dtype.
 SMALLEST = 2.0**-126
-
-
-class Config(NamedTuple):
-    """What a coordinatewise LSTM computes; the fields are the ops' scalar arguments, in the schema's order."""
-
-    features: str
-    hidden_size: int
-    num_layers: int
-    projection: bool
-    output: str
-    output_scale: float
-    preprocess_p: float
-    beta1: float
-    beta2: float
-    eps: float
-    linear_path: bool = False
-
-    @classmethod
-    def of(cls, features: str | int, *fields) -> Config:
-        """From names, or from the ops' arguments: ``features`` and ``output`` as places in FEATURES and OUTPUTS."""
-        config = cls(features, *fields)
-        if isinstance(features, str):
-            return config
-        return config._replace(features=tuple(FEATURES)[features], output=OUTPUTS[config.output])
-
-
-def has_moments(config: Config) -> bool:
-    return config.features in ("moments", "both")
-
-
-def gradient_limit(config: Config, arithmetic: torch.dtype, state: torch.dtype) -> float:
-    """The magnitude from which on a gradient counts as not finite, given the dtypes of the weights and of the state.
-
-    Below it the state stays finite. Moments square a gradient, and an infinite v would never come down again. As it is,
-    it meets weights (up to a thousand or so, twice), and a sum of products that overflow is NaN. A logarithm is finite.
-    """
-    if config.features == "log_sign":
-        return math.inf
-    if arithmetic == state == torch.float64:
-        return 2.0**511
-    return 2.0**63 if has_moments(config) else 2.0**100
-
-
-def state_size(config: Config) -> int:
-    """Number of state rows per coordinate."""
-    return 2 * has_moments(config) + 2 * config.num_layers * config.hidden_size
-
-
-def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight, in the order in which they follow each other in the flat weight vector."""
-    hidden, inputs, shapes = config.hidden_size, FEATURES[config.features], {}
-    if config.projection:
-        shapes["projection.weight"] = (hidden, inputs)
-        shapes["projection.bias"] = (hidden,)
-        inputs = hidden
-    for layer in range(config.num_layers):
-        shapes[f"weight_ih_l{layer}"] = (4 * hidden, inputs)
-        shapes[f"weight_hh_l{layer}"] = (4 * hidden, hidden)
-        shapes[f"bias_ih_l{layer}"] = (4 * hidden,)
-        shapes[f"bias_hh_l{layer}"] = (4 * hidden,)
-        inputs = hidden
-    shapes["head.weight"] = (1, hidden)
-    shapes["head.bias"] = (1,)
-    if config.linear_path:
-        shapes["linear.weight"] = (1, FEATURES[config.features])
-    return shapes
-
-
-def num_weights(config: Config) -> int:
-    """Length of the flat weight vector."""
-    return sum(math.prod(shape) for shape in weight_shapes(config).values())
-
-
-def split_weights(flat: Tensor, config: Config) -> dict[str, Tensor]:
-    """Views of the flat weight vector by name."""
-    shapes = weight_shapes(config)
-    pieces = flat.split([math.prod(shape) for shape in shapes.values()])
-    return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
 
 
 def split_state(state: Tensor, config: Config) -> list[Tensor]:
@@ -291,7 +211,7 @@ def cell_backward(
     d_weights["head.weight"].addmm_(d_y[None], saved["top"].T)
     d_weights["head.bias"].add_(d_y.sum())
     d_x = weights["head.weight"].T * d_y
-    d_old = []
+    d_old: list[Tensor] = []
     for layer in reversed(range(config.num_layers)):
         x, h, c, i, f, g, o, tanh_c = saved["layers"][layer]
         d_h = d_x + d_rows[2 * layer]
@@ -401,7 +321,8 @@ def lstm_unroll_backward(
     d_state = new_state_like(state) if need_state else state.new_empty(0)
     horizon, limit = grads.shape[0], gradient_limit(config, weights.dtype, state.dtype)
     for tile in _tiles(grads.shape[1]):
-        columns, saved = state[tile].T.to(weights.dtype), [{} for _ in range(horizon)]
+        columns = state[tile].T.to(weights.dtype)
+        saved: list[dict] = [{} for _ in range(horizon)]
         for t in range(horizon):
             _, columns = cell(grads[t, tile], columns, step + t, named, config, saved[t], limit)
         d_columns = torch.zeros_like(columns) if d_last is None else d_last[tile].T.to(weights.dtype)

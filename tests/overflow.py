@@ -4,8 +4,8 @@ import itertools
 
 import torch
 
-from l2l_fast import arguments, ops, reference
-from l2l_fast.reference import Config
+from l2l_fast import arguments, ops
+from l2l_fast.config import Config, gradient_limit, has_moments, num_weights
 
 DTYPES = list(itertools.product((torch.float32, torch.float64), (torch.float32, torch.bfloat16, torch.float64)))
 CONFIG = Config("both", 4, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
@@ -33,13 +33,13 @@ def check_step(op, config, dtype, state_dtype, device="cpu", size=70):
     assert torch.equal(states[0][1], states[1][1])
 
     # The largest that counts leaves a finite state, also with large weights, and is forgotten again.
-    largest = torch.full((size,), reference.gradient_limit(config, dtype, state_dtype) * 0.999, dtype=dtype)
+    largest = torch.full((size,), gradient_limit(config, dtype, state_dtype) * 0.999, dtype=dtype)
     param, held = torch.zeros(size, dtype=dtype, device=device), _placed(state, device)
     for this in (largest, largest, -largest):
         _step(op, param, this.to(device), held, 200 * weights.to(device), config)
     assert held.isfinite().all()
     assert param.isfinite().all()
-    if reference.has_moments(config):
+    if has_moments(config):
         highest = held[:, 1].clone()
         for _ in range(50):
             _step(op, param, torch.ones(size, dtype=dtype, device=device), held, weights.to(device), config)
@@ -66,9 +66,9 @@ def check_unroll(unroll, backward, config, dtype, state_dtype, device="cpu", siz
 
 def _problem(config, dtype, state_dtype, size):
     generator = torch.Generator().manual_seed(0)
-    weights = torch.empty(reference.num_weights(config)).uniform_(-0.5, 0.5, generator=generator).to(dtype)
+    weights = torch.empty(num_weights(config)).uniform_(-0.5, 0.5, generator=generator).to(dtype)
     grad, huge = torch.randn(size, generator=generator).to(dtype), torch.arange(size) % 5 == 0
-    limit, most = reference.gradient_limit(config, dtype, state_dtype), torch.finfo(dtype).max
+    limit, most = gradient_limit(config, dtype, state_dtype), torch.finfo(dtype).max
     grad[huge] = torch.tensor([limit, -limit, 11.0 * limit, most, -most], dtype=dtype).repeat(size)[: int(huge.sum())]
     state = ops.new_state(grad, config, state_dtype)
     return weights, (grad, state), huge

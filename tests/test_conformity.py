@@ -22,7 +22,8 @@ from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from l2l_fast import LSTMOptimizer, _native, checkpoint, ops, reference
+from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, _native, checkpoint, ops
+from l2l_fast.config import has_moments
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs it: pip install expecttest")
 with mock.patch.object(torch.backends, "disable_global_flags"):  # it would forbid other tests to set any
@@ -35,7 +36,7 @@ NETWORKS = checkpoint.shipped()
 @functools.cache
 def _unit(network: str) -> float:
     """A large rate for it: 1 for steps of its own size; with ``update_rms``, where rates are AdamW's, less."""
-    return 1.0 if checkpoint.from_pretrained(network).update_rms is None else 0.1
+    return 1.0 if CoordinatewiseLSTM.from_pretrained(network).update_rms is None else 0.1
 
 
 def _inputs(network: str, fused: bool, device="cpu", dtype=None) -> list[OptimizerInput]:
@@ -118,7 +119,7 @@ def plain(info):
 
 
 def _has_moments(kwargs) -> bool:
-    return reference.has_moments(checkpoint.from_pretrained(kwargs["network"]).config)
+    return has_moments(CoordinatewiseLSTM.from_pretrained(kwargs["network"]).config)
 
 
 def _same(one, two) -> None:
@@ -1065,7 +1066,7 @@ def test_state_is_laid_out_for_its_network(plain):
     problem = Problem()
     optimizer = LSTMOptimizer(problem.params, **plain)
     problem.run(optimizer, 1)
-    config = checkpoint.from_pretrained(plain["network"]).config
+    config = CoordinatewiseLSTM.from_pretrained(plain["network"]).config
     optimizer.load_state_dict(_contiguous(optimizer.state_dict()))
     for param in problem.params:
         like = ops.new_state(param, config)

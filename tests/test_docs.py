@@ -80,6 +80,21 @@ def test_the_example_of_meta_training_runs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_the_example_of_fsdp2_runs_and_resumes(tmp_path):
+    def run(folder, steps):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*torchrun, ROOT / "examples" / "fsdp2.py", "--folder", tmp_path / folder, "--steps", str(steps)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return re.findall(r"^step \d+ loss [\d.]+$", done.stdout, re.MULTILINE)
+
+    unbroken = run("unbroken", 6)
+    assert len(unbroken) == 6
+    assert run("resumed", 4) + run("resumed", 6) == unbroken
+
+
+@pytest.mark.slow
 def test_the_example_of_hugging_faces_trainer_runs_and_resumes(tmp_path):
     pytest.importorskip("transformers", reason="pip install l2l_fast[frameworks]")
     pytest.importorskip("accelerate", reason="pip install l2l_fast[frameworks]")
@@ -119,11 +134,11 @@ def test_readme_names_only_commands_that_exist():
 
 
 def test_the_recipe_of_the_docs_is_one(tmp_path):
-    from l2l_fast.cli.training import prepare, read_recipe, stages
+    from l2l_fast.meta.recipes import prepare, read, stages
 
     (block,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)
     (tmp_path / "my.json").write_text(block)
-    parts = stages(read_recipe(str(tmp_path / "my.json")))
+    parts = stages(read(str(tmp_path / "my.json")))
     assert len(parts) == 2
     for part in parts:
         network, tasks, training = prepare(part, "digits", 0)

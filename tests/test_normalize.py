@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, normalize, ops, optim, reference
+from l2l_fast.config import FEATURES, gradient_limit
 
 RMS = 0.6
 
@@ -35,7 +36,7 @@ def expected_step(theta, grad, state, step, network, lr, weight_decay=0.0, maxim
         g.reshape(1, -1), state.reshape(-1, state.shape[-1]), weights, torch.tensor(float(step)), *config
     )
     new_state = new_state.view(state.shape)
-    finite = g.abs() < reference.gradient_limit(config, weights.dtype, state.dtype)
+    finite = g.abs() < gradient_limit(config, weights.dtype, state.dtype)
     d = updates.view(real.shape)
     if orthogonalize and theta.ndim > 1:
         momentum = config.beta1 * new_state[..., 0].to(weights.dtype) + (1 - config.beta1) * g
@@ -43,7 +44,7 @@ def expected_step(theta, grad, state, step, network, lr, weight_decay=0.0, maxim
         o = torch.view_as_complex(momentum.contiguous()) if theta.is_complex() else momentum
         o = normalize.orthogonalize(o)
         o = torch.view_as_real(o.resolve_conj()) if theta.is_complex() else o
-        d = torch.where(finite, d - reference.scale_to_rms(o, 1.0), 0.0)
+        d = torch.where(finite, reference.scale_to_rms(d, 0.5) - reference.scale_to_rms(o, 1.0), 0.0)
     wide = real.to(torch.promote_types(real.dtype, weights.dtype))
     moved = wide - lr * weight_decay * wide + lr * reference.scale_to_rms(d, network.update_rms)
     moved = torch.where(finite, moved, wide).to(real.dtype)
@@ -370,7 +371,8 @@ def test_orthogonalize_is_a_groups_choice():
     network = make_network()
     updates, _ = network(matrix.grad.reshape(1, -1))
     o = reference.scale_to_rms(normalize.orthogonalize(matrix.grad), 1.0)
-    expected = 0.5 * reference.scale_to_rms(updates[0].detach().view(6, 4) - o, RMS)
+    learned = reference.scale_to_rms(updates[0].detach().view(6, 4), 0.5)
+    expected = 0.5 * reference.scale_to_rms(learned - o, RMS)
     torch.testing.assert_close(matrix.detach(), expected, rtol=1e-4, atol=1e-4)
     expected = 0.5 * reference.scale_to_rms(updates[0].detach().view(6, 4), RMS)
     torch.testing.assert_close(embedding.detach(), expected, rtol=1e-4, atol=1e-4)
@@ -521,7 +523,7 @@ def test_scratch_is_beside_the_parameters_state():
 
 
 @pytest.mark.parametrize("fused", [None, False])
-@pytest.mark.parametrize("features", reference.FEATURES)
+@pytest.mark.parametrize("features", FEATURES)
 def test_the_step_marks_what_is_held_and_nothing_else(features, fused):
     network, theta = make_network(features), nn.Parameter(torch.zeros(40))
     grads = torch.randn(40)

@@ -6,14 +6,15 @@ import overflow
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2l_fast import CoordinatewiseLSTM, arguments, ops, reference
-from l2l_fast.reference import FEATURES, Config
+from l2l_fast.config import FEATURES, Config, num_weights, state_size
 
 OPS = torch.ops.l2l_fast
 CONFIG = Config("both", 3, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
 CODES = dict(zip(Config._fields, arguments.codes(CONFIG), strict=True))
-STATE, WEIGHTS = reference.state_size(CONFIG), reference.num_weights(CONFIG)
+STATE, WEIGHTS = state_size(CONFIG), num_weights(CONFIG)
 
 
 def make_arguments(features="both", dtype=torch.float64, steps=3, size=6, projection=True, linear_path=True):
@@ -177,6 +178,25 @@ def test_every_backend_refuses_the_same_unrolls(backend, change, message):
         backend("lstm_unroll_backward")(*(of_backward | good | change).values(), True, True, True)
 
 
+@pytest.mark.parametrize(
+    ("fused", "name"), [(False, "lstm_step_reference_"), (None, "lstm_step_"), (True, "lstm_step_")]
+)
+def test_the_reference_steps_where_it_is_asked_for(fused, name):
+    network, called = CoordinatewiseLSTM("moments", 3, 1), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            called.append(op.name())
+            return op(*args, **kwargs or {})
+
+    theta, number = torch.zeros(4), torch.tensor(1.0)
+    state, weights = ops.new_state(theta, network.config), network.flat_weights().detach()
+    with Watch():
+        ops.lstm_step_([theta], [torch.ones(4)], [state], weights, number, [number], network.config, fused=fused)
+    assert f"l2l_fast::{name}" in called
+    assert theta.all()
+
+
 def test_a_step_is_a_number_or_a_tensor():
     config, weights, grads, state = make_arguments("moments")
     for call in (ops.lstm_unroll, lambda *args: ops.lstm_unroll_backward(grads, None, *args)):
@@ -209,7 +229,7 @@ def test_state_has_the_parameters_shape_and_contiguous_rows(shape, dtype):
     config = make_arguments()[0]
     param = torch.empty(shape)
     state = ops.new_state(param, config, dtype)
-    assert state.shape == (*shape, reference.state_size(config))
+    assert state.shape == (*shape, state_size(config))
     assert state.dtype == dtype
     assert not state.any()
     rows, row_bytes = state.shape[-1], state.stride(-1) * dtype.itemsize
@@ -273,7 +293,7 @@ def test_gradients_too_large_for_a_finite_state_are_not_finite(backend, features
 
 def test_the_logarithm_takes_any_gradient_that_is_finite(backend):
     config = overflow.CONFIG._replace(features="log_sign")
-    weights, one = torch.linspace(-1, 1, reference.num_weights(config)), torch.tensor(1.0)
+    weights, one = torch.linspace(-1, 1, num_weights(config)), torch.tensor(1.0)
     theta, grad, state = torch.zeros(3), torch.tensor([1e20, -3e38, 1.0]), ops.new_state(torch.empty(3), config)
     backend("lstm_step_")([theta], [grad], [state], weights, one, [one], *arguments.codes(config), 0.0, False)
     assert state.isfinite().all()

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, build_info, checkpoint, ops, optim, reference
+from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, build_info, checkpoint, ops, optim
+from l2l_fast.config import gradient_limit
 
 
 def make_model():
@@ -439,7 +440,7 @@ def test_a_coordinate_comes_back_from_a_gradient_whose_square_overflows(fused, s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
 def test_error_if_nonfinite_means_what_the_step_does(dtype):
     theta, network = nn.Parameter(torch.zeros(2, dtype=dtype)), CoordinatewiseLSTM("both", 4, 1)
-    limit = reference.gradient_limit(network.config, torch.float32, torch.float32)
+    limit = gradient_limit(network.config, torch.float32, torch.float32)
     optimizer = LSTMOptimizer([theta], network, error_if_nonfinite=True)
     for size, error in ((0.99 * limit, False), (limit, True), (1e20, True)):
         before, theta.grad = theta.detach().clone(), torch.tensor([1.0, size]).to(dtype)
@@ -567,7 +568,8 @@ def test_making_an_optimizer_draws_nothing():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_optimizers_by_name_share_what_was_read(monkeypatch):
+@pytest.mark.parametrize("network", ["l2l-base", "l2l-base-v1", "l2l-small"])
+def test_optimizers_by_name_share_what_was_read(network, monkeypatch):
     """So that one for each parameter costs nothing (gradients that are applied in backward)."""
     read, load = [], checkpoint.load
     monkeypatch.setattr(checkpoint, "load", lambda contents: read.append(contents) or load(contents))
@@ -576,7 +578,7 @@ def test_optimizers_by_name_share_what_was_read(monkeypatch):
     times = []
     for _ in range(5):
         start = time.process_time()
-        optimizers = [LSTMOptimizer([param], "l2l-small") for param in params]
+        optimizers = [LSTMOptimizer([param], network) for param in params]
         times.append(time.process_time() - start)
     assert len(read) == 1
     assert min(times) < 0.02

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from l2l_fast import CoordinatewiseLSTM, reference
-from l2l_fast.reference import FEATURES, OUTPUTS
+from l2l_fast.config import FEATURES, OUTPUTS, has_moments, num_weights, split_weights, state_size
 
 OPTIONS = list(itertools.product(FEATURES, (1, 2, 3), (False, True), (False, True), OUTPUTS))
 
@@ -29,7 +29,7 @@ def problem(config, steps=4, size=7):
     grads = torch.randn(steps, size, dtype=torch.float64) * scale
     grads[min(1, steps - 1), 2] = math.inf
     grads[:, 3] = 0.0
-    state = 0.1 * torch.rand(size, reference.state_size(config), dtype=torch.float64) + 0.01
+    state = 0.1 * torch.rand(size, state_size(config), dtype=torch.float64) + 0.01
     return grads, state
 
 
@@ -94,7 +94,7 @@ def test_a_linear_path_adds_its_features_to_the_output(projection, output):
     """By hand, from the updates of the same network without it."""
     network = make("both", 1, projection, output, linear_path=True)
     config, grads = network.config, torch.randn(1, 9, dtype=torch.float64)
-    state, step = 0.1 + torch.rand(9, reference.state_size(config), dtype=torch.float64), torch.tensor(3.0)
+    state, step = 0.1 + torch.rand(9, state_size(config), dtype=torch.float64), torch.tensor(3.0)
     plain = config._replace(linear_path=False, output="linear")
     alone, last = reference.lstm_unroll(grads, state, network.flat_weights()[:-4], step, *plain)
     *_, ratios, _ = reference._moments(grads[0], state[:, 0], state[:, 1], step.double(), config)
@@ -144,7 +144,7 @@ def test_a_coordinate_without_any_gradient_yet_stays_where_it_is(features):
     assert updates[2:, 1].all()
     still = torch.ones_like(updates, dtype=torch.bool)
     still[2:, 1] = False
-    moments = reference.has_moments(config)
+    moments = has_moments(config)
     assert updates[still].eq(0).all() if moments else updates[still].all()
     assert state[0, 2 * moments :].all()
     args = (grads, torch.zeros_like(state), network.flat_weights().detach(), torch.ones(()), *config, True, True, True)
@@ -156,8 +156,8 @@ def test_a_coordinate_without_any_gradient_yet_stays_where_it_is(features):
 
 def test_weights_split_into_torchs_names_and_shapes():
     network = make("moments", 2, projection=True, linear_path=True)
-    named = reference.split_weights(network.flat_weights(), network.config)
-    assert reference.num_weights(network.config) == sum(parameter.numel() for parameter in network.parameters())
+    named = split_weights(network.flat_weights(), network.config)
+    assert num_weights(network.config) == sum(parameter.numel() for parameter in network.parameters())
     assert list(named)[-3:] == ["head.weight", "head.bias", "linear.weight"]
     assert set(named) == {name for name, _ in network.named_parameters()}
     for name, parameter in network.named_parameters():

@@ -7,8 +7,9 @@ import torch
 
 import l2l_fast as l2l
 from l2l_fast import checkpoint
-from l2l_fast.cli.training import prepare, read_recipe, recipe_names, stages
 from l2l_fast.evaluate import compare
+from l2l_fast.meta import recipes
+from l2l_fast.meta.recipes import prepare, stages
 from l2l_fast.optim import LSTMOptimizer
 
 NAMES = ["l2l-base-v1", "l2l-paper", "l2l-quadratic", "l2l-small"]  # by a recipe; l2l-base is the first, otherwise used
@@ -16,8 +17,8 @@ NAMES = ["l2l-base-v1", "l2l-paper", "l2l-quadratic", "l2l-small"]  # by a recip
 
 def test_all_are_there():
     assert checkpoint.shipped() == ["l2l-base", *NAMES]
-    assert not set(NAMES) - set(recipe_names())
-    assert "l2l-base" not in recipe_names()
+    assert not set(NAMES) - set(recipes.names())
+    assert "l2l-base" not in recipes.names()
 
 
 def test_the_default_is_the_first_network_with_its_update_scaled():
@@ -44,7 +45,7 @@ def test_each_has_its_card_and_the_recipe_that_trains_it(name):
     for word in (f"l2l-fast meta-train --recipe {name}", "## Figures", "## Limits", "Apache-2.0"):
         assert word in card, word
     network = l2l.CoordinatewiseLSTM.from_pretrained(name)
-    for stage in stages(read_recipe(name)):
+    for stage in stages(recipes.read(name)):
         fresh, tasks, training = prepare(stage, "mnist", seed=0)
         assert network.options == fresh.options
         assert not torch.equal(network.flat_weights(), fresh.flat_weights())
@@ -53,7 +54,7 @@ def test_each_has_its_card_and_the_recipe_that_trains_it(name):
 
 def test_no_relu_in_meta_training():
     for name in NAMES:
-        for task in (task for stage in stages(read_recipe(name)) for task in stage["tasks"]):
+        for task in (task for stage in stages(recipes.read(name)) for task in stage["tasks"]):
             assert "relu" not in task["name"]
             assert task.get("activation") != "relu"
 

@@ -46,8 +46,10 @@ void step(const StepArguments& arguments, const Parallel& parallel) {
   });
 }
 
-constexpr int64_t kBlock = 4096;             // coordinates that are summed, then moved, at a time
-constexpr int64_t kTogether = int64_t(1) << 18;  // coordinates whose updates are held at a time, unless one tensor has more
+// Coordinates that are summed, then moved, at a time.
+constexpr int64_t kBlock = 4096;
+// Coordinates whose updates are held at a time, unless one tensor has more.
+constexpr int64_t kTogether = int64_t(1) << 18;
 
 // Part of one tensor, whose updates lie densely in the parameter's memory order.
 struct Block {
@@ -91,8 +93,8 @@ void move_block(const StepTensor& tensor, const T* u, int64_t first, int count, 
 
 // The step onto memory of -0.0 that lies as the parameters do, which then holds u; then two passes over that.
 template <class T>
-void step_scaled(const StepArguments& arguments, const StepTensor* from, int64_t count, double rms,
-                 const Parallel& parallel) {
+void step_scaled(
+    const StepArguments& arguments, const StepTensor* from, int64_t count, double rms, const Parallel& parallel) {
   std::vector<Flat> flats, onto;
   std::vector<StepTensor> raw;
   std::vector<int64_t> starts;
@@ -118,7 +120,8 @@ void step_scaled(const StepArguments& arguments, const StepTensor* from, int64_t
       flat.param[d] = stride;
       stride *= flat.sizes[d];
     }
-    flat.tensor.param = {updates.data() + starts[i], sizeof(T) == 8 ? DType::float64 : DType::float32, flat.param.data()};
+    flat.tensor.param = {
+        updates.data() + starts[i], sizeof(T) == 8 ? DType::float64 : DType::float32, flat.param.data()};
     raw.push_back(flat.tensor);
   }
   StepArguments step_arguments = arguments;

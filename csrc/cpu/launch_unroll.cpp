@@ -1,5 +1,5 @@
-// Forward and backward through time: the coordinates are cut into tiles, each of which goes through all its steps at
-// once.
+// Forward and backward through time: the coordinates are cut into tiles, and a thread takes a tile
+// through all its steps.
 #include "../lstm_unroll.h"
 #include "isa.h"
 #include "pack.h"

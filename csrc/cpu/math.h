@@ -1,9 +1,8 @@
 // The kernels' own exp2 and log in float32.
 //
 //   exp2     relative error <= 2e-7 for y in [-126, 42]; below, between 0 and 2^-126. NaN gives NaN.
-//   log      error <= 1e-7 |log x| + 5e-8 from the least denormal to the largest float; log 0 = -inf, log inf = inf,
-//   NaN
-//            gives NaN.
+//   log      error <= 1e-7 |log x| + 5e-8 from the least denormal to the largest float; log 0 = -inf,
+//            log inf = inf, NaN gives NaN.
 //   sigmoid  error <= 1.5e-7, and tanh error <= 2e-7, of any x, infinities included; both are exact at 0.
 //
 // tests/native/kernels_test.cpp holds every instruction set to these bounds.

@@ -241,23 +241,17 @@ void launch(const StepCall& call, const std::vector<DenseEntry>& entries, DType 
 
 template <class T>
 void launch(const StepCall& call, const std::vector<DenseEntry>& entries, DType state, cudaStream_t stream) {
-  switch (call.cell.net.hidden) {
-    case 4: return launch<1, T>(call, entries, state, stream);
-    case 8: return launch<2, T>(call, entries, state, stream);
-    case 12: return launch<3, T>(call, entries, state, stream);
-    case 16: return launch<4, T>(call, entries, state, stream);
-    case 20: return launch<5, T>(call, entries, state, stream);
-    case 32: return launch<8, T>(call, entries, state, stream);
-    default: throw std::logic_error("matrix_step does not support this hidden size");
-  }
+  const bool known = with_slots(call.cell.net.hidden, [&](auto slots) {
+    launch<decltype(slots)::value, T>(call, entries, state, stream);
+  });
+  if (!known) throw std::logic_error("matrix_step does not support this hidden size");
 }
 
 }  // namespace
 }  // namespace matrix
 
 bool matrix_step_supports(const StepArguments& arguments) {
-  const int hidden = arguments.net.hidden;
-  const bool size = hidden == 32 || (hidden % 4 == 0 && hidden <= 20);
+  const bool size = matrix::with_slots(arguments.net.hidden, [](auto) {});
   return size && arguments.weights_dtype == DType::float32 &&
          matrix::shared_bytes(arguments.net, DType::float32, 1) <= device::shared_limit();
 }

@@ -5,7 +5,7 @@
 
 namespace l2l {
 
-// Hidden sizes 4, 8, 12, 16, 20 and 32, as many layers as fit in shared memory, float32 weights; parameters and
+// Hidden sizes of matrix_slots.cuh, as many layers as fit in shared memory, float32 weights; parameters and
 // gradients of up to 32 bits and a state of float32 or bfloat16 whose rows are aligned to four coordinates. The other
 // tensors of a group stay with step.cu.
 bool matrix_step_supports(const StepArguments& arguments);

@@ -5,13 +5,12 @@
 // team exchange their new h through shared memory, one barrier a layer.
 #pragma once
 
+#include "matrix_slots.cuh"
 #include "matrix_state.cuh"
 
 namespace l2l {
 namespace matrix {
 namespace {
-
-L2L_HOST_DEVICE constexpr int team(int slots) { return slots * device::kWarp; }
 
 // Two rounds of what the warps exchange, [slot][lane].
 L2L_HOST_DEVICE constexpr int exchange_bytes(int slots) { return 2 * team(slots) * int(sizeof(float4)); }

@@ -6,6 +6,7 @@
 #include "matrix_unroll.h"
 
 #include "matrix_cell.cuh"
+#include "matrix_slots.cuh"
 
 namespace l2l {
 namespace matrix {
@@ -17,8 +18,6 @@ struct UnrollCall {
   UnrollArguments arguments;
   Matrix updates, last;
 };
-
-L2L_HOST_DEVICE constexpr int team(int slots) { return slots * device::kWarp; }
 
 // What the team shares, in float4s: [slot][lane] each.
 template <int kSlots>
@@ -219,19 +218,6 @@ void launch(const UnrollCall& call, cudaStream_t stream) {
   const auto grid = unsigned(std::min(tiles, 4 * multiprocessors));
   const auto bytes = size_t(shared_bytes<kSlots>(call.cell.net));
   check(device::launch(unroll<kSlots>, grid, team(kSlots), bytes, stream, call), "lstm_unroll");
-}
-
-// Calls f with the slots of the hidden size as a constant; false where it is not among the supported.
-template <class F>
-bool with_slots(int hidden, F f) {
-  auto with = [&](auto slots) {
-    if (hidden != 4 * slots()) return false;
-    f(slots);
-    return true;
-  };
-  using std::integral_constant;
-  return with(integral_constant<int, 1>()) || with(integral_constant<int, 2>()) || with(integral_constant<int, 3>()) ||
-         with(integral_constant<int, 4>()) || with(integral_constant<int, 5>()) || with(integral_constant<int, 8>());
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 namespace l2l {
 
-// Hidden sizes 4, 8, 12, 16, 20 and 32 with float32 weights, where weights and one tile's state fit in shared memory.
+// Hidden sizes of matrix_slots.cuh with float32 weights, where weights and one tile's state fit in shared memory.
 bool matrix_unroll_supports(const UnrollArguments& arguments);
 
 // As lstm_unroll_cuda, without a workspace.

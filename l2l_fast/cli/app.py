@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from l2l_fast import __version__
+from l2l_fast._version import __version__
 from l2l_fast.cli import bench, compare, demo, info, meta_train, reproduce, sweep, tasks
 from l2l_fast.cli.options import note
 

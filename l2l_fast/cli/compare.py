@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from l2l_fast import evaluate
-from l2l_fast import tasks as library
-from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder, report, stages
+from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder, progress_bars, report
+from l2l_fast.tasks import get
 
 
 def compare(
@@ -38,9 +38,9 @@ def compare(
         l2l-fast compare quadratic --network runs/meta-train-quadratic/network
         l2l-fast compare mnist-mlp --network runs/mnist/network --horizon 200 --baselines adam,nesterov
     """
-    problem, names = library.get(task), [name.strip() for name in baselines.split(",")]
+    problem, names = get(task), [name.strip() for name in baselines.split(",")]
     out = out_folder(out, f"compare-{task}")
-    with stages() as progress:
+    with progress_bars() as progress:
         comparison = evaluate.compare(
             problem, network, horizon=horizon, seeds=seeds, baselines=names, seed=seed,
             device=device, progress=progress,

@@ -11,9 +11,9 @@ import typer
 from torch import nn
 
 from l2l_fast import evaluate
-from l2l_fast.cli.options import Device, Json, Out, Seed, note, out_folder, report, stages
+from l2l_fast.cli.options import Device, Json, Out, Seed, note, out_folder, progress_bars, report
 from l2l_fast.data import Dataset, digits, halves
-from l2l_fast.meta import MetaTrainer, recipes
+from l2l_fast.meta import recipes, train
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.optim import LSTMOptimizer
 
@@ -21,7 +21,7 @@ DIGITS_STEPS, DIGITS_SEEDS = 200, 5
 
 
 def demo(
-    meta_steps: Annotated[int, typer.Option(help="Meta-updates.", min=1)] = recipes.DEMO.meta_steps,
+    meta_steps: Annotated[int, typer.Option(help="Meta-updates.", min=1)] = recipes.DEMO["meta_steps"],
     max_seconds: Annotated[float, typer.Option(help="Longest meta-training.", min=0)] = 120.0,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -39,14 +39,12 @@ def demo(
     """
     out = out_folder(out, "demo")
     note("1 of 3: an LSTM learns to minimise random quadratics")
-    torch.manual_seed(seed)
-    network = CoordinatewiseLSTM(**recipes.DEMO.network)
-    trainer = MetaTrainer(network, "quadratic", seed=seed, device=device, **recipes.DEMO.training)
-    trainer.fit(meta_steps, max_seconds=max_seconds)
+    trained = train(recipes.DEMO, meta_steps=meta_steps, max_seconds=max_seconds, seed=seed, device=device)
+    network = trained.network
     network.save_pretrained(out / "network")
 
     note("2 of 3: on quadratics it has never seen, beside baselines tuned for the same 100 steps")
-    with stages() as progress:
+    with progress_bars() as progress:
         comparison = evaluate.compare("quadratic", network, seeds=100, seed=seed, device=device, progress=progress)
     comparison.to_json(out / "comparison.json")
     comparison.plot(out / "comparison.png")

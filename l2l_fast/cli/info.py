@@ -6,8 +6,9 @@ import os
 
 import torch
 
-from l2l_fast import __version__, build_info
-from l2l_fast.checkpoint import from_pretrained, shipped
+from l2l_fast._native import build_info
+from l2l_fast._version import __version__
+from l2l_fast.checkpoint import shipped
 from l2l_fast.cli.options import Json, report
 from l2l_fast.networks import CoordinatewiseLSTM
 
@@ -26,7 +27,7 @@ def info(as_json: Json = False) -> None:
         "threads": torch.get_num_threads(),
         "cuda_device": _cuda_device(),
         "shipped_networks": shipped(),
-        "their_steps": {name: _rule(from_pretrained(name)) for name in shipped()},
+        "their_steps": {name: _rule(CoordinatewiseLSTM.from_pretrained(name)) for name in shipped()},
         "data_folder": os.environ.get("L2L_FAST_DATA"),
     }
     width = max(map(len, facts))

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 
-from l2l_fast import tasks as library
-from l2l_fast.cli.options import HORIZONS, Data, Device, Json, Out, Seed, note, out_folder, parse_horizon, report
-from l2l_fast.cli.training import prepare, read_recipe, stage_folders, stages
+from l2l_fast.cli.options import HORIZONS, Data, Device, Json, Out, Seed, curriculum, note, out_folder, report
 from l2l_fast.evaluate import plot_curves
-from l2l_fast.evaluate.comparison import json_text
-from l2l_fast.files import write_text
-from l2l_fast.meta import History, MetaTrainer, recipes
-from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.meta import Trained, train
+from l2l_fast.meta.recipes import for_tasks, read
+from l2l_fast.tasks import Task, get
 
 Choice = typer.Option  # short, for the long list below
 
@@ -100,53 +96,29 @@ def meta_train(
     if network is not None and shape:
         raise typer.BadParameter(f"--network already has its own {', '.join(shape)}; leave them out")
     if recipe:
-        chosen = read_recipe(recipe)
-        chosen["network"] |= shape
-        parts = stages(chosen, meta_steps)
-        prepared = [prepare(part, "mnist", seed) for part in parts]
-        learned, title = prepared[0][0], Path(recipe).stem
-        planned = [(part["meta_steps"], *rest) for part, (_, *rest) in zip(parts, prepared, strict=True)]
-        tasks = [task.name for task in prepared[-1][1]]
+        chosen, title = read(recipe), Path(recipe).stem
     else:
-        overrides = {} if init_scale is None else {"init_scale": _init_scale(init_scale)}
-        scaled = {name for name in tasks if hasattr(library.get(name), "init_scale")}
-        if overrides and not scaled:
-            raise typer.BadParameter(f"--init-scale is for classifiers; {tasks[0]} starts in its own way: leave it out")
-        mixture = [library.get(name, **(overrides if name in scaled else {})) for name in tasks]
-        known = recipes.for_task(mixture[0])
-        torch.manual_seed(seed)
-        learned, title = CoordinatewiseLSTM(**known.network | shape), "-".join(tasks)
-        planned = [(meta_steps or known.meta_steps, mixture, known.training)]
-    if network:
-        learned = CoordinatewiseLSTM.from_pretrained(network)
+        chosen, title = for_tasks(*_mixture(tasks, init_scale)), "-".join(tasks)
+    chosen["network"] |= shape
     changed = _given(
         unroll=unroll, instances=instances, parallel=parallel, meta_lr=meta_lr, schedule=schedule,
         objective=objective, meta_optimizer=meta_optimizer, average=average, scaling=scaling, imitation=imitation,
-        lr=lr, second_derivatives=second_derivatives, horizon=None if horizon is None else parse_horizon(horizon),
+        lr=lr, second_derivatives=second_derivatives, horizon=curriculum(horizon),
     )  # fmt: skip
     if second_derivatives:
         changed["coordinates"] = None  # a sample of them cannot carry second derivatives
     out = out_folder(out, f"meta-train-{title}")
     begun = time.monotonic()
-    for folder, (steps, mixture, training) in zip(stage_folders(out, planned), planned, strict=True):
-        trainer = MetaTrainer(
-            learned, mixture, device=device, seed=seed, checkpoint=folder / "checkpoint",
-            log_dir=folder / "tensorboard" if tensorboard else None, **training | changed,
-        )  # fmt: skip
-        try:
-            left = 60 * max_minutes - (time.monotonic() - begun)
-            history = trainer.fit(steps, max_seconds=max(1.0, left))  # a stage of no meta-steps has nothing to draw
-        finally:
-            if trainer.meta_step:  # a checkpoint that was refused has a network of its own there
-                learned.save_pretrained(folder / "network")  # the best weights so far, after an exception too
-        _record(history, trainer, folder, title)
-        note(f"network, history and picture are in {folder}")
-        if trainer.meta_step < steps:
-            break
+    trained = train(
+        chosen, out, network=network, meta_steps=meta_steps, max_seconds=60 * max_minutes, seed=seed, device=device,
+        tensorboard=tensorboard, on_stage=partial(_record, title), **changed,
+    )  # fmt: skip
+    trainer, history, folder = trained.trainer, trained.history, trained.folder
+    names = [task.name for task in trainer.tasks]
     seconds = time.monotonic() - begun
-    result = {"tasks": tasks, "meta_steps": trainer.meta_step, "seconds": seconds, "best_score": history.best_score,
+    result = {"tasks": names, "meta_steps": trainer.meta_step, "seconds": seconds, "best_score": history.best_score,
               "skipped": history.skipped, "network": str(folder / "network")}  # fmt: skip
-    try_it = ["l2l-fast", "compare", tasks[0], "--network", str(folder / "network")]
+    try_it = ["l2l-fast", "compare", names[0], "--network", str(folder / "network")]
     text = (
         f"{trainer.meta_step} meta-steps in {seconds:.0f} s; "
         f"best validation {history.best_score:.4g} (mean of f_t / f_0)\n"
@@ -156,14 +128,26 @@ def meta_train(
     report(result, text, as_json)
 
 
-def _record(history: History, trainer: MetaTrainer, folder: Path, title: str) -> None:
-    write_text(folder / "history.json", json_text(dataclasses.asdict(history)) + "\n")
+def _mixture(names: list[str], init_scale: str | None) -> list[Task]:
+    """The tasks of these names; classifiers among them start as ``--init-scale`` says."""
+    if init_scale is None:
+        return [get(name) for name in names]
+    scaled = {name for name in names if hasattr(get(name), "init_scale")}
+    if not scaled:
+        raise typer.BadParameter(f"--init-scale is for classifiers; {names[0]} starts in its own way: leave it out")
+    options = {"init_scale": _init_scale(init_scale)}
+    return [get(name, **(options if name in scaled else {})) for name in names]
+
+
+def _record(title: str, stage: Trained) -> None:
+    """The picture of a stage that has ended."""
+    losses = stage.history.meta_losses
     plot_curves(
-        {"meta-loss": np.array(history.meta_losses)}, folder / "meta_training.png",
-        f"meta-training: {title}",
-        xlabel="meta-step (meta-updates)", ylabel=f"meta-loss of a window ({trainer.objective})",
-        log=min(history.meta_losses) > 0,
+        {"meta-loss": np.array(losses)}, stage.folder / "meta_training.png", f"meta-training: {title}",
+        xlabel="meta-step (meta-updates)", ylabel=f"meta-loss of a window ({stage.trainer.options.objective})",
+        log=min(losses) > 0,
     )  # fmt: skip
+    note(f"network, history and picture are in {stage.folder}")
 
 
 def _given(**options) -> dict:

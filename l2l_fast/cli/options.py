@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from l2l_fast import meta
 from l2l_fast.checks import usable_device
-from l2l_fast.evaluate.comparison import json_text
+from l2l_fast.meta.curricula import Horizon, parse_horizon
+from l2l_fast.writing import json_text
 
 
 def _device(name: str) -> str:
@@ -58,16 +58,12 @@ def out_folder(out: Path | None, name: str) -> Path:
     return out
 
 
-def parse_horizon(text: str) -> meta.Horizon:
-    """A curriculum from ``100``, ``50:300`` or ``100,200,500``."""
+def curriculum(text: str | None) -> Horizon | None:
+    """The curriculum of ``--horizon``."""
     try:
-        if ":" in text:
-            return meta.LogUniform(*(int(part) for part in text.split(":")))
-        if "," in text:
-            return meta.Staged([int(part) for part in text.split(",")])
-        return meta.Horizon(int(text))
-    except (ValueError, TypeError) as error:
-        raise typer.BadParameter(f"--horizon {text!r}: give 100, 50:300 or 100,200,500 ({error})") from None
+        return None if text is None else parse_horizon(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--{error}") from None
 
 
 def parse_rates(text: str, option: str) -> list[float]:
@@ -92,8 +88,8 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def stages():
-    """Progress bars, one a stage: yields ``update(description, done, total)``."""
+def progress_bars():
+    """Progress bars, one for each description: yields ``update(description, done, total)``."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -101,7 +97,7 @@ def stages():
     progress, bars = Progress(*columns, console=Console(stderr=True)), {}
 
     def update(description: str, done: int, total: int) -> None:
-        progress.start()  # only now: a stage that is refused shows no bar
+        progress.start()  # only now: what is refused shows no bar
         if description not in bars:
             bars[description] = progress.add_task(description, total=total)
         progress.update(bars[description], completed=done, total=total)

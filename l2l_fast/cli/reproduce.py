@@ -7,21 +7,17 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from l2l_fast.cli.meta_lr import meta_lr
-from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder, report, stages
-from l2l_fast.cli.training import train_recipe
-from l2l_fast.evaluate import reproduce as runner
-from l2l_fast.evaluate.figures import Findings
-from l2l_fast.evaluate.report import html, markdown
-from l2l_fast.evaluate.rows import FULL, QUICK, ROWS, find
+import l2l_fast.reproduce
+from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder, progress_bars, report
 from l2l_fast.files import write_text
 from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.reproduce import FULL, QUICK, ROWS, Findings, Run, find
+from l2l_fast.reproduce.report import html, markdown
 from l2l_fast.tasks.classifier import DATASETS
 
 Networks = Mapping[str, CoordinatewiseLSTM]
@@ -77,18 +73,13 @@ def reproduce(
     words = [*(word for option, values in chosen.items() for value in values or []
              for word in (option, value)), "--dataset", dataset, *(["--seeds", str(seeds)] if seeds else []),
              *(["--quick"] if quick else []), *(["--seed", str(seed)] if seed else [])]  # fmt: skip
-    run = runner.Run(
-        out, dataset, settings, seed, device, lambda name: shlex.join(["l2l-fast", "reproduce", name, *words]), _stages
+    run = Run(
+        out, dataset, settings, seed, device, lambda name: shlex.join(["l2l-fast", "reproduce", name, *words]), _bars
     )
 
     found = []
     for name in names:
-        if ROWS[name].kind == "meta-lr":
-            findings = meta_lr(run)
-        else:
-            judged = networks[name] if networks[name] is not None else _trained(name, run, extra)
-            findings = runner.reproduce(name, judged, run)
-        found.append(findings)
+        found.append(l2l_fast.reproduce.reproduce(name, run, networks[name], beside=extra))
         note(f"{name}: row.json, table.txt and pictures are in {out / name}")
     if row == "all":
         write_text(out / "report.html", html(found, out, run.command("all")))
@@ -103,9 +94,9 @@ def _result(row: str, found: list[Findings]) -> dict:
 
 
 @contextmanager
-def _stages(what: str):
+def _bars(what: str):
     note(what)
-    with stages() as progress:
+    with progress_bars() as progress:
         yield progress
 
 
@@ -136,16 +127,3 @@ def _load(given: list[str]) -> Networks:
     if len(set(names)) < len(names):
         raise typer.BadParameter("--network was given twice with the same folder")
     return {name: CoordinatewiseLSTM.from_pretrained(path) for name, path in zip(names, given, strict=True)}
-
-
-def _trained(row: str, run: runner.Run, given: Networks) -> Networks:
-    """The networks of a row's recipe files, and those that a person wants beside them."""
-    networks = {}
-    with run.stages(f"{row}: meta-training") as progress:
-        for name in ROWS[row].recipes:
-            folder = train_recipe(
-                name, run.dataset, run.folder / "trained", meta_steps=run.settings.meta_steps, seed=run.seed,
-                device=run.device, on_step=partial(progress, f"recipe {name}"),
-            )  # fmt: skip
-            networks[name] = CoordinatewiseLSTM.from_pretrained(folder)
-    return networks | {f"{name}, given" if name in networks else name: net for name, net in given.items()}

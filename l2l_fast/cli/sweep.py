@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from l2l_fast import tasks as library
-from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder, parse_rates, report, stages
-from l2l_fast.cli.training import train_at_rate
+from l2l_fast.cli.options import (
+    Data,
+    Device,
+    Json,
+    Out,
+    Seed,
+    note,
+    out_folder,
+    parse_rates,
+    progress_bars,
+    report,
+)  # fmt: skip
 from l2l_fast.evaluate import plot_curves
-from l2l_fast.evaluate.comparison import json_text
-from l2l_fast.evaluate.trajectories import Lane, trajectories
+from l2l_fast.evaluate.compare import held_out, held_out_seeds, learned_lanes
+from l2l_fast.evaluate.trajectories import trajectories
 from l2l_fast.files import write_text
-from l2l_fast.optim import LSTMOptimizer
-
-FIRST_TEST_SEED = 3_000_000_000
+from l2l_fast.meta.recipes import train_at_rate
+from l2l_fast.tasks import get
+from l2l_fast.writing import json_text
 
 
 def sweep(
@@ -42,18 +52,16 @@ def sweep(
         l2l-fast sweep digits-mlp --meta-lr 0.01,0.003 --meta-steps 1000
     """
     rates = parse_rates(meta_lr, "--meta-lr")
-    problem = library.get(task)
-    held_out = problem.with_half("meta-test") if hasattr(problem, "with_half") else problem
+    problem = get(task)
     out = out_folder(out, f"sweep-{task}")
     networks = {}
-    with stages() as progress:
+    with progress_bars() as progress:
         for rate in rates:
-            on_step = lambda done, rate=rate: progress(f"meta-lr {rate:g}", done, meta_steps)  # noqa: E731
-            network, *_ = train_at_rate(problem, rate, meta_steps, horizon, seed, device, on_step)
-            networks[rate] = network
-        lanes = [Lane(lambda params, network=network: LSTMOptimizer(params, network)) for network in networks.values()]
-        held_out_seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + seeds)
-        losses = trajectories(held_out, lanes, horizon=horizon, seeds=held_out_seeds, device=device)
+            on_step = partial(progress, f"meta-lr {rate:g}")
+            trained = train_at_rate(problem, rate, meta_steps, horizon, seed=seed, device=device, on_step=on_step)
+            networks[rate] = trained.network
+        lanes, test_seeds = list(learned_lanes(networks).values()), held_out_seeds(seed, seeds)
+        losses = trajectories(held_out(problem), lanes, horizon=horizon, seeds=test_seeds, device=device)
     curves = dict(zip(rates, losses, strict=True))
     means = {rate: curve[:, 1:].mean().item() for rate, curve in curves.items()}
     finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}

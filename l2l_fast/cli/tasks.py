@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from l2l_fast import tasks as library
 from l2l_fast.cli.options import Json, report
+from l2l_fast.tasks import MetaTraining, Quadratic, Task, get, names
 
 
 def tasks(as_json: Json = False) -> None:
@@ -14,15 +14,15 @@ def tasks(as_json: Json = False) -> None:
         l2l-fast tasks
         l2l-fast tasks --json
     """
-    rows = {name: _describe(library.get(name)) for name in library.names()}
+    rows = {name: _describe(get(name)) for name in names()}
     width = max(map(len, rows))
     report(rows, "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items()), as_json)
 
 
-def _describe(task: library.Task) -> str:
-    if isinstance(task, library.Quadratic):
+def _describe(task: Task) -> str:
+    if isinstance(task, Quadratic):
         return f"||W x - y||^2 in {task.dimension} dimensions"
-    if isinstance(task, library.MetaTraining):
+    if isinstance(task, MetaTraining):
         return f"weights of an MLP of {task.hidden} units that optimizes {task.task.name}, {task.unroll} steps"
     units = "-".join(map(str, task.hidden))
     kind = "convolutions with channels" if task.kind == "conv" else "hidden layers of units"

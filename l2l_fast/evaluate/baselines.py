@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from l2l_fast.checks import usable_device, whole
-from l2l_fast.evaluate.trajectories import Lane, Progress, smoothed, trajectories
+from l2l_fast.evaluate.trajectories import Lane, Progress, finite_or_inf, smoothed, trajectories
 from l2l_fast.tasks.base import Task
 
 EXTENSION = 4  # rates added at a time: a decade
@@ -227,7 +227,7 @@ def tune_horizons(
 
 def _tuned(baseline: Baseline, scores: Scores) -> Tuned:
     exponents, best = sorted(scores), _best(scores)
-    mean_losses, final_losses = ([_finite_or_inf(scores[k][metric].mean()) for k in exponents] for metric in (0, 1))
+    mean_losses, final_losses = ([finite_or_inf(scores[k][metric].mean()) for k in exponents] for metric in (0, 1))
     return Tuned(
         baseline=baseline,
         rates=[10 ** (k / 4) for k in exponents],
@@ -240,27 +240,13 @@ def _tuned(baseline: Baseline, scores: Scores) -> Tuned:
     )
 
 
-def mean_loss(losses: Tensor) -> float:
-    """Mean over seeds and over t = 1 .. T of losses [B, T + 1]; inf if any is not finite."""
-    return _finite_or_inf(losses[:, 1:].double().mean())
-
-
-def final_loss(losses: Tensor, horizon: int) -> float:
-    """Smoothed loss at the horizon, averaged over seeds, of losses [B, T + 1]; inf if it is not finite."""
-    return _finite_or_inf(smoothed(losses, horizon)[:, -1].mean())
-
-
-def _finite_or_inf(value: Tensor) -> float:
-    return value.item() if value.isfinite() else float("inf")
-
-
 def _best(scores: Scores) -> tuple[int, int]:
     """Exponents of the lowest mean and of the lowest final loss; the lower rate where they tie."""
     return tuple(_ranked(scores, metric)[0] for metric in (0, 1))
 
 
 def _ranked(scores: Scores, metric: int) -> list[int]:
-    return sorted(sorted(scores), key=lambda k: _finite_or_inf(scores[k][metric].mean()))
+    return sorted(sorted(scores), key=lambda k: finite_or_inf(scores[k][metric].mean()))
 
 
 def _tied(scores: Scores, metric: int) -> bool:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import math
-import platform
-import re
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,14 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from l2l_fast import __version__
 from l2l_fast.checks import is_whole, require, usable_device, whole
-from l2l_fast.evaluate.baselines import BASELINES, USUAL, Baseline, final_loss, find_baseline, mean_loss
+from l2l_fast.environment import environment
+from l2l_fast.evaluate.baselines import BASELINES, USUAL, Baseline, find_baseline
 from l2l_fast.evaluate.comparison import Comparison, Result
 from l2l_fast.evaluate.store import Store, stored_trajectories, stored_tuning
-from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress, smoothed
+from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress, final_loss, mean_loss, smoothed
 from l2l_fast.modes import plain
-from l2l_fast.tasks.base import Instances, Task
+from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.optim import LSTMOptimizer
+from l2l_fast.tasks import get as get_task
+from l2l_fast.tasks.base import Instances, Task, half
 
 TIMED_STEPS, WARM_UP_STEPS = 40, 5
 # Tuning and held-out seeds stay apart for every ``seed`` a person may give (torch's CPU generator uses 32 bits).
@@ -197,9 +197,6 @@ def _name(optimizer) -> str:
 
 def _lane(optimizer, state_dtype: torch.dtype) -> Lane:
     if isinstance(optimizer, (str, PathLike, torch.nn.Module)):
-        from l2l_fast.networks import CoordinatewiseLSTM
-        from l2l_fast.optim import LSTMOptimizer
-
         network = optimizer  # found here and now: a wrong name should not cost the time of the tuning
         if not isinstance(optimizer, torch.nn.Module):
             network = CoordinatewiseLSTM.from_pretrained(optimizer)
@@ -226,11 +223,9 @@ def _baseline_lane(baseline: Baseline, rate: float) -> Lane:
 def held_out(task: Task | str) -> Task:
     """The task, by name or not, on the half that optimizers are judged on."""
     if isinstance(task, str):
-        from l2l_fast import tasks
-
-        task = tasks.get(task)
+        task = get_task(task)
     require(isinstance(task, Task), "task", task, "a task or the name of one")
-    return task.with_half("meta-test") if hasattr(task, "with_half") else task
+    return half(task, "meta-test")
 
 
 def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
@@ -290,22 +285,3 @@ def _now(device) -> float:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def environment(device: torch.device | str) -> dict:
-    """What a figure depends on besides the code."""
-    device = torch.device(device)
-    try:
-        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))[
-            1
-        ]
-    except (OSError, TypeError):  # not Linux, or an architecture whose cpuinfo has no such line
-        cpu = platform.processor() or platform.machine()
-    return {
-        "l2l_fast": __version__,
-        "torch": torch.__version__,
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from l2l_fast.evaluate.plots import BAND, draw
 from l2l_fast.evaluate.trajectories import smoothed
 from l2l_fast.files import write_text
+from l2l_fast.writing import json_text, with_error
 
 
 @dataclass
@@ -200,10 +203,17 @@ class Comparison:
     # ------------------------------------------------------------ for people
 
     def plot(self, path: str | PathLike) -> None:
-        """Write the picture of :func:`~l2l_fast.evaluate.plots.plot_comparison`."""
-        from l2l_fast.evaluate.plots import plot_comparison
-
-        plot_comparison(self, path)
+        """Write the picture that :func:`~l2l_fast.evaluate.pictures.plot_comparison` describes."""
+        lines = {}
+        for name, result in self.optimizers.items():
+            tuned = "" if name in self.learned else f" (lr {result.lr:.2g})"
+            curve = np.array(result.curve, dtype=float)
+            error = np.array(result.curve_std, dtype=float) / max(1, self.seeds) ** 0.5
+            lines[f"{result.label}{tuned}"] = (curve, error)
+        emphasised = [self.optimizers[name].label for name in self.learned]
+        seeds = f"{self.seeds} held-out seed{'s' if self.seeds > 1 else ''}"
+        title = f"{self.task}: {self.horizon} steps, {seeds}, baselines tuned"
+        draw(lines, path, title, emphasised, band=BAND)
 
     def table(self) -> str:
         """Plain text of at most 80 columns: a line an optimizer, the ratios below."""
@@ -270,25 +280,6 @@ def _jackknife(mine: list[float], best: list[float]) -> float | None:
         return None
     ratios = (a.sum() - a) / (b.sum() - b)
     return math.sqrt((len(a) - 1) * ratios.var(correction=0).item())
-
-
-def with_error(ratio: float, error: float | None) -> str:
-    """Such as 0.82 ± 0.01, with a digit more of an error that would vanish."""
-    return f"{ratio:.2f}" + ("" if error is None else f" ± {error:.{2 if error >= 0.005 else 3}f}")
-
-
-def json_text(value) -> str:
-    """JSON of a nested value, for files and for stdout: null for a number that is not finite, as JSON knows none."""
-    return json.dumps(_finite_or_null(value), indent=1, allow_nan=False)
-
-
-def _finite_or_null(value):
-    """The same nested value with None, JSON's null, for every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: _finite_or_null(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite_or_null(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _infinite(value):

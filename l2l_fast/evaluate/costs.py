@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from l2l_fast.config import state_size, weight_shapes
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.optim import LSTMOptimizer
-from l2l_fast.reference import state_size, weight_shapes
 
 COORDINATES, ROUNDS = 2**18, 9
 

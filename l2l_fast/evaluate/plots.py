@@ -5,55 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from l2l_fast.files import replacing
 
-if TYPE_CHECKING:
-    from l2l_fast.evaluate.comparison import Comparison, Result
-
 # Okabe and Ito's colours, told apart with any colour vision; black and vermilion are kept for what is emphasised.
 _EMPHASISED = ["#D55E00", "#000000", "#8B0000", "#444444"]
 _PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F", "#B8A200"]
 _DASHES = ["-", "-", "-", "-", (0, (4, 3)), (0, (1, 2)), (0, (6, 2, 1, 2))]
-_BAND = "mean ± standard error\nover seeds"  # what every band shows
-
-
-def plot_comparison(comparison: Comparison, path: str | PathLike) -> None:
-    """Picture of a comparison: loss against step, each optimizer at the rate of its lowest mean loss.
-
-    line: mean over seeds;   band: the mean plus and minus its standard error over seeds, std / sqrt(seeds)
-
-    Args:
-        comparison: what to draw; its learned optimizers are emphasised.
-        path: the file; its ending says the format.
-
-    Raises:
-        ImportError: without matplotlib.
-
-    Example:
-        >>> import pathlib, tempfile, torch, l2l_fast as l2l
-        >>> from l2l_fast.evaluate import compare, plot_comparison
-        >>> mine = {"mine": lambda params: torch.optim.Adam(params, lr=0.1)}
-        >>> found = compare(l2l.tasks.Quadratic(), mine, horizon=20, seeds=3, baselines=["sgd"])
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "comparison.png"
-        >>> plot_comparison(found, path)
-        >>> path.stat().st_size > 1000
-        True
-    """
-    lines = {}
-    for name, result in comparison.optimizers.items():
-        tuned = "" if name in comparison.learned else f" (lr {result.lr:.2g})"
-        curve = np.array(result.curve, dtype=float)
-        error = np.array(result.curve_std, dtype=float) / max(1, comparison.seeds) ** 0.5
-        lines[f"{result.label}{tuned}"] = (curve, error)
-    emphasised = [comparison.optimizers[name].label for name in comparison.learned]
-    seeds = f"{comparison.seeds} held-out seed{'s' if comparison.seeds > 1 else ''}"
-    title = f"{comparison.task}: {comparison.horizon} steps, {seeds}, baselines tuned"
-    _draw(lines, path, title, emphasised, band=_BAND)
+BAND = "mean ± standard error\nover seeds"  # what every band shows
 
 
 def plot_curves(
@@ -95,76 +57,19 @@ def plot_curves(
             error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(values.shape[1])
             lines[label] = (values.mean(0), error)
     several = any(_array(values).ndim > 1 and len(values) > 1 for values in curves.values())
-    band = _BAND if several else None
-    _draw(lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band=band)
-
-
-def plot_start_scales(comparisons: Mapping[float, Comparison], path: str | PathLike, title: str) -> None:
-    """Picture of the mean loss over the horizon against the scale that trajectories start from.
-
-    line: mean over seeds;   band: the mean plus and minus its standard error over seeds, std / sqrt(seeds)
-
-    Args:
-        comparisons: by start scale, all of the same optimizers.
-        path: the file; its ending says the format.
-        title: above the picture.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    scales = sorted(comparisons)
-    first, lines = comparisons[scales[0]], {}
-    for name, result in first.optimizers.items():
-        lines[result.label] = _mean_losses([comparisons[scale].optimizers[name] for scale in scales], first.seeds)
-    labels = {"xlabel": "standard deviation of the weights at the start (logarithmic scale)"}
-    labels["ylabel"] = f"mean loss over {first.horizon} steps"
-    emphasised = [first.optimizers[name].label for name in first.learned]
-    _draw(lines, path, title, emphasised, band=_BAND, x=np.array(scales), **labels)
-
-
-def plot_front(costs: Mapping[str, float], comparisons: Sequence[Comparison], path: str | PathLike, title: str) -> None:
-    """Picture of quality against cost: a point a network, a line a comparison.
-
-    line: mean loss over that of the best baseline;   band: plus and minus its standard error over seeds
-
-    Args:
-        costs: nanoseconds a coordinate and step, by network.
-        comparisons: all of these networks.
-        path: the file; its ending says the format.
-        title: above the picture.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    names = sorted(costs, key=costs.get)
-    lines = {}
-    for found in comparisons:
-        best = found.optimizers[found.best_baseline].mean_loss
-        values, error = _mean_losses([found.optimizers[name] for name in names], found.seeds)
-        lines[f"{found.task}, {found.horizon} steps"] = (values / best, error / best)
-    # On two levels by turns: networks that cost alike stand close together.
-    ticks = ["\n\n" * (i % 2) + f"{name}\n{costs[name]:.3g}" for i, name in enumerate(names)]
-    labels = {"xlabel": "network, and nanoseconds a coordinate and step (logarithmic scale)"}
-    labels["ylabel"] = "mean loss over the best baseline's"
-    labels["band"] = _BAND
-    _draw(lines, path, title, [], x=np.array([costs[name] for name in names]), ticks=ticks, log=False, **labels)
+    band = BAND if several else None
+    draw(lines, path, title, emphasised, xlabel=xlabel, ylabel=ylabel, log=log, band=band)
 
 
 def _array(values: np.ndarray | torch.Tensor) -> np.ndarray:
     return np.asarray(values.detach().cpu().double() if isinstance(values, torch.Tensor) else values, dtype=float)
 
 
-def _mean_losses(results: Sequence[Result], seeds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean losses over the horizon, and their standard errors over seeds."""
-    error = np.array([result.mean_loss_std for result in results]) / max(1, seeds) ** 0.5
-    return np.array([result.mean_loss for result in results]), error
-
-
-def _draw(
+def draw(
     lines, path, title, emphasised, *, band, xlabel="step (parameter updates)", ylabel="loss", log=True, x=None,
     ticks=None,
 ) -> None:  # fmt: skip
-    """Lines {label: (mean [T], half width of the band [T])} to a file, against steps or against positive ``x`` [T]."""
+    """Draw lines {label: (mean [T], half width of the band [T])} to a file, against steps or a positive ``x`` [T]."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -110,6 +110,21 @@ def smoothed(curves: Tensor, horizon: int) -> Tensor:
     return curves.unfold(-1, window, 1).mean(-1)
 
 
+def mean_loss(losses: Tensor) -> float:
+    """Mean over seeds and over t = 1 .. T of losses [B, T + 1]; inf if any is not finite."""
+    return finite_or_inf(losses[:, 1:].double().mean())
+
+
+def final_loss(losses: Tensor, horizon: int) -> float:
+    """Smoothed loss at the horizon, averaged over seeds, of losses [B, T + 1]; inf if it is not finite."""
+    return finite_or_inf(smoothed(losses, horizon)[:, -1].mean())
+
+
+def finite_or_inf(value: Tensor) -> float:
+    """A 0-dim tensor as a number; inf where it is not finite, NaN included."""
+    return value.item() if value.isfinite() else float("inf")
+
+
 def _gradients(stacked_loss, theta: Tensor, batch, instances: Instances, out: Tensor) -> Tensor:
     """Losses [K, B] at theta [K, B, N]; their gradients go to ``out``."""
     flat = instances.unflatten(theta.flatten(0, 1))

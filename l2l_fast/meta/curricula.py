@@ -29,8 +29,8 @@ class Horizon:
         """Steps of a validation run."""
         return self.steps
 
-    def draw(self, rng: np.random.Generator, progress: float) -> int:
-        """Length of a new trajectory; ``progress`` runs from 0 to 1 over the meta-training."""
+    def draw(self, rng: np.random.Generator, fraction: float) -> int:
+        """Length of a new trajectory; ``fraction`` runs from 0 to 1 over the meta-training."""
         return self.steps
 
     def validated(self, score: float) -> bool:
@@ -41,7 +41,7 @@ class Horizon:
         """Told that other weights are trained from now on: the scores so far are no standard for them."""
 
     def state_dict(self) -> dict:
-        """Numbers that a resumed run needs; here, and with a cap that follows from the progress, none."""
+        """Numbers that a resumed run needs; here, and with a cap that follows from that fraction, none."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
@@ -54,7 +54,7 @@ class Horizon:
 class LogUniform(Horizon):
     r"""Lengths log-uniform between ``low`` and a cap that grows from ``first`` to ``high`` over the first half.
 
-    steps ~ exp(U(log low, log cap)),   cap = first (high / first)^min(1, 2 progress)
+    steps ~ exp(U(log low, log cap)),   cap = first (high / first)^min(1, 2 fraction)
 
     Heavy-tailed horizons keep early speed in sight while late behaviour is learned (Wichrowska et al. 2017).
 
@@ -70,7 +70,7 @@ class LogUniform(Horizon):
         >>> import numpy as np
         >>> from l2l_fast.meta import LogUniform
         >>> horizon, rng = LogUniform(50, 800, first=100), np.random.default_rng(0)
-        >>> max(horizon.draw(rng, progress=0.0) for _ in range(100)) <= 100
+        >>> max(horizon.draw(rng, fraction=0.0) for _ in range(100)) <= 100
         True
 
     References:
@@ -86,8 +86,8 @@ class LogUniform(Horizon):
         super().__init__(high)
         self.low, self.first = low, first
 
-    def draw(self, rng: np.random.Generator, progress: float) -> int:
-        cap = self.first * (self.steps / self.first) ** min(1.0, 2 * progress)
+    def draw(self, rng: np.random.Generator, fraction: float) -> int:
+        cap = self.first * (self.steps / self.first) ** min(1.0, 2 * fraction)
         return round(math.exp(rng.uniform(math.log(self.low), math.log(cap))))
 
     def __repr__(self) -> str:
@@ -118,7 +118,7 @@ class Staged(Horizon):
     def validation(self) -> int:
         return self.stages[min(self.stage + 1, len(self.stages) - 1)]
 
-    def draw(self, rng: np.random.Generator, progress: float) -> int:
+    def draw(self, rng: np.random.Generator, fraction: float) -> int:
         return self.stages[self.stage]
 
     def validated(self, score: float) -> bool:
@@ -141,3 +141,25 @@ class Staged(Horizon):
 
     def __repr__(self) -> str:
         return f"Staged({self.stages}, patience={self.patience})"
+
+
+def parse_horizon(text: str | int) -> Horizon:
+    """A curriculum from ``100``, ``50:300`` (log-uniform), ``50:300:100`` (one whose top grows) or ``100,200,500``.
+
+    Raises:
+        ValueError: it is none of them; the message says what is.
+
+    Example:
+        >>> from l2l_fast.meta.curricula import parse_horizon
+        >>> parse_horizon(100), parse_horizon("50:300"), parse_horizon("100,200,500")
+        (Horizon(100), LogUniform(50, 300, first=300), Staged((100, 200, 500), patience=3))
+    """
+    text = str(text)
+    try:
+        if ":" in text:
+            return LogUniform(*(int(part) for part in text.split(":")))
+        if "," in text:
+            return Staged([int(part) for part in text.split(",")])
+        return Horizon(int(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"horizon {text!r}: give 100, 50:300 or 100,200,500 ({error})") from None

@@ -79,6 +79,11 @@ class Graphs:
         self._calls: Counter[Hashable] = Counter()
         self._replays: dict[Hashable, Work] = {}
 
+    @property
+    def captured(self) -> int:
+        """How many pieces of work are captured by now."""
+        return len(self._replays)
+
     def __call__(self, key: Hashable, work: Work) -> None:
         """Do ``work``, or the work that was captured under ``key``: the same work on the same memory."""
         if self.capture is None:

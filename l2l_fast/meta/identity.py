@@ -105,7 +105,7 @@ def describe_horizon(horizon: Horizon) -> dict:
     if horizon.state_dict():
         return facts  # lengths are those of where it stands
     rng = np.random.default_rng(0)
-    return facts | {"first_lengths": _fact([horizon.draw(rng, progress) for progress in (0.0, 0.3, 0.9)])}
+    return facts | {"first_lengths": _fact([horizon.draw(rng, fraction) for fraction in (0.0, 0.3, 0.9)])}
 
 
 def differences(saved: dict, now: dict) -> list[str]:

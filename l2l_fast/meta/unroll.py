@@ -11,14 +11,16 @@ without autograd, keeps its T gradients and its first state, and one call of ``l
 
 With ``update_rms`` the step takes r d / RMS(d) of each tensor in the place of u, d being what the network gives. A
 truncation then keeps its T d as well, and dL/dd follows from dL/du by itself
-(:func:`~l2l_fast.normalize.scale_rows_backward`); of B instances side by side each has its own tensors.
+(:func:`~l2l_fast.normalize.scale_rows_backward`); of B instances side by side each has its own tensors. What
+``orthogonalize`` adds, and what ``input_rms`` divides by, follow from gradients alone, so they count as constants.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +28,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from l2l_fast import normalize, ops
+from l2l_fast.config import Config
 from l2l_fast.meta.sampling import sample_coordinates
-from l2l_fast.reference import Config
 from l2l_fast.tasks import Instances
-from l2l_fast.tasks.base import Batch
+from l2l_fast.tasks.base import Batch, send
 
 OBJECTIVES = ("sum", "relative", "log")
 EPSILON = 1e-6  # keeps the log and relative objectives finite at a loss of zero
@@ -44,6 +46,15 @@ class Rule:
     lr: float = 1.0
     weight_decay: float = 0.0
     update_rms: float | None = None
+    input_rms: float | None = None
+    orthogonalize: bool = False
+
+
+class Estimate(NamedTuple):
+    """What a window gives: the 0-dim meta-loss, and its gradient with respect to the flat weights [W]."""
+
+    meta_loss: Tensor
+    gradient: Tensor
 
 
 class Trajectory:
@@ -58,13 +69,18 @@ class Trajectory:
         dtype: of parameters and state; float32, or float64 to check.
         scaling: optional [B, N] factors c: the optimizer sees theta / c and minimises f(c * theta) (Lv et al. 2017).
         window: the most steps that one window will have; a longer one makes the batches' place anew.
+        schedule: of the step, counted from 0, what the rule's ``lr`` is multiplied by there; None: 1.
     """
 
     def __init__(
-        self, instances: Instances, config: Config, dtype=torch.float32, scaling: Tensor | None = None, window: int = 1
-    ) -> None:
+        self, instances: Instances, config: Config, dtype=torch.float32, scaling: Tensor | None = None, window: int = 1,
+        schedule: Callable[[int], float] | None = None,
+    ) -> None:  # fmt: skip
         self.theta = torch.empty_like(instances.start(), dtype=dtype)
-        self.sizes = [math.prod(shape) for shape in instances.shapes.values()]  # of an instance's tensors
+        self.shapes = list(instances.shapes.values())  # of an instance's tensors
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.square = self.theta.new_zeros(len(self.theta), len(self.sizes))  # with input_rms
+        self.rates = self.theta.new_ones(window)  # the schedule's in the window
         self.scaling = None if scaling is None else torch.empty_like(scaling)
         self.state = ops.new_state(self.theta, config, dtype)
         self.step = torch.zeros(
@@ -73,26 +89,29 @@ class Trajectory:
         self.shift = torch.zeros((), dtype=torch.float64, device=self.theta.device)  # the window's random number
         self.grad = torch.empty_like(self.theta)
         self._window, self._batches = window, None
-        self.place(instances, scaling)
-        self.losses = self.evaluator()(_at(self._batches, 0), self.grad)
+        self.place(instances, scaling, schedule)
+        self.losses = self.evaluator()(at(self._batches, 0), self.grad)
         self.first_losses = self.losses.clone()
 
-    def place(self, instances: Instances, scaling: Tensor | None = None) -> None:
+    def place(
+        self, instances: Instances, scaling: Tensor | None = None, schedule: Callable[[int], float] | None = None
+    ) -> None:
         """Put another start here, of as many instances with the same shapes; :meth:`evaluate_start_` comes next."""
-        self.instances, self.steps_done = instances, 0
+        self.instances, self.steps_done, self.schedule = instances, 0, schedule
         self.theta.copy_(instances.start())
         self.theta.grad = None  # a teacher's
         if scaling is not None:
             self.theta.div_(scaling)
             self.scaling.copy_(scaling)
         self.state.zero_()
+        self.square.zero_()
         self.step.zero_()
         self._hold(instances.draws(1), 1)
 
     @torch.no_grad()
     def evaluate_start_(self) -> None:
         """Losses and gradients at the start."""
-        self.losses.copy_(self.evaluator()(_at(self._batches, 0), self.grad))
+        self.losses.copy_(self.evaluator()(at(self._batches, 0), self.grad))
         self.first_losses.copy_(self.losses)
 
     def next(self, length: int) -> Batch:
@@ -102,10 +121,27 @@ class Trajectory:
         """
         # Of a generator of its own, which follows from the instance and the step, so that batches do not depend on it.
         self.shift.fill_(np.random.default_rng((self.instances.generators[0].initial_seed(), self.steps_done)).random())
+        if length > len(self.rates):
+            self.rates = self.rates.new_ones(length)
+        if self.schedule is not None:
+            rates = [self.rate(self.steps_done + t) for t in range(length)]
+            self.rates[:length].copy_(
+                send(torch.tensor(rates, dtype=self.rates.dtype, device="cpu"), self.rates.device)
+            )
         self.steps_done += length
         if not self.instances.task.resample:  # they are what they were
             return tree_map(lambda leaf: leaf[0].expand(length, *leaf.shape[1:]), self._batches)
         return self._hold(self.instances.draws(length), length)
+
+    def rate(self, step: int) -> float:
+        """What the rule's ``lr`` is multiplied by in a step, counted from 0."""
+        return 1.0 if self.schedule is None else self.schedule(step)
+
+    def relative_(self, grad: Tensor, rule: Rule, step: Tensor) -> Tensor:
+        """What the network sees of a gradient [B, N] in its step number ``step``; moves its tensors' squares on."""
+        if rule.input_rms is None:
+            return grad
+        return normalize.relative_rows(grad, self.square, step, self.sizes, rule.config, rule.input_rms)
 
     def _hold(self, drawn: Batch, length: int) -> Batch:
         """Copy batches, leaves [length, B, ...], to their place."""
@@ -136,7 +172,7 @@ class Trajectory:
         return losses, grads * scale
 
     def state_dict(self) -> dict:
-        names = ("scaling", "theta", "state", "steps_done", "losses", "grad", "first_losses")
+        names = ("scaling", "theta", "state", "square", "steps_done", "losses", "grad", "first_losses")
         return {**{name: getattr(self, name) for name in names}, "instances": self.instances.state_dict()}
 
     def load_state_dict(self, saved: dict) -> None:
@@ -177,26 +213,49 @@ def loss_weights(
     return (weights * losses).sum(), weights
 
 
-def suffix_sums(grads: Tensor, d_losses: Tensor, lr: float = 1.0, weight_decay: float = 0.0) -> Tensor:
+def suffix_sums(
+    grads: Tensor, d_losses: Tensor, lr: float | Sequence[float] | Tensor = 1.0, weight_decay: float = 0.0
+) -> Tensor:
     """dL/du[t] for t = 0 .. T-1, from the gradients at theta[1] .. theta[T].
 
     Args:
         grads: grad f_s(theta[s]), s = 1 .. T, [T, B, N].
         d_losses: dL/df_s, [T, B].
-        lr, weight_decay: of the recurrence theta[t+1] = (1 - lr * weight_decay) theta[t] + lr u[t].
+        lr, weight_decay: of the recurrence theta[t+1] = (1 - lr[t] * weight_decay) theta[t] + lr[t] u[t]; one number,
+            or T of them.
 
     Returns:
         [T, B, N].
     """
-    sums = grads * (lr * d_losses)[:, :, None]
+    lr = torch.as_tensor(lr, dtype=grads.dtype, device=grads.device).expand(len(grads))
+    sums = grads * d_losses[:, :, None]
     rows = sums.unbind()
-    for earlier, later in zip(rows[-2::-1], rows[:0:-1], strict=True):
-        earlier.add_(later, alpha=1 - lr * weight_decay)
-    return sums
+    for earlier, later, shrinks in zip(
+        rows[-2::-1], rows[:0:-1], (1 - lr * weight_decay).flip(0).unbind()[:-1], strict=True
+    ):
+        earlier.addcmul_(later, shrinks)
+    return sums.mul_(lr[:, None, None])
+
+
+class Record:
+    """What :func:`advance_` leaves of a window for the gradient: what the network saw and gave, [T, B, N] each.
+
+    Attributes:
+        inputs: with ``input_rms``, what it saw of the gradients; else None.
+        raw: with ``update_rms``, d, what it gave; else None.
+        joined: with ``orthogonalize``, d after the momentum was added, before it is scaled; else None.
+    """
+
+    def __init__(self, rule: Rule, like: Tensor) -> None:
+        def kept(flag: bool) -> Tensor | None:
+            return torch.empty_like(like) if flag else None
+
+        self.inputs, self.raw = kept(rule.input_rms is not None), kept(rule.update_rms is not None)
+        self.joined = kept(rule.orthogonalize)
 
 
 @torch.no_grad()
-def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor, raw: Tensor | None = None) -> Tensor:
+def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor, record: Record | None = None) -> Tensor:
     """Steps of the learned optimizer, each followed by the loss and the gradient where it leads.
 
     Nothing here waits for the device, nor does it depend on anything that the host knows but the length.
@@ -206,32 +265,43 @@ def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor, 
         rule: the optimizer.
         batches: of T steps, from ``trajectory.next(T)``.
         grads: [T, B, N], takes the gradients at theta[1] .. theta[T].
-        raw: with ``update_rms``, [T, B, N]: takes what the network gives before it is scaled.
+        record: takes what the gradient needs.
 
     Returns:
         losses [T, B].
     """
-    evaluate, grad, losses = trajectory.evaluator(), trajectory.grad, []
-    lr = torch.full((), rule.lr, dtype=rule.weights.dtype, device=grad.device)
-    for t in range(len(grads)):
+    evaluate, grad, losses, theta = trajectory.evaluator(), trajectory.grad, [], trajectory.theta
+    rates = (rule.lr * trajectory.rates).to(rule.weights.dtype)
+    one = torch.ones_like(rates[0])
+    for t, lr in enumerate(rates[: len(grads)]):
         trajectory.step += 1
+        x = trajectory.relative_(grad, rule, trajectory.step)
         if rule.update_rms is None:
-            _step_(trajectory, trajectory.theta, grad, rule, lr, rule.weight_decay)
+            _step_(trajectory, theta, x, rule, lr, rule.weight_decay)
         else:
-            d = torch.full_like(trajectory.theta, -0.0)
-            _step_(trajectory, d, grad, rule, torch.ones_like(lr), 0.0)
-            if raw is not None:
-                raw[t] = d
-            moves = rule.lr * normalize.scale_rows(d, trajectory.sizes, rule.update_rms)
+            d = torch.full_like(theta, -0.0)
+            _step_(trajectory, d, x, rule, one, 0.0)
+            joined = _joined(trajectory, d, x, rule) if rule.orthogonalize else d
+            moves = lr * normalize.scale_rows(joined, trajectory.sizes, rule.update_rms)
             if rule.weight_decay:
-                decay = rule.lr * rule.weight_decay * trajectory.theta
-                moves -= torch.where(normalize.is_held(d), 0.0, decay)
-            trajectory.theta += moves
+                moves -= torch.where(normalize.is_held(d), 0.0, lr * rule.weight_decay * theta)
+            theta += moves
+            if record is not None:
+                record.raw[t] = d
+                if record.joined is not None:
+                    record.joined[t] = joined
+        if record is not None and record.inputs is not None:
+            record.inputs[t] = x
         grad = grads[t]
-        losses.append(evaluate(_at(batches, t), grad))
+        losses.append(evaluate(at(batches, t), grad))
     trajectory.grad.copy_(grad)
     trajectory.losses.copy_(losses[-1])
     return torch.stack(losses)
+
+
+def _joined(trajectory: Trajectory, d: Tensor, x: Tensor, rule: Rule) -> Tensor:
+    momentum = normalize.momentum(x, trajectory.state, rule.config, d.dtype)
+    return normalize.join_rows(d, torch.where(normalize.is_held(d), 0.0, momentum), trajectory.shapes)
 
 
 def _step_(trajectory: Trajectory, theta: Tensor, grad: Tensor, rule: Rule, lr: Tensor, weight_decay: float) -> None:
@@ -240,32 +310,6 @@ def _step_(trajectory: Trajectory, theta: Tensor, grad: Tensor, rule: Rule, lr: 
         [theta], [grad], [trajectory.state], rule.weights, lr, [trajectory.step], rule.config,
         weight_decay=weight_decay,
     )  # fmt: skip
-
-
-def unroll(
-    trajectory: Trajectory,
-    rule: Rule,
-    length: int,
-    *,
-    objective: str = "sum",
-    weights: Tensor | None = None,
-    coordinates: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Advance a trajectory by ``length`` steps and differentiate the losses after each of them.
-
-    Args:
-        trajectory: moved on in place.
-        rule: the optimizer.
-        length: T.
-        objective, weights: see :func:`loss_weights`.
-        coordinates: how many, of B * N, are drawn to stand for all in the gradient; None for all of them. See
-            :func:`~l2l_fast.meta.sampling.sample_coordinates`.
-
-    Returns:
-        losses [T, B], the 0-dim meta-loss, and its gradient with respect to the flat weights [W].
-    """
-    options = {"objective": objective, "weights": weights, "coordinates": coordinates}
-    return window_(trajectory, rule, trajectory.next(length), length, **options)
 
 
 @torch.no_grad()
@@ -278,105 +322,44 @@ def window_(
     objective: str = "sum",
     weights: Tensor | None = None,
     coordinates: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The part of :func:`unroll` that is the device's alone, as :func:`advance_` is; ``batches`` are the next ones."""
+) -> Estimate:
+    """Advance a trajectory by ``length`` steps and differentiate the losses after each of them.
+
+    It is the device's part of the work alone, as :func:`advance_` is.
+
+    Args:
+        trajectory: moved on in place.
+        rule: the optimizer.
+        batches: of T steps, from ``trajectory.next(T)``.
+        length: T.
+        objective, weights: see :func:`loss_weights`.
+        coordinates: how many, of B * N, are drawn to stand for all in the gradient; None for all of them. See
+            :func:`~l2l_fast.meta.sampling.sample_coordinates`.
+    """
     size, first_state = trajectory.theta.numel(), trajectory.state.clone(memory_format=torch.preserve_format)
     first_step = trajectory.step + 1
     grads = trajectory.grad.new_empty(length + 1, *trajectory.grad.shape)
     grads[0] = trajectory.grad
-    raw = None if rule.update_rms is None else torch.empty_like(grads[1:])
-    losses = advance_(trajectory, rule, batches, grads[1:], raw)
+    record = Record(rule, grads[1:])
+    losses = advance_(trajectory, rule, batches, grads[1:], record)
     meta_loss, d_losses = loss_weights(objective, losses, trajectory.first_losses, weights)
-    d_updates = suffix_sums(grads[1:], d_losses, rule.lr, rule.weight_decay)
-    if raw is not None:
-        d_updates = normalize.scale_rows_backward(d_updates, raw, trajectory.sizes, rule.update_rms)
-    d_updates = d_updates.view(length, size)
-    inputs, states = grads[:length].view(length, size), first_state.view(size, -1)
+    d_updates = suffix_sums(grads[1:], d_losses, rule.lr * trajectory.rates[:length], rule.weight_decay)
+    if rule.update_rms is not None:
+        joined = record.joined if rule.orthogonalize else record.raw
+        d_updates = normalize.scale_rows_backward(d_updates, joined, trajectory.sizes, rule.update_rms)
+    if rule.orthogonalize:
+        d_updates = normalize.join_rows_backward(d_updates, record.raw, trajectory.shapes)
+    inputs = grads[:length] if record.inputs is None else record.inputs
+    d_updates, inputs = d_updates.view(length, size), inputs.view(length, size)
+    states = first_state.view(size, -1)
     if coordinates is not None and coordinates < size:
         chosen, factors = sample_coordinates(d_updates, coordinates, trajectory.shift)
         d_updates, inputs = d_updates[:, chosen] * factors, inputs[:, chosen]
         states = states.T[:, chosen].T  # along the rows, which are contiguous
     *_, d_weights = ops.lstm_unroll_backward(d_updates, None, inputs, states, rule.weights, rule.config, first_step)
-    return losses, meta_loss, d_weights
+    return Estimate(meta_loss, d_weights)
 
 
-def unroll_second_derivatives(
-    trajectory: Trajectory, rule: Rule, length: int, *, objective: str = "sum", weights: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`unroll` with the gradients' dependence on theta kept: the paper's slower option, all by autograd."""
-    phi = rule.weights.detach().requires_grad_()
-    theta, grad, state = trajectory.theta, trajectory.grad, trajectory.state.view(trajectory.theta.numel(), -1)
-    losses = []
-    with torch.enable_grad():
-        for t in range(length):
-            step = trajectory.steps_done + t + 1
-            updates, state = ops.lstm_unroll(grad.reshape(1, -1), state, phi, rule.config, step)
-            updates = updates.view_as(theta)
-            if rule.update_rms is not None:
-                updates = normalize.scale_rows(updates, trajectory.sizes, rule.update_rms)
-            theta = (1 - rule.lr * rule.weight_decay) * theta + rule.lr * updates
-            loss, grad = trajectory.evaluate(theta, create_graph=True)
-            losses.append(loss)
-        losses = torch.stack(losses)
-        meta_loss, _ = loss_weights(objective, losses, trajectory.first_losses, weights)
-        (d_weights,) = torch.autograd.grad(meta_loss, phi)
-    with torch.no_grad():
-        trajectory.theta.copy_(theta)
-        trajectory.grad.copy_(grad)
-        trajectory.losses.copy_(losses[-1])
-        trajectory.state.view(trajectory.theta.numel(), -1).copy_(state)
-        trajectory.step += length
-    trajectory.steps_done += length
-    return losses.detach(), meta_loss.detach(), d_weights
-
-
-def imitate(
-    trajectory: Trajectory, rule: Rule, length: int, teacher: torch.optim.Optimizer
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Let a hand-designed optimizer lead, and fit its moves.
-
-    L = 1 / (2 n) * sum_t ||lr * u[t] - lr * weight_decay * theta[t] - move_teacher[t]||^2 over n = B * N coordinates
-    (Chen et al. 2020).
-
-    Args:
-        trajectory: moved on in place, by the teacher.
-        rule: the optimizer that learns.
-        length: T.
-        teacher: an optimizer of ``trajectory.theta``.
-
-    Returns:
-        as :func:`unroll`: losses of the teacher's trajectory, the meta-loss, its gradient.
-    """
-    size, theta = trajectory.theta.numel(), trajectory.theta
-    evaluate, batches = trajectory.evaluator(), trajectory.next(length)
-    grads = theta.new_empty(length + 1, *theta.shape)
-    grads[0] = trajectory.grad
-    moves, losses = theta.new_empty(length, *theta.shape), []
-    for t in range(length):
-        before = theta.clone()
-        theta.grad = grads[t]
-        teacher.step()
-        moves[t] = theta - before + rule.lr * rule.weight_decay * before  # what lr * u should be
-        losses.append(evaluate(_at(batches, t), grads[t + 1]))
-    trajectory.grad.copy_(grads[length])
-    trajectory.losses.copy_(losses[-1])
-    with torch.no_grad():
-        step = trajectory.step + 1
-        first_state, flat = trajectory.state.view(size, -1), grads[:length].view(length, size)
-        updates, last_state = ops.lstm_unroll(flat, first_state, rule.weights, rule.config, step)
-        if rule.update_rms is not None:
-            raw, sizes = updates.view_as(moves), trajectory.sizes
-            updates = normalize.scale_rows(raw, sizes, rule.update_rms).view(length, size)
-        error = rule.lr * updates - moves.view(length, size)
-        d_updates = rule.lr * error / size
-        if rule.update_rms is not None:
-            d_updates = normalize.scale_rows_backward(d_updates.view_as(moves), raw, sizes, rule.update_rms)
-            d_updates = d_updates.view(length, size)
-        *_, d_weights = ops.lstm_unroll_backward(d_updates, None, flat, first_state, rule.weights, rule.config, step)
-        first_state.copy_(last_state)
-        trajectory.step += length
-    return torch.stack(losses), error.square().sum() / (2 * size), d_weights
-
-
-def _at(batches: Batch, t: int) -> Batch:
+def at(batches: Batch, t: int) -> Batch:
+    """The batches of one step."""
     return tree_map(lambda leaf: leaf[t], batches)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from l2l_fast import reference
 from l2l_fast.checks import require
+from l2l_fast.config import split_weights, weight_shapes
 from l2l_fast.networks import CoordinatewiseLSTM
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -125,7 +125,7 @@ class MetaUpdate:
 
     def step(self) -> None:
         """Of the meta-optimizer, along the gradient measured."""
-        for name, piece in reference.split_weights(self.gradient, self.network.config).items():
+        for name, piece in split_weights(self.gradient, self.network.config).items():
             if name not in self.frozen:
                 self._all[name].grad = piece
         self.optimizer.step()
@@ -150,7 +150,7 @@ class MetaUpdate:
 def _parameters(network: CoordinatewiseLSTM) -> dict[str, torch.nn.Parameter]:
     """By name, in the order of the flat weights."""
     found = {}
-    for name in reference.weight_shapes(network.config):
+    for name in weight_shapes(network.config):
         try:
             found[name] = network.get_parameter(name)
         except AttributeError:

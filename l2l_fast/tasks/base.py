@@ -27,7 +27,9 @@ class Task(Protocol):
     """A family of optimizees.
 
     A task may have one attribute more, ``vmap``: False where ``torch.vmap`` cannot batch its loss, such as for
-    recurrent layers or a branch on values. Instances are then evaluated one after another.
+    recurrent layers or a branch on values. Instances are then evaluated one after another. And one method more,
+    ``with_half(name)``: the same task on "meta-train" or "meta-test", the half of its data that optimizers learn on or
+    the one that they are judged on.
 
     Attributes:
         name: what tables and file names call it.
@@ -52,6 +54,11 @@ class Task(Protocol):
         ``batch`` is where the params are.
         """
         ...
+
+
+def half(task: Task, name: str) -> Task:
+    """The task on a half of its data, "meta-train" or "meta-test"; itself where it has no halves."""
+    return task.with_half(name) if hasattr(task, "with_half") else task
 
 
 class Resident:

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_map
 from l2l_fast.checks import is_number, require, whole
 from l2l_fast.reference import log_sign
 from l2l_fast.tasks.base import Batch, Instances, Params, Task, batched, unflatten
+from l2l_fast.tasks.base import half as to_half
+from l2l_fast.tasks.registry import get
 
 FEATURES = 4  # log and sign of a gradient coordinate, and both of its ratios to the root of its running square
 PREPROCESS_P, BETA, EPSILON = 10.0, 0.95, 1e-8  # p, decay and eps of the LSTM's own features
@@ -69,9 +71,7 @@ class MetaTraining:
         name: str | None = None,
     ) -> None:
         if isinstance(task, str):
-            from l2l_fast import tasks  # which has this task's name
-
-            task = tasks.get(task)
+            task = get(task)
         require(isinstance(task, Task), "task", task, "a task or the name of one")
         require(is_number(output_scale) and output_scale > 0, "output_scale", output_scale, "a positive number")
         self.task, self.hidden = task, whole("hidden", hidden, 1)
@@ -87,8 +87,7 @@ class MetaTraining:
     def with_half(self, half: str) -> MetaTraining:
         """The same, phi learning on ``half`` of the inner task's data if that has halves."""
         other = copy.copy(self)
-        if hasattr(self.task, "with_half"):
-            other.task = self.task.with_half(half)
+        other.task = to_half(self.task, half)
         return other
 
     def init(self, generator: torch.Generator) -> Params:

@@ -122,6 +122,10 @@ class ModuleTask:
         seed = torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu")
         return {name: param.detach().clone() for name, param in _trainable(self._make(int(seed))).items()}
 
+    def module(self, generator: torch.Generator) -> nn.Module:
+        """The module of :meth:`init` itself, as ``make_module`` returns it, to be trained by any loop."""
+        return self._make(int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu")))
+
     def sample(self, generator: torch.Generator) -> Tensor:
         """Rows [n] of the data, int64, on the CPU."""
         size = (self.batch_size,)

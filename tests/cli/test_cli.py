@@ -10,6 +10,8 @@ import torch
 
 import l2l_fast
 from l2l_fast import CoordinatewiseLSTM, MetaTrainer, files, tasks
+from l2l_fast.cli import sweep
+from l2l_fast.evaluate.compare import held_out_seeds
 
 COMMANDS = ["demo", "meta-train", "compare", "sweep", "reproduce", "bench", "tasks", "info"]
 
@@ -205,12 +207,12 @@ def test_meta_train_keeps_the_best_network_of_a_run_that_fails(run, monkeypatch)
             raise RuntimeError("no more of it")
         return loss(self, params, batch)
 
-    monkeypatch.setattr("l2l_fast.cli.meta_train.MetaTrainer", Watched)
+    monkeypatch.setattr("l2l_fast.meta.recipes.MetaTrainer", Watched)
     monkeypatch.setattr(tasks.Quadratic, "loss", fail_later)
     code, _, err = run("meta-train", "quadratic", "--horizon", 5, "--meta-steps", 120, "--out", "a")
     assert (code, "no more of it" in err) == (1, True)
     assert found[0].history.best_score < 1
-    assert torch.equal(CoordinatewiseLSTM.from_pretrained("a/network").flat_weights(), found[0]._best)
+    assert torch.equal(CoordinatewiseLSTM.from_pretrained("a/network").flat_weights(), found[0].weights.best)
 
 
 def test_meta_train_under_torchrun_says_that_it_runs_alone(run, tmp_path, monkeypatch):
@@ -272,6 +274,16 @@ def test_sweep_names_the_best_rate(run, tmp_path):
     assert found["best"] == 0.01
     assert len(found["meta_lrs"]["0.0001"]["curve"]) == 31
     assert (tmp_path / "runs" / "sweep-quadratic" / "sweep.png").stat().st_size > 5000
+
+
+def test_the_seed_of_a_sweep_shifts_its_held_out_seeds(run, monkeypatch):
+    seen, measure = [], sweep.trajectories
+    spy = lambda *task, seeds, **options: seen.append(seeds) or measure(*task, seeds=seeds, **options)  # noqa: E731
+    monkeypatch.setattr(sweep, "trajectories", spy)
+    for number in (0, 7):
+        arguments = ("--meta-lr", "0.01", "--meta-steps", 1, "--horizon", 5, "--seeds", 3, "--seed", number)
+        assert run("sweep", "quadratic", *arguments)[0] == 0
+    assert seen == [held_out_seeds(0, 3), held_out_seeds(7, 3)]
 
 
 def test_demo_tells_the_whole_story(run, tmp_path):

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from l2l_fast.cli import reproduce as command
-from l2l_fast.cli.training import read_recipe, stages
-from l2l_fast.evaluate.rows import ROWS, Case, Settings
+from l2l_fast.meta.recipes import read, stages
+from l2l_fast.reproduce.rows import ROWS, Case, Settings
 
 SMALL = {"mnist": Case("{dataset}-mlp", (3, 6), {6: {"ratio_mean": 100.0}}), "quadratic": Case("quadratic", (5,)),
          "ablation": Case("quadratic", (4,)), "horizon": Case("{dataset}-mlp", bars={0: {"diverged": 0.0}}),
@@ -118,11 +118,11 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(run, monkeypatch, argument
 
 
 def test_recipe_files_say_what_differs():
-    base = read_recipe("base")
-    changed = read_recipe("moments")
+    base = read("base")
+    changed = read("moments")
     assert changed["network"] == base["network"] | {"features": "moments"}
     assert (changed["training"], changed["tasks"]) == (base["training"], base["tasks"])
-    assert read_recipe("no-scaling")["training"]["scaling"] == 0
+    assert read("no-scaling")["training"]["scaling"] == 0
 
 
 def test_a_recipe_like_another_has_its_later_stages_or_its_own(tmp_path):
@@ -137,7 +137,7 @@ def test_a_recipe_like_another_has_its_later_stages_or_its_own(tmp_path):
     }
     for name, recipe in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(recipe))
-    three, longer, other, short, tasks = (stages(read_recipe(str(tmp_path / f"{name}.json"))) for name in files)
+    three, longer, other, short, tasks = (stages(read(str(tmp_path / f"{name}.json"))) for name in files)
     second = first | {"tasks": ["b"], "training": {"unroll": 5, "meta_lr": 1}, "meta_steps": 6}
     third = second | {"training": {"unroll": 9, "meta_lr": 1}, "meta_steps": 7}
     assert three == [first, second, third]

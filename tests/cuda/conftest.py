@@ -13,7 +13,6 @@ import torch
 import l2l_fast  # noqa: F401  # defines the ops that the library implements
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "native"))  # problems.py, and the cases that the CPU kernels are held to
 
 # Without it cuBLAS refuses to run under use_deterministic_algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

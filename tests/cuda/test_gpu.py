@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import l2l_fast as l2l
 from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, ops, reference
 from l2l_fast.arguments import codes
+from l2l_fast.config import Config, state_size
 
 pytestmark = pytest.mark.cuda
 
@@ -121,7 +122,7 @@ def test_a_thousand_steps(config, state_dtype):
     curvature, theta64 = torch.logspace(-2, 1, 50).double(), torch.linspace(-1, 1, 50).double()
     theta = theta64.float().cuda()
     state = ops.new_state(theta, config, state_dtype)
-    state64, weights = torch.zeros(50, reference.state_size(config)).double(), make_weights(config)
+    state64, weights = torch.zeros(50, state_size(config)).double(), make_weights(config)
     lr, weights_there = torch.tensor(0.01, device="cuda"), weights.cuda()
     for number in range(1, 1001):
         # Both get the gradient of the float64 run: two chaotic runs would part however small the errors.
@@ -154,7 +155,7 @@ def test_a_step_of_many_coordinates_is_the_same_in_every_run(state_dtype):
 
 @pytest.mark.slow
 def test_more_coordinates_than_32_bits_count():
-    config, count = reference.Config("identity", 1, 1, False, "linear", 0.1, 10.0, 0.95, 0.95, 1e-8), 2**31 + 100
+    config, count = Config("identity", 1, 1, False, "linear", 0.1, 10.0, 0.95, 0.95, 1e-8), 2**31 + 100
     if torch.cuda.mem_get_info()[0] < 12 * count:
         pytest.skip("needs 26 GB of GPU memory")
     param = torch.zeros(count, dtype=torch.bfloat16, device="cuda")

@@ -8,7 +8,7 @@ from problems import LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weight
 from test_parity import check_rounded_step, check_step, step_both
 
 from l2l_fast import ops, reference
-from l2l_fast.reference import Config
+from l2l_fast.config import Config, split_weights, state_size
 
 pytestmark = [] if os.environ.get("L2L_FAST_EMULATED") else [pytest.mark.cuda]
 
@@ -87,7 +87,7 @@ def test_gradients_that_are_not_finite_change_nothing(device, config, state_dtyp
 
 
 def test_a_state_that_is_not_aligned_takes_the_general_kernel(device):
-    state = torch.empty(71 * reference.state_size(PAPER) + 1)[1:].view(reference.state_size(PAPER), 71).t()
+    state = torch.empty(71 * state_size(PAPER) + 1)[1:].view(state_size(PAPER), 71).t()
     state.uniform_(-0.9, 0.9)
     check_step(device, [torch.randn(71)], [make_grads(71)], [state], PAPER)
 
@@ -117,7 +117,7 @@ def test_factors_beyond_float16(device, size, count):
     config = PAPER._replace(features="identity")
     params, grads, states = problem(config, count)
     weights = make_weights(config)
-    rows = reference.split_weights(weights, config)["weight_ih_l0"]
+    rows = split_weights(weights, config)["weight_ih_l0"]
     rows /= size
     grads[0] *= size
     found, expected = step_both(device, params, grads, states, config, weights=weights)

@@ -35,7 +35,7 @@ def assert_same_run(graphs, eager):
         found, expected = (torch.tensor(getattr(trainer.history, name)) for trainer in (graphs, eager))
         assert_close(found, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
     assert graphs.history.skipped == eager.history.skipped
-    assert_close(graphs._current, eager._current, rtol=1e-3, atol=1e-5)
+    assert_close(graphs.weights.current, eager.weights.current, rtol=1e-3, atol=1e-5)
 
 
 OPTIONS = {
@@ -57,8 +57,8 @@ def test_captured_meta_training_is_the_eager_one(task, name):
     graphs, eager = make_trainer(task, **OPTIONS[name]), make_trainer(task, graphs=False, **OPTIONS[name])
     graphs.fit(30)
     eager.fit(30)
-    assert graphs._graphs._replays
-    assert not eager._graphs._replays
+    assert graphs.graphs.captured
+    assert not eager.graphs.captured
     assert_same_run(graphs, eager)
 
 
@@ -66,7 +66,7 @@ def test_captured_meta_training_is_the_eager_one(task, name):
 def test_a_meta_step_waits_for_the_device_once(task):
     trainer = make_trainer(task, horizon=40, unroll=20, scaling=0.5, schedule="cosine", validate_every=1000)
     trainer.fit(12)  # captured by now
-    launch, ahead = trainer._launch, trainer._draw_ahead
+    launch, ahead = trainer.launch, trainer.streams.draw_ahead
 
     def watched(work):
         def run(*arguments):
@@ -78,9 +78,9 @@ def test_a_meta_step_waits_for_the_device_once(task):
 
         return run
 
-    trainer._launch, trainer._draw_ahead = watched(launch), watched(ahead)
+    trainer.launch, trainer.streams.draw_ahead = watched(launch), watched(ahead)
     for _ in range(6):  # new trajectories among them
-        trainer._step()
+        trainer.step()
 
 
 def test_nothing_is_allocated_from_step_to_step():
@@ -88,7 +88,7 @@ def test_nothing_is_allocated_from_step_to_step():
     trainer.fit(30)
     before = torch.cuda.memory_reserved()
     for _ in range(50):
-        trainer._step()
+        trainer.step()
     assert torch.cuda.memory_reserved() == before
 
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_the_cpu_goes_on_on_the_gpu(tmp_path):
     make("cpu").fit(6)
     on_gpu = make("cuda")
     on_gpu.fit(20)
-    assert on_gpu._graphs._replays
+    assert on_gpu.graphs.captured
     on_cpu = make("cpu")
     assert len(on_cpu.fit(24).meta_losses) == 24
 
@@ -173,4 +173,4 @@ def test_graphs_share_memory_and_keep_their_results_apart():
             graphs(index, lambda: work(index))  # noqa: B023
         for index, result in enumerate(results):
             assert (result == number + index).all()
-    assert len(graphs._replays) == 3
+    assert graphs.captured == 3

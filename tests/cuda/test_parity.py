@@ -8,12 +8,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
-from test_native_step import CONFIGS, IDENTITY, LAYOUTS, config_id
+from problems import (
+    CONFIGS,
+    IDENTITY,
+    LAYOUTS,
+    LINEAR,
+    PAPER,
+    RNNPROP,
+    config_id,
+    make_grads,
+    make_state,
+    make_weights,
+)  # fmt: skip
 
 from l2l_fast import ops, reference
 from l2l_fast.arguments import codes
-from l2l_fast.reference import Config
+from l2l_fast.config import FEATURES, OUTPUTS, Config, state_size
 
 EMULATED = bool(os.environ.get("L2L_FAST_EMULATED"))
 pytestmark = [] if EMULATED else [pytest.mark.cuda]
@@ -123,7 +133,7 @@ def test_step_of_any_strides(device, layout, canonical, grad_like_param):
     param = LAYOUTS[layout]()
     grad = torch.empty_like(param) if grad_like_param else torch.empty(param.shape)
     grad.copy_(make_grads(*param.shape))
-    state = ops.new_state(param, TINY) if canonical else torch.empty(*param.shape, reference.state_size(TINY))
+    state = ops.new_state(param, TINY) if canonical else torch.empty(*param.shape, state_size(TINY))
     state.copy_(torch.empty(state.shape).uniform_(-0.9, 0.9))
     check_step(device, [param], [grad], [state], TINY)
 
@@ -131,7 +141,7 @@ def test_step_of_any_strides(device, layout, canonical, grad_like_param):
 def test_step_of_more_dimensions_than_a_table_holds(device):
     param = torch.randn(3, 2, 4, 3, 2, 5).permute(3, 1, 5, 0, 4, 2)[:, :, ::2]
     grad = make_grads(*param.shape)
-    state = torch.empty(*param.shape, reference.state_size(TINY)).uniform_(-0.9, 0.9)
+    state = torch.empty(*param.shape, state_size(TINY)).uniform_(-0.9, 0.9)
     check_step(device, [param], [grad], [state], TINY)
 
 
@@ -232,7 +242,7 @@ def test_groups_of_more_tensors_than_a_table_holds(device):
         param = torch.randn(i % 4) if i % 5 else torch.randn(2, 3).t()
         params.append(param.to(torch.bfloat16) if i % 3 == 0 else param)
         grads.append(make_grads(*param.shape, seed=i))
-        states.append(torch.zeros(*param.shape, reference.state_size(TINY)) if i % 2 else ops.new_state(param, TINY))
+        states.append(torch.zeros(*param.shape, state_size(TINY)) if i % 2 else ops.new_state(param, TINY))
     check_step(device, params, grads, states, TINY, rtol=2e-5 + torch.finfo(torch.bfloat16).eps / 2)
 
 
@@ -403,12 +413,12 @@ def test_unroll_is_steps(device):
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # the device is the same for all examples
 )
 @given(
-    features=st.sampled_from(sorted(reference.FEATURES)),
+    features=st.sampled_from(sorted(FEATURES)),
     hidden=st.integers(1, 64),
     layers=st.integers(1, 3),
     projection=st.booleans(),
     linear_path=st.booleans(),
-    output=st.sampled_from(reference.OUTPUTS),
+    output=st.sampled_from(OUTPUTS),
     horizon=st.integers(0, 3 if EMULATED else 6),
     sizes=st.lists(st.integers(0, 70 if EMULATED else 140), min_size=1, max_size=3),
     d_last=st.booleans(),

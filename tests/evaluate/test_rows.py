@@ -9,12 +9,12 @@ import torch
 
 import l2l_fast as l2l
 from l2l_fast import tasks
-from l2l_fast.evaluate import compare, compare_horizons, rows, tune, tune_horizons
-from l2l_fast.evaluate import reproduce as runner
-from l2l_fast.evaluate.figures import Entry, Findings, number
-from l2l_fast.evaluate.report import html, markdown
-from l2l_fast.evaluate.rows import METRICS, ROWS, Case, Settings
+from l2l_fast.evaluate import compare, compare_horizons, tune, tune_horizons
 from l2l_fast.evaluate.store import Store
+from l2l_fast.reproduce import Run, kinds, reproduce, rows
+from l2l_fast.reproduce.figures import Entry, Findings, number
+from l2l_fast.reproduce.report import html, markdown
+from l2l_fast.reproduce.rows import METRICS, ROWS, Case, Settings
 from l2l_fast.tasks import Quadratic
 
 TASK = Quadratic(dimension=4)
@@ -108,7 +108,7 @@ def test_an_unknown_row_names_the_nearest():
 def test_a_compare_row(tmp_path, monkeypatch, network):
     case = Case("{dataset}-mlp", (3, 6), {6: {"ratio_mean": 0.1, "ratio_final": 100.0}}, {"init_scale": 0.01})
     monkeypatch.setitem(ROWS, "mnist", dataclasses.replace(ROWS["mnist"], cases=(case,)))
-    found = runner.reproduce("mnist", {"a": network, "b": network}, runner.Run(tmp_path, settings=TINY))
+    found = reproduce("mnist", Run(tmp_path, settings=TINY), {"a": network, "b": network})
     assert [entry.label for entry in found.entries] == [
         f"digits-mlp, start std 0.01, {steps} steps" for steps in (3, 6)
     ]
@@ -123,7 +123,7 @@ def test_a_compare_row(tmp_path, monkeypatch, network):
 def test_start_scales_have_a_picture_together(tmp_path, monkeypatch, network):
     cases = tuple(Case("{dataset}-mlp", (3,), {}, {"init_scale": scale}) for scale in (0.01, 1.0))
     monkeypatch.setitem(ROWS, "init", dataclasses.replace(ROWS["init"], cases=cases))
-    found = runner.reproduce("init", {"a": network}, runner.Run(tmp_path, settings=TINY))
+    found = reproduce("init", Run(tmp_path, settings=TINY), {"a": network})
     assert next(iter(found.pictures)) == "start-scales-3.png"
     assert (tmp_path / "init" / "start-scales-3.png").stat().st_size > 5000
 
@@ -131,7 +131,7 @@ def test_start_scales_have_a_picture_together(tmp_path, monkeypatch, network):
 def test_seconds_are_against_fused_adam_and_state_is_in_its_bytes(tmp_path, monkeypatch, network):
     case = Case("{dataset}-mlp", (4,), {4: {"ratio_seconds": 100.0, "bytes": 5.0}})
     monkeypatch.setitem(ROWS, "seconds", dataclasses.replace(ROWS["seconds"], cases=(case,)))
-    found = runner.reproduce("seconds", {"a": network}, runner.Run(tmp_path, settings=TINY))
+    found = reproduce("seconds", Run(tmp_path, settings=TINY), {"a": network})
     (entry,) = found.entries
     assert entry.rivals == "Adam (fused)"
     assert entry.figures["a"]["bytes"] == 2 * 16 / 8  # two layers of four units, h and c of each in bfloat16
@@ -149,7 +149,7 @@ def test_quality_against_cost(tmp_path, monkeypatch, network):
     monkeypatch.setitem(ROWS, "front", dataclasses.replace(ROWS["front"], cases=(case,)))
     small = l2l.CoordinatewiseLSTM("moments", 2, 1)
     small.save_pretrained(tmp_path / "small")
-    found = runner.reproduce("front", {"a": network, "b": tmp_path / "small"}, runner.Run(tmp_path, settings=TINY))
+    found = reproduce("front", Run(tmp_path, settings=TINY), {"a": network, "b": tmp_path / "small"})
     assert [entry.label for entry in found.entries] == ["digits-mlp, 3 steps", "each coordinate and step"]
     costs = found.entries[-1].figures
     assert (costs["a"]["state"], costs["a"]["multiply_adds"]) == (64, 4 * 4 * (2 + 4) + 4 * 4 * 8 + 4)
@@ -159,11 +159,11 @@ def test_quality_against_cost(tmp_path, monkeypatch, network):
 
 
 def test_a_long_row(tmp_path, monkeypatch, network):
-    monkeypatch.setattr(runner, "EARLY", (4, 8))
-    monkeypatch.setattr(runner, "LATE", 3)
+    monkeypatch.setattr(kinds, "EARLY", (4, 8))
+    monkeypatch.setattr(kinds, "LATE", 3)
     cases = (dataclasses.replace(ROWS["horizon"].cases[0], task="quadratic"),)
     monkeypatch.setitem(ROWS, "horizon", dataclasses.replace(ROWS["horizon"], cases=cases))
-    found = runner.reproduce("horizon", {"a": network}, runner.Run(tmp_path, settings=TINY))
+    found = reproduce("horizon", Run(tmp_path, settings=TINY), {"a": network})
     assert [(entry.label, list(entry.bars)) for entry in found.entries] == [
         ("quadratic, 8 steps", ["diverged"]), ("quadratic, 12 steps", ["diverged", "late"]),
     ]  # fmt: skip
@@ -171,21 +171,27 @@ def test_a_long_row(tmp_path, monkeypatch, network):
 
 
 def test_stability_counts_seeds_and_compares_late_with_early(monkeypatch):
-    monkeypatch.setattr(runner, "EARLY", (4, 8))
-    monkeypatch.setattr(runner, "LATE", 2)
+    monkeypatch.setattr(kinds, "EARLY", (4, 8))
+    monkeypatch.setattr(kinds, "LATE", 2)
     good, worse, bad = torch.full((3, 21), 2.0)
     good[5:9], good[-2:] = 1.0, 0.5
     worse[-2:] = 3.0  # a window of one step: above the first loss
     bad[12] = math.nan
-    assert runner._stability(good[None]) == {"diverged": 0.0, "late": 0.5}
-    assert runner._stability(torch.stack([good, worse, bad]))["diverged"] == 2
-    assert runner._stability(bad[None]) == {"diverged": 1.0, "late": 1.0}
-    assert runner._stability(good[None, :9]) == {"diverged": 0.0}
+    assert kinds.stability(good[None]) == {"diverged": 0.0, "late": 0.5}
+    assert kinds.stability(torch.stack([good, worse, bad]))["diverged"] == 2
+    assert kinds.stability(bad[None]) == {"diverged": 1.0, "late": 1.0}
+    assert kinds.stability(good[None, :9]) == {"diverged": 0.0}
 
 
-def test_a_row_that_trains_is_another_commands():
-    with pytest.raises(ValueError, match="l2l-fast reproduce meta-lr"):
-        runner.reproduce("meta-lr", {}, runner.Run("nowhere"))
+def test_a_row_that_trains_its_networks_runs_from_python_too(tmp_path, monkeypatch, network):
+    row = dataclasses.replace(ROWS["ablation"], cases=(Case("quadratic", (3,)),), recipes=("base",))
+    monkeypatch.setitem(ROWS, "ablation", row)
+    run = Run(tmp_path, settings=dataclasses.replace(TINY, meta_steps=1))
+    found = reproduce("ablation", run, beside={"base": network})
+    assert found.networks == ["base", "base, given"]
+    monkeypatch.setattr("l2l_fast.meta.recipes.MetaTrainer", None)  # nothing is trained again
+    again = reproduce("ablation", run)
+    assert again.entries[0].figures["base"]["ratio_mean"] == found.entries[0].figures["base"]["ratio_mean"]
 
 
 # ---------------------------------------------------------------- figures and reports

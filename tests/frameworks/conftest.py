@@ -13,6 +13,7 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):  
 
 OPTIMIZERS = {
     "l2l-base": functools.partial(l2l.LSTMOptimizer, lr=3e-3, weight_decay=0.1),
+    "l2l-base-v1": functools.partial(l2l.LSTMOptimizer, network="l2l-base-v1", lr=0.1, weight_decay=0.1),
     "l2l-small, bfloat16 state": functools.partial(
         l2l.LSTMOptimizer, network="l2l-small", lr=0.1, weight_decay=0.1, state_dtype=torch.bfloat16
     ),

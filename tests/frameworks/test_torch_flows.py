@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from torch.optim import swa_utils
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
+import l2l_fast as l2l
+
 
 class Small(nn.Module):
     """A vector, matrices and an embedding whose weight is the output layer's as well."""
@@ -176,6 +178,37 @@ def test_autocast_leaves_the_optimizer_in_its_own_precision(make_optimizer):
         assert all(param.dtype == torch.float32 for param in model.parameters())
         runs.append(everything(model, optimizer))
     assert same(*runs)
+
+
+# ---------------------------------------------------------------- compiled
+
+
+@pytest.mark.parametrize("network", ["l2l-base", "l2l-base-v1"])
+def test_a_compiled_step_with_a_schedule_is_not_compiled_again(network):
+    """One graph, and one more when the rate first changes; then none, whatever the schedule does."""
+    model, twin = make_small(), make_small()
+    optimizer, other = (
+        l2l.LSTMOptimizer(each.parameters(), network, lr=0.01, weight_decay=0.1) for each in (model, twin)
+    )
+    torch._dynamo.reset()
+    counters, graphs = torch._dynamo.utils.counters["stats"], []
+    before = counters["unique_graphs"]
+    step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
+    optimizer._opt_called = True  # schedulers would warn, not seeing the compiled one
+    schedules = warmup_and_cosine(optimizer), warmup_and_cosine(other)
+    for ids in batches(8):
+        for each in (model, twin):
+            each.zero_grad()
+            loss_of(each, ids).backward()
+        step()
+        other.step()
+        for schedule in schedules:
+            schedule.step()
+        graphs.append(counters["unique_graphs"] - before)
+    assert graphs[1] <= 2
+    assert graphs[-1] == graphs[1]
+    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
 
 
 # ---------------------------------------------------------------- averages

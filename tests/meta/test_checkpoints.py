@@ -2,9 +2,12 @@
 
 import errno
 import functools
+import json
 import os
+import pathlib
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +37,7 @@ def losses(steps, folder=None, **options):
 
 def state_of(trainer):
     """Everything that a refusal must not change."""
-    found = [trainer.meta_step, trainer.started, repr(trainer.history), trainer.streams]
+    found = [trainer.meta_step, trainer.streams.started, repr(trainer.history), list(trainer.streams.running)]
     return [*found, trainer.network.flat_weights().tolist(), repr(trainer.meta_optimizer.state_dict())]
 
 
@@ -171,6 +174,29 @@ def test_an_optimizer_is_described_without_a_trace():
     assert all(parameter.grad is None for parameter in parameters)
 
 
+# ---------------------------------------------------------------- of an earlier version
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_the_same_numbers(tmp_path):
+    """Saved by the code of format 3's first day, after 6 meta-steps; beside it, what that code made of 4 more."""
+    folder = pathlib.Path(__file__).parent / "data"
+    shutil.copy(folder / "checkpoint.pt", tmp_path / "trainer.pt")
+    expected = json.loads((folder / "checkpoint.json").read_text())
+    torch.manual_seed(0)
+    network = l2l.CoordinatewiseLSTM("moments", 2, 1)
+    trainer = MetaTrainer(
+        network, l2l.tasks.Quadratic(2), unroll=3, horizon=LogUniform(2, 9), instances=1, parallel=2, scaling=0.5,
+        objective="relative", imitation=0.5, schedule="cosine", average=0.5, loss_weights=[0.1, 1, 1],
+        validate_every=4, validation_instances=1, progress=False, checkpoint=tmp_path,
+    )  # fmt: skip
+    history = trainer.fit(10)
+    assert history.meta_losses == pytest.approx(expected["meta_losses"], rel=1e-4)
+    assert [score for _, score in history.validations] == pytest.approx(
+        [score for _, score in expected["validations"]], rel=1e-4
+    )
+    torch.testing.assert_close(trainer.weights.current, torch.tensor(expected["weights"]), rtol=1e-4, atol=1e-5)
+
+
 # ---------------------------------------------------------------- wrong files
 
 
@@ -259,7 +285,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(tmp_path):
     assert caught.value.errno == errno.EFBIG
     assert (tmp_path / "trainer.pt").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "trainer.pt"]
-    assert torch.equal(trainer.network.flat_weights().detach(), trainer._best)
+    assert torch.equal(trainer.network.flat_weights().detach(), trainer.weights.best)
     assert trainer.meta_step == 4
     assert trainer.fit(8).meta_losses == losses(8)
     assert losses(10, tmp_path) == losses(10)

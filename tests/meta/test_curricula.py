@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from l2l_fast.meta import Horizon, LogUniform, Staged
+from l2l_fast.meta.curricula import parse_horizon
 
 
 def test_one_length():
@@ -48,6 +49,26 @@ def test_stages_resume():
     staged.validated(2.0)
     other.load_state_dict(staged.state_dict())
     assert vars(other) == vars(staged)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (70, "Horizon(70)"),
+        ("70", "Horizon(70)"),
+        ("50:300", "LogUniform(50, 300, first=300)"),
+        ("50:300:100", "LogUniform(50, 300, first=100)"),
+        ("10,20", "Staged((10, 20), patience=3)"),
+    ],
+)
+def test_a_horizon_in_words(text, expected):
+    assert repr(parse_horizon(text)) == expected
+
+
+@pytest.mark.parametrize("text", ["ten", "", "5:", "9:5", "1:2:3:4", "20,10", "0", None])
+def test_words_that_are_no_horizon_are_refused(text):
+    with pytest.raises(ValueError, match=f"horizon {str(text)!r}: give 100, 50:300 or 100,200,500"):
+        parse_horizon(text)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import torch
 
 import l2l_fast as l2l
 from l2l_fast.meta import MetaTrainer, Staged
+from l2l_fast.meta.estimators import TruncatedBackpropagation
 from l2l_fast.meta.soap import Soap
-from l2l_fast.meta.unroll import Rule, unroll
+from l2l_fast.meta.unroll import Rule
 from l2l_fast.meta.update import MetaUpdate
 
 WAYS = {
@@ -53,19 +54,19 @@ def test_frozen_parameters_stay(tmp_path, way, part):
     make_trainer(network, **options).fit(8, on_step=check)
     flat = torch.cat([torch.full((value.numel(),), is_frozen(name)) for name, value in before.items()])
     start = torch.cat([value.view(-1) for value in before.values()])
-    assert torch.equal(trainer._averaged[flat], start[flat])
+    assert torch.equal(trainer.weights.averaged[flat], start[flat])
 
 
 def test_the_norm_that_is_clipped_is_that_of_what_trains():
     network = make_network(PARTS["all but the head"])
     trainer = make_trainer(network, clip=0.01, meta_optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
     before = network.flat_weights().detach()
-    stream = trainer._start(0.0)
-    gradient = unroll(stream.trajectory, Rule(network.config, before), 5)[2]
+    stream = trainer.streams.start(0.0)
+    gradient = TruncatedBackpropagation(Rule(network.config, before)).prepare(stream.trajectory, 5)().gradient
     head = gradient[-5:]
     assert gradient.norm() > 1.1 * head.norm() > 0.011
     trainer = make_trainer(network, clip=0.01, meta_optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
-    trainer._step()
+    trainer.step()
     moved = before - network.flat_weights().detach()
     torch.testing.assert_close(moved[-5:], 0.01 * head / head.norm())
     assert not moved[:-5].any()

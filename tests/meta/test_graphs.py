@@ -6,8 +6,9 @@ from recorder import Recorder
 
 import l2l_fast as l2l
 from l2l_fast.meta import LogUniform, MetaTrainer
+from l2l_fast.meta.estimators import TruncatedBackpropagation
 from l2l_fast.meta.graphs import WARM_UP, Graphs
-from l2l_fast.meta.unroll import OBJECTIVES, Rule, Trajectory, unroll, window_
+from l2l_fast.meta.unroll import OBJECTIVES, Rule, Trajectory
 from l2l_fast.tasks import Instances, ModuleTask, Quadratic, get
 
 
@@ -20,9 +21,9 @@ def make_trainer(task="quadratic", features="moments", update_rms=None, **option
 
 def captured(trainer):
     """The trainer with a recorder where a GPU has graphs."""
-    trainer._graphs = Graphs(Recorder())
-    trainer._update.capturable = trainer._update.skips
-    if trainer._update.capturable:
+    trainer.graphs.capture = Recorder()
+    trainer.update.capturable = trainer.update.skips
+    if trainer.update.capturable:
         for group in trainer.meta_optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)  # the fused CPU kernel reads float64
     return trainer
@@ -33,7 +34,7 @@ def assert_same_run(one, other, meta_steps):
     other.fit(meta_steps)
     # Written out, since a NaN of a diverged trajectory is no equal of itself.
     assert repr(one.history) == repr(other.history)
-    assert torch.equal(one._current, other._current)
+    assert torch.equal(one.weights.current, other.weights.current)
 
 
 # ---------------------------------------------------------------- the recorder itself
@@ -85,12 +86,11 @@ def test_a_replayed_window_is_unroll(name, update_rms, objective, scaling):
     lr = 0.7 if update_rms is None else 0.05
     rule = Rule(network.config, network.flat_weights().detach(), lr, 0.01, update_rms)
     weights, graphs = torch.linspace(0.5, 1.5, 4), Graphs(Recorder())
-    held, found = None, [torch.zeros(4, count), torch.zeros(()), torch.zeros_like(rule.weights)]
+    held, found = None, [torch.zeros(()), torch.zeros_like(rule.weights)]
+    estimator = TruncatedBackpropagation(rule, objective, weights)
 
-    def work(length, batches):
-        part = found[0][:length], *found[1:]
-        results = window_(held, rule, batches, length, objective=objective, weights=weights[:length])
-        for place, result in zip(part, results, strict=True):
+    def work(estimate):
+        for place, result in zip(found, estimate(), strict=True):
             place.copy_(result)
 
     for number in range(6):
@@ -109,11 +109,11 @@ def test_a_replayed_window_is_unroll(name, update_rms, objective, scaling):
             graphs("start", held.evaluate_start_)
         assert torch.equal(held.losses, expected.losses)
         for length in (4, 4, 3):  # the horizon is no multiple of the window
-            results = unroll(expected, rule, length, objective=objective, weights=weights[:length])
-            batches = held.next(length)
-            graphs(length, lambda: work(length, batches))  # noqa: B023
-            part = found[0][:length], *found[1:]
-            assert all(torch.equal(a, b) for a, b in zip(part, results, strict=True))
+            results = estimator.prepare(expected, length)()
+            estimate = estimator.prepare(held, length)
+            graphs(length, lambda: work(estimate))  # noqa: B023
+            assert all(torch.equal(a, b) for a, b in zip(found, results, strict=True))
+            assert torch.equal(held.losses, expected.losses)
         for tensor in ("theta", "state", "grad", "losses", "first_losses", "step"):
             assert torch.equal(getattr(held, tensor), getattr(expected, tensor)), tensor
         assert held.steps_done == expected.steps_done == 11
@@ -147,16 +147,16 @@ def test_a_replayed_step_of_the_optimizer_is_a_step(orthogonalize):
 def test_tensors_keep_their_places():
     network = l2l.CoordinatewiseLSTM("moments", 4, 1)
     trajectory = Trajectory(Instances(get("digits-mlp"), [1]), network.config, window=5)
-    rule = Rule(network.config, network.flat_weights().detach())
+    estimator = TruncatedBackpropagation(Rule(network.config, network.flat_weights().detach()))
 
     def places():
         names = ("theta", "state", "step", "grad", "losses", "first_losses", "_batches")
         return [getattr(trajectory, name).data_ptr() for name in names]
 
     before, saved = places(), trajectory.state_dict()
-    unroll(trajectory, rule, 5)
+    estimator.prepare(trajectory, 5)()
     trajectory.place(Instances(get("digits-mlp"), [2]))
-    unroll(trajectory, rule, 3)
+    estimator.prepare(trajectory, 3)()
     trajectory.load_state_dict(saved)
     assert places() == before
 
@@ -191,13 +191,13 @@ def test_captured_meta_training_is_the_eager_one(task, name):
     tasks = [task, Quadratic(3, name="three")] if name == "mixture" else task
     graphs = captured(make_trainer(tasks, **OPTIONS[name]))
     assert_same_run(graphs, make_trainer(tasks, **OPTIONS[name]), 30)
-    assert graphs._graphs.capture.replayed > 20
+    assert graphs.graphs.capture.replayed > 20
 
 
 def test_every_meta_step_of_a_long_run_is_replays():
     trainer = captured(make_trainer(horizon=10))
     trainer.fit(20)
-    recorder = trainer._graphs.capture
+    recorder = trainer.graphs.capture
     warmed, recorded = recorder.warmed, recorder.recorded
     assert recorded == 5  # a window, a start and the update; a window and a start of the validation
     trainer.fit(40)
@@ -207,9 +207,9 @@ def test_every_meta_step_of_a_long_run_is_replays():
 def test_too_many_lengths_run_eagerly():
     options = {"horizon": LogUniform(1, 15), "parallel": 2}
     trainer = captured(make_trainer(**options))
-    trainer._graphs.limit = 4
+    trainer.graphs.limit = 4
     assert_same_run(trainer, make_trainer(**options), 40)
-    assert trainer._graphs.capture.recorded == 4
+    assert trainer.graphs.capture.recorded == 4
 
 
 def test_a_run_goes_on_captured_where_an_eager_one_stopped(tmp_path):
@@ -249,4 +249,4 @@ def test_a_task_that_waits_for_the_device_is_found_out():
 def test_graphs_need_a_gpu():
     with pytest.raises(ValueError, match="graphs must be False or None on cpu, got True"):
         make_trainer(graphs=True)
-    assert make_trainer(graphs=False)._graphs.capture is None
+    assert make_trainer(graphs=False).graphs.capture is None

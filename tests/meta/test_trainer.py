@@ -10,7 +10,8 @@ from torch import distributed
 
 import l2l_fast as l2l
 from l2l_fast.meta import Horizon, LogUniform, MetaTrainer, Staged
-from l2l_fast.meta.unroll import Rule, Trajectory, unroll
+from l2l_fast.meta.estimators import TruncatedBackpropagation
+from l2l_fast.meta.unroll import Rule, Trajectory
 from l2l_fast.tasks import Instances, Quadratic
 
 
@@ -45,15 +46,15 @@ def test_it_learns_with_its_update_scaled():
 
 
 def test_the_rate_of_the_optimizee_is_the_networks_unless_given():
-    assert make_trainer().lr == 1.0
-    assert make_trainer(make_network(update_rms=0.6)).lr == 1e-3
-    assert make_trainer(make_network(update_rms=0.6), lr=0.5).lr == 0.5
+    assert make_trainer().options.lr == 1.0
+    assert make_trainer(make_network(update_rms=0.6)).options.lr == 1e-3
+    assert make_trainer(make_network(update_rms=0.6), lr=0.5).options.lr == 0.5
 
 
 def test_the_best_weights_stay_in_the_network_and_training_goes_on_from_the_last():
     trainer = make_trainer(meta_lr=0.5)  # so large that the last weights are not the best
     trainer.fit(40)
-    assert torch.equal(trainer.network.flat_weights().detach(), trainer._best)
+    assert torch.equal(trainer.network.flat_weights().detach(), trainer.weights.best)
     unbroken = make_trainer(meta_lr=0.5)
     trainer.fit(60)
     assert trainer.history.meta_losses == unbroken.fit(60).meta_losses
@@ -84,17 +85,17 @@ def test_an_exception_leaves_the_best_weights_and_changes_nothing_of_what_follow
     with pytest.raises(Stop):
         trainer.fit(30, on_step=raising(10))
     assert trainer.meta_step == 15
-    assert torch.equal(trainer.network.flat_weights().detach(), trainer._best)
+    assert torch.equal(trainer.network.flat_weights().detach(), trainer.weights.best)
     assert trainer.fit(30) == unbroken.fit(30)
-    assert torch.equal(trainer._current, unbroken._current)
-    assert torch.equal(trainer._best, unbroken._best)
+    assert torch.equal(trainer.weights.current, unbroken.weights.current)
+    assert torch.equal(trainer.weights.best, unbroken.weights.best)
 
 
 @pytest.mark.parametrize("number", [3, 4])  # the last is at the end of the run
 def test_a_validation_that_failed_is_made_up_for(monkeypatch, number):
     trainer, fail = make_trainer(**OFTEN), raising(number)
-    score = trainer._score
-    monkeypatch.setattr(trainer, "_score", lambda index: fail() or score(index))
+    score = trainer.validation.score
+    monkeypatch.setattr(trainer.validation, "score", lambda index: fail() or score(index))
     with pytest.raises(Stop):
         trainer.fit(16)
     assert trainer.meta_step == 4 * number
@@ -125,12 +126,13 @@ def test_a_meta_step_that_failed_is_made_again_on_new_trajectories(error):
     with pytest.raises(error):
         trainer.fit(30, on_step=in_the_tenth)
     assert trainer.meta_step == len(trainer.history.meta_losses) == 9
-    assert torch.equal(trainer.network.flat_weights().detach(), trainer._best)
+    assert torch.equal(trainer.network.flat_weights().detach(), trainer.weights.best)
     with pytest.raises(Stop):
         twin.fit(30, on_step=raising(9))
-    twin.streams, twin.started = [None, None], trainer.started
+    twin.streams.end_all()
+    twin.streams.started = trainer.streams.started
     assert trainer.fit(30) == twin.fit(30)
-    assert torch.equal(trainer._current, twin._current)
+    assert torch.equal(trainer.weights.current, twin.weights.current)
 
 
 def test_weights_loaded_between_two_fits_are_trained_from_there(monkeypatch):
@@ -140,13 +142,13 @@ def test_weights_loaded_between_two_fits_are_trained_from_there(monkeypatch):
     mine = l2l.CoordinatewiseLSTM("identity", 4, 1).flat_weights().detach()
     trainer.network.load_flat_weights_(mine)
     seen = []
-    monkeypatch.setattr(trainer, "_score", lambda index: 100.0)  # worse than what the others had
-    trainer.fit(8, on_step=lambda _: seen.append((trainer._rule.weights.clone(), trainer._averaged.clone())))
+    monkeypatch.setattr(trainer.validation, "score", lambda index: 100.0)  # worse than what the others had
+    trainer.fit(8, on_step=lambda _: seen.append((trainer.rule.weights.clone(), trainer.weights.averaged.clone())))
     assert torch.equal(seen[0][0], mine)  # the first meta-step's
-    assert all((averaged - mine).abs().max() < 3 * trainer.meta_lr for _, averaged in seen)
-    assert trainer.history.best_score == trainer.horizon.best == 100.0
+    assert all((averaged - mine).abs().max() < 3 * trainer.options.meta_lr for _, averaged in seen)
+    assert trainer.history.best_score == trainer.options.horizon.best == 100.0
     assert torch.equal(trainer.network.flat_weights().detach(), seen[-1][1])
-    assert [stream.trajectory.steps_done for stream in trainer.streams] == [10, 10]  # of their own trajectories
+    assert [stream.trajectory.steps_done for stream in trainer.streams.running] == [10, 10]  # of their own trajectories
     trainer.network.load_flat_weights_(mine)
     trainer.fit(8)  # of which none is left
     assert torch.equal(trainer.network.flat_weights().detach(), mine)
@@ -165,30 +167,30 @@ def test_one_meta_step_is_one_adam_step_on_the_unrolls_gradient():
     network = make_network()
     trainer = make_trainer(network, clip=None)
     weights = network.flat_weights().detach()
-    stream = trainer._start(0.0)
-    _, _, gradient = unroll(stream.trajectory, Rule(network.config, weights), 5)
+    stream = trainer.streams.start(0.0)
+    gradient = TruncatedBackpropagation(Rule(network.config, weights)).prepare(stream.trajectory, 5)().gradient
     reference = torch.nn.Parameter(weights.clone())
-    adam = torch.optim.Adam([reference], lr=trainer.meta_lr)
+    adam = torch.optim.Adam([reference], lr=trainer.options.meta_lr)
     reference.grad = gradient
     adam.step()
     trainer = make_trainer(make_network(), clip=None)
-    trainer._step()
+    trainer.step()
     torch.testing.assert_close(trainer.network.flat_weights(), reference)
 
 
 def test_the_average_of_the_weights_is_validated_and_kept():
     trainer = make_trainer(average=0.8, meta_lr=0.1, validate_every=7)
     seen, scores = [], []
-    score = trainer._score
-    trainer._score = lambda index: scores.append(trainer._rule.weights.clone()) or score(index)
-    trainer.fit(7, on_step=lambda step: seen.append(trainer._weights()))
+    score = trainer.validation.score
+    trainer.validation.score = lambda index: scores.append(trainer.rule.weights.clone()) or score(index)
+    trainer.fit(7, on_step=lambda step: seen.append(trainer.weights.read()))
     expected = make_network().flat_weights().detach()
     for step, weights in enumerate(seen, 1):
         decay = min(0.8, step / (step + 9))
         expected = decay * expected + (1 - decay) * weights
     torch.testing.assert_close(scores[0], expected)
     torch.testing.assert_close(trainer.network.flat_weights(), expected)
-    assert not torch.allclose(trainer._current, expected)
+    assert not torch.allclose(trainer.weights.current, expected)
 
 
 @pytest.mark.parametrize("clip_windows", [None, 230.0])  # two of the three have a larger norm
@@ -198,22 +200,23 @@ def test_parallel_trajectories_are_averaged(clip_windows):
     before = trainer.network.flat_weights().detach()
     expected, norms = torch.zeros_like(before), []
     for number in range(3):
-        stream = make_trainer()._make_stream(number, 0, 12, led=False)
-        gradient = unroll(stream.trajectory, Rule(trainer.network.config, before), 5)[2]
+        stream = make_trainer().streams.make(number, 0, 12, led=False)
+        rule = Rule(trainer.network.config, before)
+        gradient = TruncatedBackpropagation(rule).prepare(stream.trajectory, 5)().gradient
         norms.append(gradient.norm().item())
         expected += gradient * min(1.0, (clip_windows or math.inf) / norms[-1]) / 3
     assert min(norms) < 230.0 < max(norms)
-    trainer._step()
+    trainer.step()
     torch.testing.assert_close(before - trainer.network.flat_weights().detach(), 0.01 * expected)
 
 
 def test_parallel_trajectories_are_out_of_step():
     trainer = make_trainer(parallel=3, horizon=30)
-    trainer._step()
-    assert [stream.horizon for stream in trainer.streams] == [10, 20, 30]
+    trainer.step()
+    assert [stream.horizon for stream in trainer.streams.running] == [10, 20, 30]
     for _ in range(5):
-        trainer._step()
-    assert sorted(stream.trajectory.steps_done for stream in trainer.streams if stream) == [10, 20]
+        trainer.step()
+    assert sorted(stream.trajectory.steps_done for stream in trainer.streams.running if stream) == [10, 20]
 
 
 def test_tasks_take_turns():
@@ -221,9 +224,9 @@ def test_tasks_take_turns():
     trainer = make_trainer(tasks=tasks, horizon=5)
     seen = []
     for _ in range(4):
-        trainer._step()
-        seen.append(trainer.started)
-    assert [trainer._make_stream(n, n % 2, 5, False).trajectory.theta.shape[1] for n in range(4)] == [3, 5, 3, 5]
+        trainer.step()
+        seen.append(trainer.streams.started)
+    assert [trainer.streams.make(n, n % 2, 5, False).trajectory.theta.shape[1] for n in range(4)] == [3, 5, 3, 5]
     assert seen == [1, 2, 3, 4]
     assert [step for step, _ in trainer.fit(8).validations] == [4, 8]  # one score over both tasks
 
@@ -250,8 +253,8 @@ def test_a_meta_optimizer_of_ones_own_keeps_its_rate():
 
 
 def test_instances_do_not_depend_on_their_company():
-    alone = make_trainer(instances=1)._start(0.0).trajectory
-    together = make_trainer(instances=4)._start(0.0).trajectory
+    alone = make_trainer(instances=1).streams.start(0.0).trajectory
+    together = make_trainer(instances=4).streams.start(0.0).trajectory
     assert torch.equal(alone.theta[0], together.theta[0])
 
 
@@ -283,17 +286,12 @@ def test_resumed_run_equals_the_unbroken_one_to_the_last_bit(tmp_path, name, tas
     expected = unbroken.fit(14)
 
     killed = fresh(checkpoint=tmp_path)
-    killed._total = 14
-    for _ in range(8):  # dies after meta-step 8, between checkpoints; the last one is of meta-step 6
-        killed._step()
-        if killed.meta_step % killed.validate_every == 0:
-            killed._validate()
-        if killed.meta_step % killed.checkpoint_every == 0:
-            killed._save()
+    with pytest.raises(Stop):  # after meta-step 8, between checkpoints; the last one is of meta-step 6
+        killed.fit(14, on_step=raising(8))
     resumed = fresh(checkpoint=tmp_path)
     found = resumed.fit(14)
     assert found == expected
-    assert torch.equal(resumed._current, unbroken._current)
+    assert torch.equal(resumed.weights.current, unbroken.weights.current)
     assert torch.equal(resumed.network.flat_weights(), unbroken.network.flat_weights())
 
 
@@ -323,7 +321,7 @@ def test_diverging_meta_steps_are_skipped_and_the_network_survives():
 def test_validations_that_are_never_finite_are_told(monkeypatch):
     trainer = make_trainer()
     before = trainer.network.flat_weights().detach()
-    monkeypatch.setattr(trainer, "_score", lambda index: math.nan)
+    monkeypatch.setattr(trainer.validation, "score", lambda index: math.nan)
     with pytest.warns(UserWarning, match="the network is as it was before training: none of 2 validations was finite"):
         trainer.fit(8)
     assert torch.equal(trainer.network.flat_weights().detach(), before)
@@ -358,7 +356,7 @@ def test_validation_uses_its_own_instances():
     trainer = make_trainer()
     trainer.fit(4)
     (step, score), *_ = trainer.history.validations
-    trajectory = trainer._start(0.0).trajectory
+    trajectory = trainer.streams.start(0.0).trajectory
     assert step == 4
     assert 0 < score < 10
     assert trajectory.theta.shape == (4, 10)
@@ -449,7 +447,7 @@ if world > 1:  # and a resumed run on the same ranks goes on
     trainer = l2l.MetaTrainer(network, "quadratic", instances=instances, horizon=12, unroll=5, validate_every=3,
                               clip=None, progress=False, checkpoint=f"{folder}/checkpoint")
 trainer.fit(9)
-torch.save(trainer._current, f"{folder}/weights-{world}-{rank}")
+torch.save(trainer.weights.current, f"{folder}/weights-{world}-{rank}")
 if world > 1:
     dist.destroy_process_group()
 """

@@ -6,18 +6,16 @@ import pytest
 import torch
 
 from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, reference
+from l2l_fast.config import FEATURES
+from l2l_fast.meta.estimators import Imitation, SecondDerivatives, TruncatedBackpropagation
 from l2l_fast.meta.unroll import (
     OBJECTIVES,
     Rule,
     Trajectory,
-    imitate,
     loss_weights,
     suffix_sums,
-    unroll,
-    unroll_second_derivatives,
     window_,
 )
-from l2l_fast.reference import FEATURES
 from l2l_fast.tasks import Instances, ModuleTask, Quadratic
 
 
@@ -49,6 +47,14 @@ class ThreeTensors:
     def loss(self, params, batch):
         found = (batch @ params["weight"].T + params["bias"]).tanh() * params["scale"]
         return (found - batch.sum(1, keepdim=True)).square().mean() + 0.1
+
+
+def unroll(trajectory, rule, length, **options):
+    return TruncatedBackpropagation(rule, **options).prepare(trajectory, length)()
+
+
+def unroll_second_derivatives(trajectory, rule, length, **options):
+    return SecondDerivatives(rule, **options).prepare(trajectory, length)()
 
 
 def make(features="log_sign", layers=2, projection=False, scaling=None, task=None, linear_path=False, **options):
@@ -110,7 +116,7 @@ def assert_same(found, expected):
 def test_suffix_sums_are_autograd_through_detached_gradients(features, layers, objective, length):
     rule, trajectory = make(features, layers, projection=layers == 2, linear_path=layers > 1)
     expected = autograd(rule, trajectory, length, objective, detach=True)
-    assert_same(unroll(trajectory, rule, length, objective=objective)[1:], expected)
+    assert_same(unroll(trajectory, rule, length, objective=objective), expected)
 
 
 @pytest.mark.parametrize("length", [1, 2, 20])
@@ -121,7 +127,7 @@ def test_second_derivatives_are_full_autograd(features, objective, length, linea
     rule, trajectory = make(features, linear_path=linear_path)
     expected = autograd(rule, trajectory, length, objective, detach=False)
     detached = autograd(rule, trajectory, length, objective, detach=True)
-    assert_same(unroll_second_derivatives(trajectory, rule, length, objective=objective)[1:], expected)
+    assert_same(unroll_second_derivatives(trajectory, rule, length, objective=objective), expected)
     if length > 1:  # and they are not the first-order gradient under another name
         assert (expected[1] - detached[1]).norm() / detached[1].norm() > 1e-8
 
@@ -136,7 +142,7 @@ def test_updates_scaled_per_tensor_have_the_meta_gradient_of_autograd(features, 
     for one in (trajectory, twin):
         walk(one, rule, 2)  # so that the state is somewhere
     expected = autograd(rule, twin, length, objective, detach=not second)
-    assert_same(walk(trajectory, rule, length, objective=objective)[1:], expected)
+    assert_same(walk(trajectory, rule, length, objective=objective), expected)
     if length > 1 and not second:  # the scaling has a part in it
         plain = dataclasses.replace(rule, update_rms=None)
         *_, other = unroll(make_normalized(features)[1], plain, length, objective=objective)
@@ -147,7 +153,7 @@ def test_scaled_updates_meet_random_scaling_and_loss_weights():
     weights, scaling = torch.linspace(0, 2, 5, dtype=torch.float64), torch.rand(3, 10, dtype=torch.float64) + 0.5
     (rule, trajectory), (_, twin) = make_normalized(scaling=scaling), make_normalized(scaling=scaling)
     expected = autograd(rule, twin, 5, "sum", weights, detach=True)
-    assert_same(unroll(trajectory, rule, 5, weights=weights)[1:], expected)
+    assert_same(unroll(trajectory, rule, 5, weights=weights), expected)
 
 
 def test_scaled_updates_walk_as_the_optimizer_does():
@@ -194,7 +200,7 @@ def test_sampled_coordinates_of_scaled_updates_have_no_bias(coordinates):
     for number in range(shifts):
         trajectory.load_state_dict({**start, "instances": trajectory.instances.state_dict()})
         trajectory.shift.fill_((number + 0.5) / shifts)
-        found.append(window_(trajectory, rule, batches, 6, coordinates=coordinates)[2])
+        found.append(window_(trajectory, rule, batches, 6, coordinates=coordinates).gradient)
     mean = torch.stack(found).mean(0)
     assert (mean - expected).norm() < 2e-3 * expected.norm()
 
@@ -241,7 +247,7 @@ def test_optimizees_of_every_kind_have_the_meta_gradient_of_autograd(name, secon
         walk(trajectory, rule, 2)  # so that the state is somewhere
         runs.append(trajectory)
     expected = autograd(rule, runs[0], 4, "sum", detach=not second)
-    assert_same(walk(runs[1], rule, 4)[1:], expected)
+    assert_same(walk(runs[1], rule, 4), expected)
 
 
 def test_loss_weights_and_scaling_enter_the_gradient():
@@ -249,22 +255,22 @@ def test_loss_weights_and_scaling_enter_the_gradient():
     scaling = torch.rand(3, 6, dtype=torch.float64) + 0.5
     rule, trajectory = make(scaling=scaling)
     expected = autograd(rule, trajectory, 5, "sum", weights, detach=True)
-    assert_same(unroll(trajectory, rule, 5, weights=weights)[1:], expected)
+    assert_same(unroll(trajectory, rule, 5, weights=weights), expected)
 
 
 def test_the_second_window_goes_on_from_the_first():
     rule, trajectory = make("moments")
     unroll(trajectory, rule, 4)
     expected = autograd(rule, trajectory, 3, "log", detach=True)
-    assert_same(unroll(trajectory, rule, 3, objective="log")[1:], expected)
+    assert_same(unroll(trajectory, rule, 3, objective="log"), expected)
     assert trajectory.steps_done == 7
 
 
 def test_both_ways_walk_the_same_trajectory():
     (rule, one), (_, two) = make("both"), make("both")
-    first, *_ = unroll(one, rule, 6)
-    second, *_ = unroll_second_derivatives(two, rule, 6)
-    torch.testing.assert_close(first, second)
+    first, second = unroll(one, rule, 6), unroll_second_derivatives(two, rule, 6)
+    torch.testing.assert_close(first.meta_loss, second.meta_loss)
+    torch.testing.assert_close(one.losses, two.losses)
     torch.testing.assert_close((one.theta, one.grad, one.state), (two.theta, two.grad, two.state))
 
 
@@ -293,7 +299,7 @@ def test_imitation_gradient_is_autograds(lr, decay, update_rms):
     teacher = torch.optim.Adam([trajectory.theta], lr=0.01)
     start, grad = trajectory.theta.clone(), trajectory.grad.clone()
     state = trajectory.state.reshape(18, -1).clone()
-    losses, meta_loss, d_weights = imitate(trajectory, rule, 5, teacher)
+    meta_loss, d_weights = Imitation(rule, teacher).prepare(trajectory, 5)()
     # A second run of the teacher alone gives the moves to imitate.
     _, twin = make("moments")
     teacher, grads, thetas, moves = torch.optim.Adam([twin.theta], lr=0.01), [], [], []
@@ -307,7 +313,7 @@ def test_imitation_gradient_is_autograds(lr, decay, update_rms):
         moves.append((twin.theta - before).reshape(-1))
         twin.losses, twin.grad = twin.evaluate(twin.theta)
     torch.testing.assert_close(trajectory.theta, twin.theta)
-    torch.testing.assert_close(losses[-1], twin.losses)
+    torch.testing.assert_close(trajectory.losses, twin.losses)
     phi = rule.weights.clone().requires_grad_()
     updates, last = reference.lstm_unroll(torch.stack(grads), state, phi, torch.tensor(1.0), *rule.config)
     updates = scaled(updates, rule, [6] * 3)

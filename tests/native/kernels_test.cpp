@@ -23,9 +23,7 @@ struct TwoThreads {
   Parallel parallel = {2, run_threads};
 
   void step(const StepArguments& arguments) const { lstm_step_cpu(arguments, parallel); }
-  void step_scaled(const StepArguments& arguments, double rms) const {
-    lstm_step_scaled_cpu(arguments, rms, parallel);
-  }
+  void step_scaled(const StepArguments& arguments, double rms) const { lstm_step_scaled_cpu(arguments, rms, parallel); }
   void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last) const {
     lstm_unroll_cpu(arguments, updates, last, parallel);
   }

@@ -2,9 +2,19 @@
 
 import pytest
 import torch
-from problems import LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
+from problems import (
+    CONFIGS,
+    LINEAR,
+    PAPER,
+    RNNPROP,
+    close,
+    config_id,
+    make_grads,
+    make_state,
+    make_weights,
+    step_both,
+)  # fmt: skip
 from test_loading import PRINT, run
-from test_native_step import CONFIGS, close, config_id, step_both
 
 from l2l_fast import _native, ops, reference
 from l2l_fast.arguments import codes

@@ -7,48 +7,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
+from problems import (
+    CONFIGS,
+    IDENTITY,
+    LAYOUTS,
+    LINEAR,
+    PAPER,
+    RNNPROP,
+    close,
+    config_id,
+    make_grads,
+    make_state,
+    make_weights,
+    step_both,
+)  # fmt: skip
 
 from l2l_fast import _native, ops, reference
-from l2l_fast.reference import Config
+from l2l_fast.config import FEATURES, OUTPUTS, Config, state_size
 
-IDENTITY = overflow.CONFIG._replace(features="identity", hidden_size=20)
 # One below, at and above the widths of every tile: 2 to 64 coordinates.
 SIZES = [0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129, 100_003]
-
-
-def config_id(config: Config) -> str:
-    projection = "-projection" * config.projection
-    linear = "-linear_path" * config.linear_path
-    return f"{config.features}-{config.hidden_size}x{config.num_layers}{projection}{linear}-{config.output}"
-
-
-CONFIGS = [
-    Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.95, 0.95, 1e-8, linear_path)
-    for features, (hidden, layers, linear_path), projection, output in itertools.product(
-        ["identity", "log_sign", "moments", "both"],
-        [(1, 1, False), (1, 1, True), (7, 3, False), (7, 3, True), (20, 2, False), (20, 2, True), (64, 1, False)],
-        [False, True],
-        ["linear", "tanh"],
-    )
-]
-
-
-def step_both(params, grads, states, config, *, lr=0.7, number=3, weights=None, **options):
-    """Runs the kernel in place, and the reference on float64 copies; returns the copies (params, states)."""
-    weights = make_weights(config) if weights is None else weights
-    expected = [p.double().clone() for p in params], [s.double().clone() for s in states]
-    steps = [torch.tensor(float(number)) for _ in params]
-    reference.lstm_step_(
-        expected[0], [g.double() for g in grads], expected[1], weights.double(), torch.tensor(lr, dtype=torch.float64),
-        steps, *config, options.get("weight_decay", 0.0), options.get("maximize", False),
-    )  # fmt: skip
-    ops.lstm_step_(params, grads, states, weights, torch.tensor(lr), steps, config, **options)
-    return expected
-
-
-def close(actual, expected, rtol=2e-5, atol=2e-6):
-    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
 
 
 def test_kernel_is_what_runs(isa):
@@ -91,12 +69,12 @@ def test_options(isa, config):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    features=st.sampled_from(sorted(reference.FEATURES)),
+    features=st.sampled_from(sorted(FEATURES)),
     hidden=st.integers(1, 64),
     layers=st.integers(1, 3),
     projection=st.booleans(),
     linear_path=st.booleans(),
-    output=st.sampled_from(reference.OUTPUTS),
+    output=st.sampled_from(OUTPUTS),
     sizes=st.lists(st.integers(0, 140), max_size=4),
     number=st.integers(1, 1000),
     seed=st.integers(0, 2**16),
@@ -112,17 +90,6 @@ def test_any_network_and_group(features, hidden, layers, projection, linear_path
         close(actual, wanted)
 
 
-LAYOUTS = {
-    "transposed": lambda: torch.randn(9, 11).t(),
-    "channels_last": lambda: torch.randn(3, 5, 4, 6).to(memory_format=torch.channels_last),
-    "every_other": lambda: torch.randn(200)[::2],
-    "column": lambda: torch.randn(40, 3)[:, 1],
-    "window": lambda: torch.randn(12, 14)[2:9, 3:11],
-    "scalar": lambda: torch.randn(()),
-    "permuted": lambda: torch.randn(4, 5, 6, 3).permute(2, 0, 3, 1),
-}
-
-
 @pytest.mark.parametrize("grad_like_param", [True, False])
 @pytest.mark.parametrize("canonical", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -130,7 +97,7 @@ def test_strides(isa, layout, canonical, grad_like_param):
     param = LAYOUTS[layout]()
     grad = torch.empty_like(param) if grad_like_param else torch.empty(param.shape)
     grad.copy_(make_grads(*param.shape))
-    state = ops.new_state(param, PAPER) if canonical else torch.empty(*param.shape, reference.state_size(PAPER))
+    state = ops.new_state(param, PAPER) if canonical else torch.empty(*param.shape, state_size(PAPER))
     state.copy_(torch.empty(state.shape).uniform_(-0.9, 0.9))
     params, states = step_both([param], [grad], [state], PAPER)
     close(param, params[0])

@@ -4,12 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
-from test_native_step import CONFIGS, config_id
+from problems import CONFIGS, LINEAR, PAPER, RNNPROP, config_id, make_grads, make_state, make_weights
 
 from l2l_fast import ops, reference
 from l2l_fast.arguments import codes
-from l2l_fast.reference import Config
+from l2l_fast.config import FEATURES, OUTPUTS, Config
 
 SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1003]
 
@@ -81,12 +80,12 @@ def test_options(isa, config):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    features=st.sampled_from(sorted(reference.FEATURES)),
+    features=st.sampled_from(sorted(FEATURES)),
     hidden=st.integers(1, 64),
     layers=st.integers(1, 3),
     projection=st.booleans(),
     linear_path=st.booleans(),
-    output=st.sampled_from(reference.OUTPUTS),
+    output=st.sampled_from(OUTPUTS),
     horizon=st.integers(0, 6),
     count=st.integers(0, 140),
     d_last=st.booleans(),

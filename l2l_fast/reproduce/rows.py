@@ -210,7 +210,7 @@ def find(name: str) -> list[str]:
         ValueError: there is no such row; the message names the nearest and lists all.
 
     Example:
-        >>> from l2l_fast.evaluate import rows
+        >>> from l2l_fast.reproduce import rows
         >>> rows.find("relu"), len(rows.find("all"))
         (['relu'], 12)
     """

@@ -1,22 +1,22 @@
-"""The row ``meta-lr`` of ``l2l-fast reproduce``: loss against meta-training steps at the deck's learning rates."""
+"""The row ``meta-lr``: loss against meta-training steps at the deck's learning rates."""
 
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from l2l_fast.cli.training import train_at_rate
-from l2l_fast.evaluate import plot_curves
-from l2l_fast.evaluate.baselines import final_loss, mean_loss
 from l2l_fast.evaluate.compare import held_out, held_out_seeds, learned_lanes
-from l2l_fast.evaluate.figures import Entry, Findings
-from l2l_fast.evaluate.reproduce import Run, write
-from l2l_fast.evaluate.rows import ROWS
+from l2l_fast.evaluate.plots import plot_curves
 from l2l_fast.evaluate.store import stored_trajectories
-from l2l_fast.meta import recipes
+from l2l_fast.evaluate.trajectories import final_loss, mean_loss
+from l2l_fast.meta.recipes import for_tasks, train_at_rate
 from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.reproduce.figures import Entry, Findings
+from l2l_fast.reproduce.rows import ROWS
+from l2l_fast.reproduce.run import Run, write
 
 RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
 META_STEPS = 500
@@ -30,11 +30,11 @@ def meta_lr(run: Run) -> Findings:
     findings, problem, settings = run.findings("meta-lr", list(rates)), run.task(case), run.settings
     meta_steps, store = settings.meta_steps or META_STEPS, run.store(case)
     curves, figures = {}, {}
-    with run.stages("meta-lr: meta-training") as progress:
+    with run.bars("meta-lr: meta-training") as progress:
         for name, rate in rates.items():
             trained = []
             for meta_seed in range(run.seed, run.seed + settings.meta_seeds):
-                on_step = progress and _counter(progress, f"meta-lr {name}, seed {meta_seed}", meta_steps)
+                on_step = progress and partial(progress, f"meta-lr {name}, seed {meta_seed}")
                 trained.append(_trained(problem, rate, meta_steps, horizon, meta_seed, run.device, on_step, store))
             curves[name] = torch.stack([curve for curve, _ in trained])
             networks = {f"{name}, seed {k}": network for k, (_, network) in enumerate(trained)}
@@ -65,23 +65,20 @@ def meta_lr(run: Run) -> Findings:
     return findings
 
 
-def _counter(progress, description: str, total: int):
-    return lambda done: progress(description, done, total)
-
-
 def _trained(problem, rate, meta_steps, horizon, seed, device, on_step, store) -> tuple[Tensor, CoordinatewiseLSTM]:
     """Meta-losses [meta_steps], each the mean over a trajectory's worth of windows, and the network."""
-    recipe = recipes.for_task(problem)
+    recipe = for_tasks(problem)
     facts = {"meta_lr": rate, "meta_steps": meta_steps, "horizon": horizon, "meta_seed": seed, "device": device,
-             "recipe": repr(recipe)}  # fmt: skip
+             "recipe": repr(recipe | {"tasks": problem.name})}  # fmt: skip
     kept = store.get(**facts)
     if kept is None:
-        network, history, trainer = train_at_rate(problem, rate, meta_steps, horizon, seed, device, on_step)
-        windows = max(1, horizon // trainer.unroll)
-        losses = torch.tensor(history.meta_losses, dtype=torch.float64, device="cpu")
+        done = train_at_rate(problem, rate, meta_steps, horizon, seed=seed, device=device, on_step=on_step)
+        unroll = done.trainer.options.unroll
+        windows = max(1, horizon // unroll)
+        losses = torch.tensor(done.history.meta_losses, dtype=torch.float64, device="cpu")
         sums = torch.cat([losses[:1].expand(windows - 1), losses]).unfold(0, windows, 1).sum(1)
-        kept = {"curve": sums / (windows * trainer.unroll), "weights": network.flat_weights().detach().cpu()}
+        kept = {"curve": sums / (windows * unroll), "weights": done.network.flat_weights().detach().cpu()}
         store.put(kept, **facts)
-    network = CoordinatewiseLSTM(**recipe.network)
+    network = CoordinatewiseLSTM(**recipe["network"])
     network.load_flat_weights_(kept["weights"])
     return kept["curve"], network.to(device)

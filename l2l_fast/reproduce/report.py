@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from l2l_fast.evaluate.figures import Entry, Findings, bar, verdict
-from l2l_fast.evaluate.rows import METRICS
+from l2l_fast.reproduce.figures import Entry, Findings, bar, verdict
+from l2l_fast.reproduce.rows import METRICS
 
 PROTOCOL = (
     "Ratios below 1 favour the learned optimizer. They are to the best of SGD, Nesterov, RMSprop and Adam, each at a "

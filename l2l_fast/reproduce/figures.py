@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from os import PathLike
 
-from l2l_fast.evaluate.comparison import Comparison, json_text, with_error
-from l2l_fast.evaluate.rows import METRICS
+from l2l_fast.evaluate.comparison import Comparison
 from l2l_fast.files import write_text
+from l2l_fast.reproduce.rows import METRICS
+from l2l_fast.writing import json_text, with_error
 
 MEDIAN = "median"
 

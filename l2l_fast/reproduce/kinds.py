@@ -1,99 +1,39 @@
-"""Runs the rows that need no meta-training: networks beside tuned baselines, and networks alone on long runs."""
+"""Rows that compare networks with tuned baselines, and rows of long runs of the networks alone."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from os import PathLike
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from l2l_fast import tasks
+from l2l_fast.config import state_size
 from l2l_fast.evaluate.baselines import find_baseline
-from l2l_fast.evaluate.compare import compare_horizons, environment, held_out, held_out_seeds, learned_lanes
+from l2l_fast.evaluate.compare import compare_horizons, held_out, held_out_seeds, learned_lanes
 from l2l_fast.evaluate.comparison import Comparison
 from l2l_fast.evaluate.costs import measure_cost
-from l2l_fast.evaluate.figures import Entry, Findings
-from l2l_fast.evaluate.plots import plot_curves, plot_front, plot_start_scales
-from l2l_fast.evaluate.rows import FULL, ROWS, Case, Settings
-from l2l_fast.evaluate.store import Store, stored_trajectories
-from l2l_fast.evaluate.trajectories import Progress, smoothed
-from l2l_fast.files import write_text
+from l2l_fast.evaluate.pictures import plot_front, plot_start_scales
+from l2l_fast.evaluate.plots import plot_curves
+from l2l_fast.evaluate.store import stored_trajectories
+from l2l_fast.evaluate.trajectories import smoothed
 from l2l_fast.networks import CoordinatewiseLSTM
-from l2l_fast.reference import state_size
-from l2l_fast.tasks import Task
+from l2l_fast.reproduce.figures import Entry, Findings
+from l2l_fast.reproduce.rows import ROWS, Case
+from l2l_fast.reproduce.run import Run, write
 
-ADAM_BYTES = 8  # of state a coordinate: two moments in float32
+ADAM_BYTES = 8  # of state for each coordinate: two moments in float32
 EARLY, LATE = (500, 1000), 500  # the steps that a long run's last ones are held against, and how many those are
+Networks = Mapping[str, CoordinatewiseLSTM]
 
 
-@dataclass(frozen=True)
-class Run:
-    """What all rows of one command share.
-
-    Attributes:
-        folder: each row writes into its own subfolder; ``store`` beside them keeps what was measured.
-        dataset: "digits" or "mnist".
-        settings: how much is run.
-        seed: of everything random.
-        device: where to run.
-        command: of a row's name, what a person types to run it again.
-        stages: ``with stages(what) as progress`` shows the progress of one case.
-    """
-
-    folder: Path
-    dataset: str = "digits"
-    settings: Settings = FULL
-    seed: int = 0
-    device: str = "cpu"
-    command: Callable[[str], str] = "l2l-fast reproduce {}".format
-    stages: Callable[[str], AbstractContextManager[Progress | None]] = lambda what: contextlib.nullcontext()
-
-    def task(self, case: Case) -> Task:
-        """The case's task, on the half that optimizers learn on."""
-        return tasks.get(case.task.format(dataset=self.dataset), **case.options)
-
-    def store(self, case: Case) -> Store:
-        """Where figures of the case's task are kept."""
-        facts = {"task": case.task.format(dataset=self.dataset), "options": dict(case.options)}
-        versions = {name: environment(self.device)[name] for name in ("l2l_fast", "torch")}
-        return Store(self.folder / "store", **facts, **versions)
-
-    def findings(self, name: str, networks: list[str]) -> Findings:
-        """An empty record of a row."""
-        row = ROWS[name]
-        return Findings(
-            name, row.title, row.question, self.dataset, networks, row.network is not None, self.settings.seeds,
-            command=self.command(name), environment=environment(self.device),
-        )  # fmt: skip
-
-
-def reproduce(name: str, networks: Mapping[str, torch.nn.Module | str | PathLike], run: Run) -> Findings:
-    """Run a row of the kinds "compare" and "long", and write its JSON, tables and pictures.
-
-    Args:
-        name: of the row.
-        networks: what is judged, by the names that tables have.
-        run: where and how much.
-
-    Raises:
-        ValueError: a row of another kind.
-    """
+def judge(name: str, networks: Networks, run: Run) -> Findings:
+    """Run a row of the kinds "compare" and "long" on networks, and write its JSON, tables and pictures."""
     row, findings = ROWS[name], run.findings(name, list(networks))
-    runners = {"compare": _compare, "long": _long}
-    if row.kind not in runners:
-        raise ValueError(f"the row {name} trains networks of its own; run it with: l2l-fast reproduce {name}")
-    networks = {
-        label: network if isinstance(network, torch.nn.Module) else CoordinatewiseLSTM.from_pretrained(network)
-        for label, network in networks.items()
-    }
     folder = run.folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    found = [runners[row.kind](case, networks, run, findings, folder) for case in row.cases]
+    of_kind = {"compare": _compare, "long": _long}[row.kind]
+    found = [of_kind(case, networks, run, findings, folder) for case in row.cases]
     by_scale = dict(zip((case.options.get("init_scale") for case in row.cases), found, strict=True))
     if len(by_scale) > 1 and None not in by_scale:
         _against_start_scales(by_scale, findings, folder)
@@ -103,16 +43,10 @@ def reproduce(name: str, networks: Mapping[str, torch.nn.Module | str | PathLike
     return findings
 
 
-def write(findings: Findings, folder: Path) -> None:
-    """The record of a row: ``row.json`` and ``table.txt``."""
-    findings.to_json(folder / "row.json")
-    write_text(folder / "table.txt", findings.table() + "\n")
-
-
 def _compare(case: Case, networks, run: Run, findings: Findings, folder: Path) -> dict[int, Comparison]:
     label, settings, row = case.label(run.dataset), run.settings, ROWS[findings.row]
     dtype = getattr(torch, row.state_dtype)
-    with run.stages(f"{findings.row}: {label}") as progress:
+    with run.bars(f"{findings.row}: {label}") as progress:
         found = compare_horizons(
             run.task(case), dict(networks), case.horizons, seeds=settings.seeds, tuning_seeds=settings.tuning_seeds,
             baselines=[find_baseline(name) for name in row.baselines], seed=run.seed, state_dtype=dtype,
@@ -158,7 +92,7 @@ def _against_costs(found: list[dict[int, Comparison]], networks, run: Run, findi
 
 def _long(case: Case, networks, run: Run, findings: Findings, folder: Path) -> None:
     label, horizon = case.label(run.dataset), run.settings.long_horizon
-    with run.stages(f"{findings.row}: {label}") as progress:
+    with run.bars(f"{findings.row}: {label}") as progress:
         on_step = progress and (lambda done: progress(f"{horizon} steps", done, horizon))
         losses = stored_trajectories(
             held_out(run.task(case)), learned_lanes(dict(networks)).values(), horizon=horizon, on_step=on_step,
@@ -166,7 +100,7 @@ def _long(case: Case, networks, run: Run, findings: Findings, folder: Path) -> N
         )  # fmt: skip
     curves = dict(zip(networks, losses, strict=True))
     for steps in sorted({min(EARLY[1], horizon), horizon}):
-        figures = {name: _stability(curve[:, : steps + 1]) for name, curve in curves.items()}
+        figures = {name: stability(curve[:, : steps + 1]) for name, curve in curves.items()}
         (bars,) = case.bars.values()
         entry = Entry(
             f"{label}, {steps} steps", figures, {m: bars[m] for m in bars if m in figures[next(iter(figures))]}
@@ -180,7 +114,7 @@ def _long(case: Case, networks, run: Run, findings: Findings, folder: Path) -> N
     plot_curves(drawn, folder / picture, f"{label}: {horizon} steps, {seeds}", emphasised=list(networks))
 
 
-def _stability(losses: Tensor) -> dict[str, float | None]:
+def stability(losses: Tensor) -> dict[str, float | None]:
     """Seeds that diverged among losses [B, T + 1], and how the last losses compare with earlier ones.
 
     A seed diverged where a loss is not finite, or where the smoothed loss at the end is above the first loss.

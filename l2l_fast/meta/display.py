@@ -1,0 +1,66 @@
+"""What a person sees of meta-training while it runs: a bar on stderr where rich is installed, and TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def progress_bar(shown: bool, total: int) -> Iterator[Callable[[int, float, float], None]]:
+    """Yields ``update(meta_step, loss, best)``."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        shown = False
+    if not shown:
+        yield lambda meta_step, loss, best: None
+        return
+    columns = (
+        TextColumn("meta-training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4g}  best {task.fields[best]:.4g}  {task.fields[speed]:.1f}/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("", total=total, loss=float("nan"), best=float("inf"), speed=0.0)
+
+        def update(meta_step: int, loss: float, best: float) -> None:
+            speed = progress.tasks[0].speed or 0.0
+            progress.update(bar, completed=meta_step, loss=loss, best=best, speed=speed)
+
+        yield update
+
+
+@contextmanager
+def tensorboard(folder: Path | None, done: int) -> Iterator[Callable[[int, float, float | None], None]]:
+    """Yields ``log(meta_step, loss, score)``, whose score is None where there was no validation.
+
+    Args:
+        folder: where the logs are; None logs nothing.
+        done: meta-steps done so far; what an earlier run logged of later ones is dropped.
+
+    Raises:
+        ImportError: without TensorBoard.
+    """
+    if folder is None:
+        yield lambda meta_step, loss, score: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError("log_dir needs TensorBoard: pip install 'l2l_fast[tensorboard]'") from None
+    writer = SummaryWriter(folder, purge_step=done + 1)
+
+    def log(meta_step: int, loss: float, score: float | None) -> None:
+        writer.add_scalar("meta_loss", loss, meta_step)
+        if score is not None:
+            writer.add_scalar("validation", score, meta_step)
+
+    try:
+        yield log
+    finally:
+        writer.close()

@@ -1,0 +1,405 @@
+"""The learned rule in AdamW's place: eight workloads, every optimizer under one schedule, with as many rates tried.
+
+theta <- optimizer(grad, lr_t),   lr_t = lr * min(t / w, (1 + cos(pi (t - w) / (T - w))) / 2),   w = T / 20
+
+Of every optimizer the rate is taken whose mean training loss on a seed of its own is lowest, and shown on other seeds.
+The row "at AdamW's rate" is not tuned at all. Starts and minibatches are the same for all. One run costs seconds to a
+minute, a whole report hours: each is kept in a file as it ends, so that a report that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from l2l_fast import normalize
+from l2l_fast.files import write_text
+from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.optim import LSTMOptimizer
+from l2l_fast.tasks.workloads import WORKLOADS
+from l2l_fast.writing import json_text
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+WEIGHT_DECAY = 0.01
+WARMUP, LAST = 0.05, 0.05  # shares of the steps: of the schedule, and of what counts as the last loss
+POINTS = 20  # of a curve
+HELD_OUT = 1024  # rows that validate
+TUNING_SEED, SEED = 0, 1000  # the first seed that is shown; others than any recipe was chosen by
+SWAP = "at AdamW's rate"
+METRICS = ("mean", "last", "validation")
+
+
+# ---------------------------------------------------------------- the rivals
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon on matrices, an update's RMS being 0.2 as AdamW's is; AdamW on all other tensors.
+
+    m <- 0.95 m + 0.05 g,   theta <- theta - lr (weight_decay theta + 0.2 o / RMS(o)),   o = NS(0.95 m + 0.05 g)
+
+    The same five steps, and the same tensors, as ``LSTMOptimizer(orthogonalize=True)`` has.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        rest = [p for group in self.param_groups for p in group["params"] if not normalize.is_matrix(p)]
+        self.rest = torch.optim.AdamW(rest, lr, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for param in filter(normalize.is_matrix, group["params"]):
+                state = self.state[param]
+                momentum = state.setdefault("momentum", torch.zeros_like(param)).lerp_(param.grad, 0.05)
+                o = normalize.orthogonalize(param.grad.lerp(momentum, 0.95))
+                scale = 0.2 / o.square().mean().sqrt().clamp_min(1e-30)
+                param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * scale * o)
+            for other in self.rest.param_groups:
+                other["lr"] = group["lr"]
+        self.rest.step()
+
+
+def nothing_learned(like: CoordinatewiseLSTM) -> CoordinatewiseLSTM:
+    """The control: the same rule before any training, whose update is Adam's direction."""
+    options = like.options | {"linear_path": True}
+    return CoordinatewiseLSTM(**options)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An optimizer and the rates that are tried."""
+
+    make: Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
+    rates: tuple[float, ...] = RATES
+
+
+@cache
+def _network(name: str) -> CoordinatewiseLSTM:
+    return CoordinatewiseLSTM.from_pretrained(name)
+
+
+def rivals(network: str = "l2l-base") -> dict[str, Rival]:
+    """AdamW, Nesterov, Muon, the control and the network, with and without ``orthogonalize``.
+
+    Args:
+        network: a shipped name or a folder.
+    """
+    decay = {"weight_decay": WEIGHT_DECAY}
+
+    def learned(params, lr, orthogonalize):
+        return LSTMOptimizer(params, _network(network), lr, **decay, orthogonalize=orthogonalize)
+
+    def control(params, lr, orthogonalize):
+        return LSTMOptimizer(params, nothing_learned(_network(network)), lr, **decay, orthogonalize=orthogonalize)
+
+    return {
+        "AdamW": Rival(lambda params, lr: torch.optim.AdamW(params, lr, **decay)),
+        "Nesterov": Rival(
+            lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9, nesterov=True, **decay),
+            tuple(10 * rate for rate in RATES),
+        ),
+        "Muon": Rival(lambda params, lr: Muon(params, lr, **decay)),
+        "control": Rival(partial(control, orthogonalize=False)),
+        "control, orthogonalize": Rival(partial(control, orthogonalize=True)),
+        "l2l": Rival(partial(learned, orthogonalize=False)),
+        "l2l, orthogonalize": Rival(partial(learned, orthogonalize=True)),
+    }
+
+
+LEARNED = ("l2l", "l2l, orthogonalize")
+
+
+# ---------------------------------------------------------------- one run
+
+
+def share(step: int, steps: int) -> float:
+    """lr_t / lr, steps being counted from 0."""
+    warm = max(1, round(WARMUP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
+
+
+@cache
+def _task(workload: str):
+    return WORKLOADS[workload]()
+
+
+def train(workload: str, make: Callable, lr: float, seed: int, steps: int) -> dict:
+    """One training run.
+
+    Args:
+        workload: a key of ``WORKLOADS``.
+        make: makes the optimizer from a list of parameters and ``lr``.
+        lr: the peak of the schedule.
+        seed: of the start and the minibatches.
+        steps: T.
+
+    Returns:
+        ``mean``, over all steps, ``last``, over the last twentieth, ``validation``, ``seconds`` (those of validation
+        left out), and by twentieths of the steps the training losses ``curve`` and the validation losses ``held_out``.
+    """
+    task, generator = _task(workload), torch.Generator().manual_seed(seed)
+    model = task.module(generator)
+    optimizer = make(list(model.parameters()), lr)
+    losses, held_out, seconds = [], [], 0.0
+    points = {steps * (point + 1) // POINTS for point in range(POINTS)}
+    begun = time.perf_counter()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * share(step, steps)
+        loss = _loss(task, model, task.data, task.sample(generator))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        if step + 1 in points:
+            seconds += time.perf_counter() - begun
+            held_out.append(_validation(task, model))
+            if not math.isfinite(losses[-1]):
+                losses += [losses[-1]] * (steps - step - 1)
+                break
+            begun = time.perf_counter()
+    losses = torch.stack(losses).double()
+    count = max(1, round(LAST * steps))
+    return {
+        "mean": losses.mean().item(), "last": losses[-count:].mean().item(), "validation": held_out[-1],
+        "seconds": seconds, "curve": [part.mean().item() for part in losses.tensor_split(POINTS)], "held_out": held_out,
+    }  # fmt: skip
+
+
+def _loss(task, model: nn.Module, data: Sequence[Tensor], rows: Tensor) -> Tensor:
+    inputs, *targets = (tensor[rows] for tensor in data)
+    return task.loss_fn(model(inputs), *targets)
+
+
+@torch.no_grad()
+def _validation(task, model: nn.Module) -> float:
+    data = task.with_half("meta-test").data
+    count = len(data[0])
+    rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:HELD_OUT]
+    model.eval()
+    loss = _loss(task, model, data, rows).item()
+    model.train()
+    return loss
+
+
+# ---------------------------------------------------------------- a report
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a report is of.
+
+    Attributes:
+        steps: T.
+        seeds: that are shown.
+        workloads: names.
+        network: a shipped name or a folder.
+        rivals: names; AdamW is always among them.
+    """
+
+    steps: int = 1000
+    seeds: int = 5
+    workloads: tuple[str, ...] = tuple(WORKLOADS)
+    network: str = "l2l-base"
+    rivals: tuple[str, ...] = tuple(rivals())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to do, or done."""
+
+    workload: str
+    rival: str
+    lr: float
+    seed: int
+    steps: int
+    network: str
+
+
+def _do(job: Job) -> dict:
+    torch.set_num_threads(1)
+    return train(job.workload, rivals(job.network)[job.rival].make, job.lr, job.seed, job.steps)
+
+
+def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, float], None] | None = None) -> dict:
+    """Do all runs of a plan that ``folder`` does not have yet.
+
+    Args:
+        plan: which.
+        folder: holds ``runs.jsonl``, one line for each run.
+        jobs: processes, one thread each.
+        progress: called with what is being done, and the fraction of it that is.
+
+    Returns:
+        ``plan`` and ``found``: by workload and row ``lr``, ``tuning`` by rate, and ``seeds``, a list of what
+        :func:`train` gives.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, done = folder / "runs.jsonl", {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # the last line of a run that was killed
+            done[Job(**entry["job"])] = entry["found"]
+    table, chosen = rivals(plan.network), ("AdamW", *(name for name in plan.rivals if name != "AdamW"))
+    job = partial(Job, steps=plan.steps)
+
+    def of(rival: str) -> str:
+        return plan.network if rival not in ("AdamW", "Nesterov", "Muon") else ""
+
+    tuning = [
+        job(workload=workload, rival=rival, lr=lr, seed=TUNING_SEED, network=of(rival))
+        for workload in plan.workloads for rival in chosen for lr in table[rival].rates
+    ]  # fmt: skip
+    with ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else nullcontext() as pool:
+        _fill(tuning, done, path, pool, progress and partial(progress, "tuning"))
+        best = {}
+        for one in tuning:
+            mean = done[one]["mean"]
+            key = one.workload, one.rival
+            if key not in best or (mean is not None and mean < best[key][0]):
+                best[key] = (math.inf if mean is None else mean), one.lr
+        rates = {key: lr for key, (_, lr) in best.items()}
+        swaps = {(workload, rival): rates[workload, "AdamW"] for workload, rival in rates if rival in LEARNED}
+        shown = {
+            (workload, rival, lr): [
+                job(workload=workload, rival=rival, lr=lr, seed=SEED + seed, network=of(rival))
+                for seed in range(plan.seeds)
+            ]
+            for pairs in (rates, swaps) for (workload, rival), lr in pairs.items()
+        }  # fmt: skip
+        _fill(
+            [one for group in shown.values() for one in group],
+            done,
+            path,
+            pool,
+            progress and partial(progress, "seeds"),
+        )
+    found: dict = {}
+    for names in (rates, swaps):
+        for (workload, rival), lr in names.items():
+            label = rival if names is rates else f"{rival}, {SWAP}"
+            tried = {one.lr: done[one]["mean"] for one in tuning if (one.workload, one.rival) == (workload, rival)}
+            seeds = [done[one] for one in shown[workload, rival, lr]]
+            found.setdefault(workload, {})[label] = {
+                "lr": lr,
+                "tuning": tried if names is rates else {},
+                "seeds": seeds,
+            }
+    return {"plan": asdict(plan), "torch": torch.__version__, "found": found}
+
+
+def _fill(wanted: Sequence[Job], done: dict, path: Path, pool, progress) -> None:
+    missing = [job for job in dict.fromkeys(wanted) if job not in done]
+    results = pool.map(_do, missing) if pool else map(_do, missing)
+    with path.open("a", encoding="utf-8") as file:
+        for number, (job, found) in enumerate(zip(missing, results, strict=True)):
+            done[job] = json.loads(json_text(found))  # as it will be read
+            file.write(json.dumps({"job": asdict(job), "found": done[job]}) + "\n")
+            file.flush()
+            if progress:
+                progress((number + 1) / len(missing))
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def ratios(found: dict, row: str, metric: str, rival: str = "AdamW") -> dict[str, tuple[float, float]]:
+    """By workload: a row's mean of ``metric`` in the rival's, and the standard error over pairs of seeds."""
+    result = {}
+    for workload, rows in found.items():
+        ours, theirs = (np.array([_number(seed[metric]) for seed in rows[name]["seeds"]]) for name in (row, rival))
+        pairs = ours / theirs
+        error = pairs.std(ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
+        result[workload] = float(ours.mean() / theirs.mean()), float(error)
+    return result
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(np.mean([math.log(value) for value in values]))
+
+
+def share_of_steps(rows: dict, row: str, rival: str = "AdamW") -> float:
+    """The share of the steps after which a row's curve has the rival's last loss; above 1 if it never has."""
+    target = np.mean([_number(seed["last"]) for seed in rows[rival]["seeds"]])
+    curve = np.mean([[_number(point) for point in seed["curve"]] for seed in rows[row]["seeds"]], 0)
+    below = np.flatnonzero(curve <= target)
+    if not len(below):
+        return 1 + 1 / POINTS
+    place = below[0]
+    if place == 0:
+        return 1 / POINTS
+    part = (curve[place - 1] - target) / (curve[place - 1] - curve[place])
+    return float((place + part + 0.5) / POINTS) if place + part + 0.5 < POINTS else 1.0
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def table(report: dict) -> str:
+    """A table for each metric, then the geometric means."""
+    found, lines = report["found"], []
+    rows = list(next(iter(found.values())))
+    wide = max(map(len, rows)) + 2
+    for metric in METRICS:
+        lines += [f"{metric} loss", " " * wide + "".join(f"{name[:11]:>12}" for name in found)]
+        for row in rows:
+            cells = [np.mean([_number(seed[metric]) for seed in found[name][row]["seeds"]]) for name in found]
+            lines.append(f"{row:<{wide}}" + "".join(f"{cell:>12.4f}" for cell in cells))
+        lines.append("")
+    lines += ["rates", *(
+        f"{row:<{wide}}" + "".join(f"{found[name][row]['lr']:>12g}" for name in found) for row in rows
+    ), ""]  # fmt: skip
+    lines += ["in AdamW's, geometric means" + f"{'mean':>12}{'last':>10}{'validation':>12}{'steps':>9}{'seconds':>9}"]
+    for row in rows:
+        means = [geometric_mean(value for value, _ in ratios(found, row, metric).values()) for metric in METRICS]
+        steps = geometric_mean(share_of_steps(found[name], row) for name in found)
+        seconds = geometric_mean(
+            share_of_steps(found[name], row) * value
+            for name, (value, _) in ratios(found, row, "seconds").items()
+        )  # fmt: skip
+        lines.append(f"{row:<27}{means[0]:>12.3f}{means[1]:>10.3f}{means[2]:>12.3f}{steps:>9.2f}{seconds:>9.2f}")
+    return "\n".join(lines)
+
+
+def plot(report: dict, path: Path) -> None:
+    """Picture: geometric mean over the workloads of the validation loss against steps, in AdamW's last."""
+    from l2l_fast.evaluate.plots import draw
+
+    found, steps, lines = report["found"], report["plan"]["steps"], {}
+    x = np.arange(1, POINTS + 1) * steps / POINTS
+    for row in next(iter(found.values())):
+        logs = []
+        for rows in found.values():
+            last = np.mean([_number(seed["held_out"][-1]) for seed in rows["AdamW"]["seeds"]])
+            curves = np.array([seed["held_out"] for seed in rows[row]["seeds"] if len(seed["held_out"]) == POINTS])
+            logs.append(np.log(curves.astype(float).mean(0) / last))
+        mean = np.interp(np.arange(steps + 1), x, np.exp(np.mean(logs, 0)))
+        lines[row] = mean, np.zeros_like(mean)
+    emphasised = [row for row in lines if row.startswith("l2l")]
+    title = f"validation loss on {len(found)} workloads, warm-up and cosine over {steps} steps"
+    draw(lines, path, title, emphasised, band=None, ylabel="in AdamW's last, geometric mean")
+
+
+def write(report: dict, folder: Path) -> None:
+    """``workloads.json``, ``table.txt`` and ``workloads.png``."""
+    write_text(folder / "workloads.json", json_text(report) + "\n")
+    write_text(folder / "table.txt", table(report) + "\n")
+    plot(report, folder / "workloads.png")
