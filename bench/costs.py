@@ -31,11 +31,12 @@ def meta_bytes(config: Config, unroll: int) -> float:
 def meta_multiply_adds(config: Config) -> int:
     """A coordinate and step of a meta-gradient: forward, gradient of the weights, gradient of what went in.
 
-    Recomputing the forward run is a way's own business and does not count. The first layer's inputs need no gradient.
+    Recomputing the forward run is a way's own business and does not count. The features need no gradient.
     """
     shapes = weight_shapes(config)
-    first = shapes["projection.weight" if config.projection else "weight_ih_l0"]
-    return 3 * step_multiply_adds(config) - math.prod(first)
+    of_features = ["projection.weight" if config.projection else "weight_ih_l0"]
+    of_features += ["linear.weight"] * config.linear_path
+    return 3 * step_multiply_adds(config) - sum(math.prod(shapes[name]) for name in of_features)
 
 
 def floor_seconds(moved: float, multiply_adds: float, ceilings: dict) -> tuple[float, str]:

@@ -182,7 +182,7 @@ void patterns() {
 
 // ---------------------------------------------------------------- the ops
 
-constexpr Network kPaper = {Features::log_sign, 20, 2, false, false, 0.1, 10, 0.95, 0.95, 1e-8};
+constexpr Network kPaper = {Features::log_sign, 20, 2, false, false, false, 0.1, 10, 0.95, 0.95, 1e-8};
 
 // Tensors of a group, in one buffer each.
 struct Group {

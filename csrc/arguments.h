@@ -54,7 +54,7 @@ inline DType state_dtype_of(const Tensor& state) {
 // No argument of an op may be a string: torch 2.13's stable ABI loses the memory of each that it hands to a kernel.
 inline Network network(
     int64_t features, int64_t hidden_size, int64_t num_layers, bool projection, int64_t output,
-    double output_scale, double preprocess_p, double beta1, double beta2, double eps) {
+    double output_scale, double preprocess_p, double beta1, double beta2, double eps, bool linear_path) {
   Network net{};
   L2L_CHECK(
       features >= 0 && features <= 3,
@@ -72,6 +72,7 @@ inline Network network(
   net.beta1 = beta1;
   net.beta2 = beta2;
   net.eps = eps;
+  net.linear_path = linear_path;
   return net;
 }
 

@@ -41,6 +41,7 @@ struct Network {
   int layers;
   bool projection;
   bool tanh_output;
+  bool linear_path;
   double output_scale;
   double preprocess_p;
   double beta1;
@@ -50,6 +51,7 @@ struct Network {
   L2L_HOST_DEVICE bool has_moments() const { return features == Features::moments || features == Features::both; }
   L2L_HOST_DEVICE bool has_log_sign() const { return features == Features::log_sign || features == Features::both; }
   L2L_HOST_DEVICE int inputs() const { return features == Features::identity ? 1 : features == Features::both ? 4 : 2; }
+  L2L_HOST_DEVICE int linear_inputs() const { return linear_path ? inputs() : 0; }
   L2L_HOST_DEVICE int layer_inputs(int layer) const { return layer == 0 && !projection ? inputs() : hidden; }
 
   // The magnitude from which on a gradient counts as not finite; reference.gradient_limit.
@@ -85,7 +87,8 @@ struct WeightLayout {
   L2L_HOST_DEVICE int64_t bias_hh(int layer) const { return bias_ih(layer) + 4 * int64_t(net.hidden); }
   L2L_HOST_DEVICE int64_t head_weight() const { return weight_ih(net.layers); }
   L2L_HOST_DEVICE int64_t head_bias() const { return head_weight() + net.hidden; }
-  L2L_HOST_DEVICE int64_t count() const { return head_bias() + 1; }
+  L2L_HOST_DEVICE int64_t linear_weight() const { return head_bias() + 1; }  // from the features to y
+  L2L_HOST_DEVICE int64_t count() const { return linear_weight() + net.linear_inputs(); }
 };
 
 }  // namespace l2l

@@ -14,9 +14,10 @@ struct Ops {
       std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor weights, Tensor lr,
       std::vector<Tensor> steps, int64_t features, int64_t hidden_size, int64_t num_layers, bool projection,
       int64_t output, double output_scale, double preprocess_p, double beta1, double beta2, double eps,
-      double weight_decay, bool maximize) {
-    const Network net =
-        network(features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
+      bool linear_path, double weight_decay, bool maximize) {
+    const Network net = network(
+        features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps,
+        linear_path);
     weights = checked_weights(weights, net);
     const std::vector<StepTensor> tensors = step_tensors(params, grads, states, steps, net, weights);
     Backend::step(
@@ -29,9 +30,10 @@ struct Ops {
       std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor weights, Tensor lr,
       std::vector<Tensor> steps, int64_t features, int64_t hidden_size, int64_t num_layers, bool projection,
       int64_t output, double output_scale, double preprocess_p, double beta1, double beta2, double eps,
-      double weight_decay, bool maximize, double update_rms) {
-    const Network net =
-        network(features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
+      bool linear_path, double weight_decay, bool maximize, double update_rms) {
+    const Network net = network(
+        features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps,
+        linear_path);
     weights = checked_weights(weights, net);
     const std::vector<StepTensor> tensors = step_tensors(params, grads, states, steps, net, weights);
     Backend::step_scaled(
@@ -43,9 +45,10 @@ struct Ops {
   static std::tuple<Tensor, Tensor> unroll(
       Tensor grads, Tensor state, Tensor weights, Tensor step, int64_t features, int64_t hidden_size,
       int64_t num_layers, bool projection, int64_t output, double output_scale, double preprocess_p, double beta1,
-      double beta2, double eps) {
-    const Network net =
-        network(features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
+      double beta2, double eps, bool linear_path) {
+    const Network net = network(
+        features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps,
+        linear_path);
     weights = checked_weights(weights, net);
     const UnrollArguments arguments = unroll_arguments(net, grads, state, weights, step);
     Tensor updates = torch::stable::empty_like(grads), last = new_state_like(state);
@@ -58,10 +61,11 @@ struct Ops {
   static std::tuple<Tensor, Tensor, Tensor> unroll_backward(
       Tensor d_updates, std::optional<Tensor> d_last, Tensor grads, Tensor state, Tensor weights, Tensor step,
       int64_t features, int64_t hidden_size, int64_t num_layers, bool projection, int64_t output,
-      double output_scale, double preprocess_p, double beta1, double beta2, double eps, bool need_grads,
-      bool need_state, bool need_weights) {
-    const Network net =
-        network(features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps);
+      double output_scale, double preprocess_p, double beta1, double beta2, double eps, bool linear_path,
+      bool need_grads, bool need_state, bool need_weights) {
+    const Network net = network(
+        features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps,
+        linear_path);
     weights = checked_weights(weights, net);
     const UnrollArguments arguments = unroll_arguments(net, grads, state, weights, step);
     const int64_t horizon = arguments.steps, count = arguments.count;

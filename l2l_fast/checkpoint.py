@@ -20,7 +20,7 @@ from torch import Tensor
 
 from l2l_fast.files import replacing, write_text
 
-FORMAT_VERSION = 2  # 1 had no update_rms, input_rms and orthogonalize, which have their defaults there
+FORMAT_VERSION = 2  # 1 had no update_rms, input_rms, orthogonalize and linear_path, which have their defaults there
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 WEIGHTS = Path(__file__).parent / "weights"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

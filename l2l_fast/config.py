@@ -29,6 +29,7 @@ class Config(NamedTuple):
     beta1: float
     beta2: float
     eps: float
+    linear_path: bool = False
 
     @classmethod
     def of(cls, features: str | int, *fields) -> Config:
@@ -77,6 +78,8 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         inputs = hidden
     shapes["head.weight"] = (1, hidden)
     shapes["head.bias"] = (1,)
+    if config.linear_path:
+        shapes["linear.weight"] = (1, FEATURES[config.features])
     return shapes
 
 

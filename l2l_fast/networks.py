@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from l2l_fast import checkpoint, normalize, ops
 from l2l_fast.checks import is_number, is_whole, require
-from l2l_fast.config import FEATURES, MAX_LAYERS, OUTPUTS, Config, num_weights, split_weights, weight_shapes
+from l2l_fast.config import (
+    FEATURES,
+    MAX_LAYERS,
+    OUTPUTS,
+    Config,
+    has_moments,
+    num_weights,
+    split_weights,
+    weight_shapes,
+)
 
 MAX_HIDDEN = 64  # units of a network that is made; the ops take more
 
@@ -29,6 +38,9 @@ class CoordinatewiseLSTM(nn.Module):
         hidden_size: units of each LSTM layer, 1 to 64.
         num_layers: stacked LSTM layers, at least 1.
         projection: put ELU(Linear(features -> hidden_size)) before the first layer.
+        linear_path: add a linear function of the features to y: y = head(h) + linear.weight . features. It begins at 0.
+            With moments it begins at -m^/(sqrt(v^)+eps) and the head at 0, so training starts from Adam's direction
+            (u = -s * m^/(sqrt(v^)+eps) with linear output) and learns what to add.
         output: ``"linear"`` or ``"tanh"``.
         output_scale: s; with ``"tanh"`` the largest possible update.
         preprocess_p: p of the ``log_sign`` features.
@@ -70,6 +82,7 @@ class CoordinatewiseLSTM(nn.Module):
         num_layers: int = 2,
         *,
         projection: bool = False,
+        linear_path: bool = False,
         output: str = "linear",
         output_scale: float = 0.1,
         preprocess_p: float = 10.0,
@@ -85,6 +98,7 @@ class CoordinatewiseLSTM(nn.Module):
         for name, count, most in (("hidden_size", hidden_size, MAX_HIDDEN), ("num_layers", num_layers, MAX_LAYERS)):
             require(is_whole(count, 1) and count <= most, name, count, f"an int from 1 to {most}")
         require(isinstance(projection, bool), "projection", projection, "True or False")
+        require(isinstance(linear_path, bool), "linear_path", linear_path, "True or False")
         require(
             isinstance(output, str) and output in OUTPUTS, "output", output, f"one of {', '.join(map(repr, OUTPUTS))}"
         )
@@ -100,7 +114,7 @@ class CoordinatewiseLSTM(nn.Module):
         require(isinstance(orthogonalize, bool), "orthogonalize", orthogonalize, "True or False")
         self.config = Config(
             features, hidden_size, num_layers, projection, output, float(output_scale), float(preprocess_p),
-            float(betas[0]), float(betas[1]), float(eps),
+            float(betas[0]), float(betas[1]), float(eps), linear_path,
         )  # fmt: skip
         # Not of the config, which is what the ops compute: they give u, and what is made of it is the step's.
         self.update_rms = None if update_rms is None else float(update_rms)
@@ -115,10 +129,15 @@ class CoordinatewiseLSTM(nn.Module):
             if name.startswith(("weight_", "bias_")):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.head = nn.Linear(hidden_size, 1)
+        if linear_path:
+            self.linear = nn.Linear(inputs, 1, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """``nn.LSTM``'s and ``nn.Linear``'s own initialisation, but for a zero head bias: no drift at the start."""
+        """``nn.LSTM``'s and ``nn.Linear``'s own initialisation, but for a zero head bias: no drift at the start.
+
+        A linear path begins at zero; with moments at -1 for m^/(sqrt(v^)+eps), and the head at zero: Adam's direction.
+        """
         bound = 1 / math.sqrt(self.config.hidden_size)
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
@@ -126,6 +145,11 @@ class CoordinatewiseLSTM(nn.Module):
             self.projection.reset_parameters()
         self.head.reset_parameters()
         nn.init.zeros_(self.head.bias)
+        if self.config.linear_path:
+            nn.init.zeros_(self.linear.weight)
+            if has_moments(self.config):
+                nn.init.zeros_(self.head.weight)
+                nn.init.constant_(self.linear.weight[:, :1], -1.0)
 
     def forward(self, grads: Tensor, state: Tensor | None = None, step: Tensor | int = 1) -> tuple[Tensor, Tensor]:
         """Updates u of a sequence of gradients, before ``update_rms``; differentiable once.
@@ -181,8 +205,9 @@ class CoordinatewiseLSTM(nn.Module):
     @property
     def rule(self) -> str:
         """All but the weights, as a text that identifies it: of networks with the same, equal weights step alike."""
+        config = repr(self.config).replace(", linear_path=False", "")  # the text of before there was one
         sizes = {"update_rms": self.update_rms, "input_rms": self.input_rms}
-        return repr(self.config) + "".join(f" {name}={size!r}" for name, size in sizes.items() if size is not None)
+        return config + "".join(f" {name}={size!r}" for name, size in sizes.items() if size is not None)
 
     @property
     def default_lr(self) -> float:
@@ -220,8 +245,9 @@ class CoordinatewiseLSTM(nn.Module):
         network = cls._blank(hidden_size=lstm.hidden_size, num_layers=lstm.num_layers, **options)
         tensors = lstm.state_dict() | {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
         for name, shape in weight_shapes(network.config).items():
-            if name.startswith("projection."):
-                raise ValueError("projection must be False: from_torch takes an nn.LSTM and a head alone")
+            option = {"projection.weight": "projection", "linear.weight": "linear_path"}.get(name)
+            if option:
+                raise ValueError(f"{option} must be False: from_torch takes an nn.LSTM and a head alone")
             require(tuple(tensors[name].shape) == shape, f"shape of {name}", tuple(tensors[name].shape), str(shape))
         network.to(tensors["weight_ih_l0"].dtype).load_state_dict(tensors)
         return network

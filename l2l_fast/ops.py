@@ -19,10 +19,10 @@ from l2l_fast.config import Config, state_size
 
 _CONFIG = (
     "int features, int hidden_size, int num_layers, bool projection, int output, "
-    "float output_scale, float preprocess_p, float beta1, float beta2, float eps"
+    "float output_scale, float preprocess_p, float beta1, float beta2, float eps, bool linear_path"
 )
 # Of the schemas; csrc/module.cpp has it too. Kernels of another version would read their arguments as others.
-VERSION = 3
+VERSION = 4
 _LIBRARY = torch.library.Library("l2l_fast", "DEF")
 REFERENCE: dict[str, Callable] = {}  # by op: what runs where there is no kernel
 

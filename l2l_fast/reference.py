@@ -147,6 +147,8 @@ def cell(
         x = o * tanh_c
         new_rows += [x, c_new]
     y = torch.addmm(weights["head.bias"][:, None], weights["head.weight"], x)[0]
+    if config.linear_path:
+        y = y + (weights["linear.weight"] @ features)[0]
     if config.output == "tanh":
         y = y.tanh()
     if saved is not None:
@@ -232,6 +234,10 @@ def cell_backward(
         d_weights["projection.weight"].addmm_(d_x, saved["features"].T)
         d_weights["projection.bias"].add_(d_x.sum(1))
         d_x = weights["projection.weight"].T @ d_x
+
+    if config.linear_path:
+        d_weights["linear.weight"].addmm_(d_y[None], saved["features"].T)
+        d_x = d_x + weights["linear.weight"].T * d_y
 
     d_features, grad = list(d_x), saved["grad"]
     d_grad = torch.zeros_like(grad)

@@ -10,6 +10,7 @@ from l2l_fast.config import Config, has_moments, num_weights
 
 PAPER = Config("log_sign", 20, 2, False, "linear", 0.1, 10.0, 0.95, 0.95, 1e-8)
 RNNPROP = Config("moments", 20, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
+LINEAR = Config("both", 20, 2, False, "linear", 0.1, 10.0, 0.95, 0.95, 1e-8, linear_path=True)
 IDENTITY = overflow.CONFIG._replace(features="identity", hidden_size=20)
 
 LAYOUTS = {
@@ -25,14 +26,15 @@ LAYOUTS = {
 
 def config_id(config: Config) -> str:
     projection = "-projection" * config.projection
-    return f"{config.features}-{config.hidden_size}x{config.num_layers}{projection}-{config.output}"
+    linear = "-linear_path" * config.linear_path
+    return f"{config.features}-{config.hidden_size}x{config.num_layers}{projection}{linear}-{config.output}"
 
 
 CONFIGS = [
-    Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.95, 0.95, 1e-8)
-    for features, (hidden, layers), projection, output in itertools.product(
+    Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.95, 0.95, 1e-8, linear_path)
+    for features, (hidden, layers, linear_path), projection, output in itertools.product(
         ["identity", "log_sign", "moments", "both"],
-        [(1, 1), (7, 3), (20, 2), (64, 1)],
+        [(1, 1, False), (1, 1, True), (7, 3, False), (7, 3, True), (20, 2, False), (20, 2, True), (64, 1, False)],
         [False, True],
         ["linear", "tanh"],
     )

@@ -14,8 +14,9 @@ from l2l_fast import CoordinatewiseLSTM, checkpoint
     "sizes", [{}, {"update_rms": 0.6}, {"update_rms": 0.2, "input_rms": 0.01, "orthogonalize": True}]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_round_trip(tmp_path, dtype, sizes):
-    options = {"projection": True, "output": "tanh", "output_scale": 0.03, **sizes}
+@pytest.mark.parametrize("linear_path", [False, True])
+def test_round_trip(tmp_path, dtype, sizes, linear_path):
+    options = {"projection": True, "output": "tanh", "output_scale": 0.03, "linear_path": linear_path, **sizes}
     network = CoordinatewiseLSTM("both", 3, 2, **options).to(dtype)
     network.save_pretrained(tmp_path / "new" / "folder")
     loaded = CoordinatewiseLSTM.from_pretrained(tmp_path / "new" / "folder")
@@ -144,19 +145,19 @@ def test_what_earlier_versions_saved_is_loaded(network, tmp_path):
     assert torch.equal(CoordinatewiseLSTM.from_pretrained(tmp_path).flat_weights(), network.flat_weights())
 
 
-def test_format_1_had_no_update_rms(network, tmp_path):
+@pytest.mark.parametrize(
+    "unknown", [{"update_rms", "input_rms", "orthogonalize", "linear_path"}, {"linear_path"}], ids=["first", "later"]
+)
+def test_options_that_were_not_there_yet_have_their_defaults(network, tmp_path, unknown):
     network.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["format_version"] == 2
     _as_before(tmp_path)
-    options = {
-        name: value
-        for name, value in network.options.items()
-        if name not in ("update_rms", "input_rms", "orthogonalize")
-    }
-    _edit(tmp_path, format_version=1, options=options)
+    options = {name: value for name, value in network.options.items() if name not in unknown}
+    _edit(tmp_path, format_version=2 if len(unknown) == 1 else 1, options=options)
     loaded = CoordinatewiseLSTM.from_pretrained(tmp_path)
     assert loaded.options == network.options
     assert loaded.update_rms is None
+    assert not loaded.config.linear_path
 
 
 @pytest.mark.parametrize("first", [True, False])

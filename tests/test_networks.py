@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from l2l_fast import CoordinatewiseLSTM
+from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from l2l_fast import CoordinatewiseLSTM
         ({"num_layers": 0}, "num_layers must be an int from 1 to 64, got 0"),
         ({"num_layers": 65}, "num_layers must be an int from 1 to 64, got 65"),
         ({"projection": 1}, "projection must be True or False, got 1"),
+        ({"linear_path": 1}, "linear_path must be True or False, got 1"),
         ({"output": "sigmoid"}, "output must be one of 'linear', 'tanh', got 'sigmoid'"),
         ({"output_scale": 0.0}, "output_scale must be a positive number, got 0.0"),
         ({"preprocess_p": -1.0}, "preprocess_p must be a number in (0, 80], got -1.0"),
@@ -39,7 +40,9 @@ def test_the_papers_network_by_default():
 
 
 def test_options_make_the_same_network_again():
-    network = CoordinatewiseLSTM("moments", 7, 3, projection=True, output="tanh", betas=(0.9, 0.99), eps=1e-6)
+    network = CoordinatewiseLSTM(
+        "moments", 7, 3, projection=True, linear_path=True, output="tanh", betas=(0.9, 0.99), eps=1e-6
+    )
     assert CoordinatewiseLSTM(**network.options).config == network.config
 
 
@@ -98,11 +101,45 @@ def test_a_fresh_network_starts_without_drift(network):
         (nn.LSTM(2, 4), nn.Linear(4, 2), {}, "shape of head.weight"),
         (nn.LSTM(3, 4), nn.Linear(4, 1), {}, "shape of weight_ih_l0"),
         (nn.LSTM(4, 4), nn.Linear(4, 1), {"projection": True}, "projection must be False"),
+        (nn.LSTM(2, 4), nn.Linear(4, 1), {"linear_path": True}, "linear_path must be False"),
     ],
 )
 def test_from_torch_refuses_what_it_cannot_hold(lstm, head, options, message):
     with pytest.raises(ValueError, match=message):
         CoordinatewiseLSTM.from_torch(lstm, head, **options)
+
+
+@pytest.mark.parametrize("features", ["moments", "both"])
+def test_a_fresh_linear_path_with_moments_steps_as_adam_does(features):
+    network = CoordinatewiseLSTM(features, linear_path=True, output_scale=0.03, betas=(0.9, 0.999))
+    start, scale = torch.linspace(-1, 1, 50), torch.logspace(-3, 3, 50)
+    ours, theirs = (start.clone().requires_grad_() for _ in range(2))
+    learned = LSTMOptimizer([ours], network=network, lr=1.0)
+    adam = torch.optim.Adam([theirs], lr=0.03, betas=(0.9, 0.999), eps=1e-8)
+    for param, optimizer in ((ours, learned), (theirs, adam)):
+        for _ in range(20):
+            optimizer.zero_grad()
+            (scale * param.square()).sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", ["identity", "log_sign"])
+def test_a_fresh_linear_path_without_moments_adds_nothing(features):
+    network = CoordinatewiseLSTM(features, 4, 1, linear_path=True)
+    assert network.head.weight.all()
+    assert network.linear.weight.shape == (1, 1 if features == "identity" else 2)
+    assert not network.linear.weight.any()
+
+
+def test_a_network_without_a_linear_path_is_known_as_before_there_was_one():
+    plain, other = CoordinatewiseLSTM(hidden_size=4), CoordinatewiseLSTM(hidden_size=4, linear_path=True)
+    assert plain.rule == (
+        "Config(features='log_sign', hidden_size=4, num_layers=2, projection=False, output='linear', "
+        "output_scale=0.1, preprocess_p=10.0, beta1=0.95, beta2=0.95, eps=1e-08)"
+    )
+    assert "linear_path=True" in other.rule
+    assert "linear.weight" not in plain.state_dict()
 
 
 def test_from_torch_keeps_every_digit():

@@ -17,8 +17,12 @@ CODES = dict(zip(Config._fields, arguments.codes(CONFIG), strict=True))
 STATE, WEIGHTS = state_size(CONFIG), num_weights(CONFIG)
 
 
-def make_arguments(features="both", dtype=torch.float64, steps=3, size=6, projection=True):
-    network = CoordinatewiseLSTM(features, 3, 2, projection=projection, output="tanh").to(dtype)
+def make_arguments(features="both", dtype=torch.float64, steps=3, size=6, projection=True, linear_path=True):
+    network = CoordinatewiseLSTM(features, 3, 2, projection=projection, linear_path=linear_path, output="tanh").to(
+        dtype
+    )
+    with torch.no_grad():
+        network.head.weight.uniform_(-0.5, 0.5)  # with a linear path it begins at zero
     weights = network.flat_weights().detach()
     grads = torch.randn(steps, size, dtype=dtype)
     state = ops.new_state(torch.empty(size), network.config, dtype) + 0.1
@@ -51,8 +55,9 @@ def test_unroll_backward_passes_opcheck(needed):
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("projection", [False, True])
-def test_unroll_passes_gradcheck(features, projection):
-    config, weights, grads, state = make_arguments(features, projection=projection)
+@pytest.mark.parametrize("linear_path", [False, True])
+def test_unroll_passes_gradcheck(features, projection, linear_path):
+    config, weights, grads, state = make_arguments(features, projection=projection, linear_path=linear_path)
     tensors = [tensor.requires_grad_() for tensor in (grads, state, weights)]
     assert torch.autograd.gradcheck(lambda g, s, w: ops.lstm_unroll(g, s, w, config, 2), tensors)
 

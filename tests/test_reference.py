@@ -10,12 +10,13 @@ from torch import nn
 from l2l_fast import CoordinatewiseLSTM, reference
 from l2l_fast.config import FEATURES, OUTPUTS, has_moments, num_weights, split_weights, state_size
 
-OPTIONS = list(itertools.product(FEATURES, (1, 2, 3), (False, True), OUTPUTS))
+OPTIONS = list(itertools.product(FEATURES, (1, 2, 3), (False, True), (False, True), OUTPUTS))
 
 
-def make(features="log_sign", layers=2, projection=False, output="linear", hidden=5):
+def make(features="log_sign", layers=2, projection=False, output="linear", hidden=5, linear_path=False):
     """A float64 network with weights large enough that every gate matters."""
-    network = CoordinatewiseLSTM(features, hidden, layers, projection=projection, output=output).double()
+    options = {"projection": projection, "linear_path": linear_path, "output": output}
+    network = CoordinatewiseLSTM(features, hidden, layers, **options).double()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(std=0.5)
@@ -68,9 +69,9 @@ def test_moment_features_are_bias_corrected_averages():
         torch.testing.assert_close(ratios, [m / (1 - 0.95**t) / root, grad / root])
 
 
-@pytest.mark.parametrize(("features", "layers", "projection", "output"), OPTIONS)
-def test_hand_written_backward_is_autograd(features, layers, projection, output):
-    network = make(features, layers, projection, output)
+@pytest.mark.parametrize(("features", "layers", "projection", "linear_path", "output"), OPTIONS)
+def test_hand_written_backward_is_autograd(features, layers, projection, linear_path, output):
+    network = make(features, layers, projection, output, linear_path=linear_path)
     config, weights = network.config, network.flat_weights().detach().requires_grad_()
     grads, state = problem(config)
     grads.requires_grad_()
@@ -87,8 +88,26 @@ def test_hand_written_backward_is_autograd(features, layers, projection, output)
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_tiles_do_not_show(monkeypatch):
-    network = make("both", 2)
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_linear_path_adds_its_features_to_the_output(projection, output):
+    """By hand, from the updates of the same network without it."""
+    network = make("both", 1, projection, output, linear_path=True)
+    config, grads = network.config, torch.randn(1, 9, dtype=torch.float64)
+    state, step = 0.1 + torch.rand(9, state_size(config), dtype=torch.float64), torch.tensor(3.0)
+    plain = config._replace(linear_path=False, output="linear")
+    alone, last = reference.lstm_unroll(grads, state, network.flat_weights()[:-4], step, *plain)
+    *_, ratios, _ = reference._moments(grads[0], state[:, 0], state[:, 1], step.double(), config)
+    features = torch.stack(ratios + reference.log_sign(grads[0], config.preprocess_p))
+    y = alone / config.output_scale + network.linear.weight @ features
+    updates, with_path = reference.lstm_unroll(grads, state, network.flat_weights(), step, *config)
+    torch.testing.assert_close(updates, config.output_scale * (y.tanh() if output == "tanh" else y))
+    assert torch.equal(last, with_path)
+
+
+@pytest.mark.parametrize("linear_path", [False, True])
+def test_tiles_do_not_show(monkeypatch, linear_path):
+    network = make("both", 2, linear_path=linear_path)
     grads, state = problem(network.config, steps=3, size=23)
     args = (grads, state, network.flat_weights().detach(), torch.tensor(1.0), *network.config)
     d_updates = torch.randn_like(grads)
@@ -136,9 +155,10 @@ def test_a_coordinate_without_any_gradient_yet_stays_where_it_is(features):
 
 
 def test_weights_split_into_torchs_names_and_shapes():
-    network = make("moments", 2, projection=True)
+    network = make("moments", 2, projection=True, linear_path=True)
     named = split_weights(network.flat_weights(), network.config)
     assert num_weights(network.config) == sum(parameter.numel() for parameter in network.parameters())
+    assert list(named)[-3:] == ["head.weight", "head.bias", "linear.weight"]
     assert set(named) == {name for name, _ in network.named_parameters()}
     for name, parameter in network.named_parameters():
         assert torch.equal(named[name], parameter)

@@ -111,7 +111,7 @@ struct TileStep {
   T* projected;    // [groups(hidden) * 4], written (with projection)
   T* columns;      // [column_rows], written: what a layer's matrix is multiplied with
   T* activations;  // [5 * hidden], written: gates in order of their rows, then tanh c; one block a layer if kept
-  T* output;       // [1], written: y, the head's output (after tanh, with output "tanh")
+  T* output;       // [1], written: y, of head and linear path (after tanh, with output "tanh")
   Corrections<T> corrections;
   Ahead ahead;
 };
@@ -300,6 +300,11 @@ void forward_head(const Packed<typename V::Scalar>& packed, const TileStep<typen
     V w = V::broadcast(packed.head + k);
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) y[v] = fma(w, V::load(top + k * tile.state_stride + v * V::kLanes), y[v]);
+  }
+  for (int f = 0; f < net.linear_inputs(); ++f) {
+    V w = V::broadcast(packed.linear + f);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) y[v] = fma(w, V::load(tile.features + (f * NV + v) * V::kLanes), y[v]);
   }
   for (int v = 0; v < NV; ++v) {
     if (net.tanh_output) y[v] = tanh_of(y[v]);

@@ -48,6 +48,7 @@ class Packer {
         projection_.data(),
         pointers_.data(),
         weights + at.head_weight(),
+        weights + at.linear_weight(),
         pair_pointers_.data(),
         projection_t_.data(),
         pointers_.data() + net.layers,

@@ -63,6 +63,7 @@ struct Packed {
   const T* projection;    // [groups(hidden)][1 + inputs][4]
   const T* const* gates;  // a layer: [hidden][1 + layer_inputs + hidden][4], a unit's gates scaled by gate_scale
   const T* head;          // [hidden]
+  const T* linear;        // [inputs] (with a linear path)
   // The gates in bfloat16, null unless asked for; the lower half of a word is the column that comes first. A layer:
   //   in pairs:  [hidden][1 + pairs(layer_inputs) + pairs(hidden)][4], the first of them biases in float32;
   //   in blocks: [blocks(4 * hidden)][pair_blocks][16 rows][16 pairs].

@@ -40,9 +40,11 @@ struct WeightSums {
     projection_rows = padded<V>(net.hidden);
     gate_rows = padded<V>(kGates * net.hidden);
     projection = at;                                           // [inputs + 1][projection_rows]
-    head = projection + (net.inputs() + 1) * projection_rows;  // [hidden + 1][kLanes]
-    layers = head + (net.hidden + 1) * V::kLanes;              // a layer: [inputs + hidden + 1][gate_rows]
+    head = projection + (net.inputs() + 1) * projection_rows;  // [hidden, bias, linear_inputs][kLanes]
+    layers = head + head_rows(net) * V::kLanes;                // a layer: [inputs + hidden + 1][gate_rows]
   }
+  // The weights of y's sum, in the order of the flat vector.
+  static L2L_INLINE int head_rows(const Network& net) { return net.hidden + 1 + net.linear_inputs(); }
   L2L_INLINE T* layer(const Network& net, int index) const {
     T* at = layers;
     for (int l = 0; l < index; ++l) at += size(net, l);
@@ -110,17 +112,18 @@ void multiply_transposed(
   }
 }
 
+// d_y_row: gradient of u on entry, of y's sum (before tanh) on return.
 template <class V, int NV>
 void backward_head(
-    const Packed<typename V::Scalar>& packed, const Backward<typename V::Scalar>& tile,
-    const typename V::Scalar* d_update, const WeightSums<V>* sums) {
+    const Packed<typename V::Scalar>& packed, const Backward<typename V::Scalar>& tile, typename V::Scalar* d_y_row,
+    const WeightSums<V>* sums) {
   constexpr int width = NV * V::kLanes;
   const Network& net = packed.net;
   const auto* top = tile.new_state + net.h_row(net.layers - 1) * width;
   V d_y[NV], total(0);
   for (int v = 0; v < NV; ++v) {
     const int at = v * V::kLanes;
-    d_y[v] = V(net.output_scale) * V::load(d_update + at);
+    d_y[v] = V(net.output_scale) * V::load(d_y_row + at);
     // Not a product with `live`: the gradient of a skipped coordinate may be anything.
     d_y[v] = select(less(V(0), V::load(tile.kept.live + at)), d_y[v], V(0));
     if (net.has_moments()) d_y[v] = select(unmoved(V::load(tile.new_state + width + at)), V(0), d_y[v]);
@@ -129,6 +132,7 @@ void backward_head(
       d_y[v] = d_y[v] * (V(1) - y * y);
     }
     total = total + d_y[v];
+    d_y[v].store(d_y_row + at);
   }
   for (int k = 0; k < net.hidden; ++k) {
     V w = V::broadcast(packed.head + k), sum(0);
@@ -141,6 +145,12 @@ void backward_head(
   }
   auto* bias = sums ? sums->head + net.hidden * V::kLanes : nullptr;
   if (bias) (V::load(bias) + total).store(bias);
+  for (int f = 0; sums && f < net.linear_inputs(); ++f) {
+    auto* weight = bias + (1 + f) * V::kLanes;
+    V sum = V::load(weight);
+    for (int v = 0; v < NV; ++v) sum = fma(d_y[v], V::load(tile.kept.features + f * width + v * V::kLanes), sum);
+    sum.store(weight);
+  }
 }
 
 template <class V, int NV>
@@ -200,6 +210,19 @@ void backward_projection(
   multiply_transposed<V, NV>(tile.d_x, packed.projection_t, tile.kept.projected, net.hidden, net.inputs());
 }
 
+// Adds what comes through the linear path to the gradient of the features, in d_x.
+template <class V, int NV>
+void backward_linear(
+    const Packed<typename V::Scalar>& packed, const Backward<typename V::Scalar>& tile,
+    const typename V::Scalar* d_y) {
+  constexpr int width = NV * V::kLanes;
+  for (int f = 0; f < packed.net.linear_inputs(); ++f)
+    for (int at = 0; at < width; at += V::kLanes) {
+      auto* d = tile.d_x + f * width + at;
+      fma(V::broadcast(packed.linear + f), V::load(d_y + at), V::load(d)).store(d);
+    }
+}
+
 // From the gradient of the features, in d_x, to that of grad [width] and of the moments' rows of the state.
 template <class V, int NV>
 void backward_features(
@@ -249,7 +272,7 @@ void add_sums(const Network& net, const WeightSums<V>& sums, double* d_weights) 
     add(to.bias_ih(layer), from + (inputs + hidden) * stride, stride, kGates * hidden, 1);
     add(to.bias_hh(layer), from + (inputs + hidden) * stride, stride, kGates * hidden, 1);
   }
-  for (int k = 0; k <= hidden; ++k)
+  for (int k = 0; k < sums.head_rows(net); ++k)
     for (int lane = 0; lane < V::kLanes; ++lane) d_weights[to.head_weight() + k] += sums.head[k * V::kLanes + lane];
 }
 
@@ -341,7 +364,10 @@ void unroll_backward_tile(
       backward_layer<V, NV>(packed, tile, layer, need_inputs, t > 0 || gradients.d_state.data, sums);
     }
     if (net.projection) backward_projection<V, NV>(packed, tile, sums);
-    if (need_features) backward_features<V, NV>(packed, tile, call.corrections[t], at.d_grad);
+    if (need_features) {
+      backward_linear<V, NV>(packed, tile, at.d_update);
+      backward_features<V, NV>(packed, tile, call.corrections[t], at.d_grad);
+    }
     if (some) {
       keep_skipped(at.d_state, at.passed, skip, width, rows);
       for (int i = 0; i < width; ++i) at.d_grad[i] = skip[i] ? T(0) : at.d_grad[i];

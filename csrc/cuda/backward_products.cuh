@@ -9,8 +9,8 @@ namespace l2l {
 // ---------------------------------------------------------------- the weights' order
 
 // The order in which a block keeps the weights and their gradient: a layer is [columns][hidden][kGates], its columns
-// the inputs, then the bias (the sum of both), then h; after the layers come the projection and the head, each as in
-// the flat vector.
+// the inputs, then the bias (the sum of both), then h; after the layers come the projection, the head and the linear
+// path, each as in the flat vector.
 struct Packing {
   Network net;
 
@@ -25,7 +25,8 @@ struct Packing {
     return projection_weight() + (net.projection ? net.hidden * (net.inputs() + 1) : 0);
   }
   L2L_HOST_DEVICE int head_bias() const { return head_weight() + net.hidden; }
-  L2L_HOST_DEVICE int count() const { return head_bias() + 1; }
+  L2L_HOST_DEVICE int linear_weight() const { return head_bias() + 1; }
+  L2L_HOST_DEVICE int count() const { return linear_weight() + net.linear_inputs(); }
 
   // A multiple of 16 bytes.
   L2L_HOST_DEVICE int padded() const { return (count() + 3) / 4 * 4; }

@@ -143,9 +143,21 @@ L2L_DEVICE float sum_for_owner(const Four& partial) {
   return (odd ? pair[1] : pair[0]) + device::shuffle_xor(odd ? pair[0] : pair[1], 1);
 }
 
-// y, the head's output, for the lane's own coordinate. weights: [hidden], then the bias.
+// What the linear path adds to y, from the features of the lane's own coordinate. Its few weights are read where they
+// lie: once a tile, through the cache, the same for all lanes.
+L2L_DEVICE float linear_path(const Cell<float>& cell, const Starts& starts, const float (&features)[4]) {
+  float sum = 0;
+  if (!cell.net.linear_path) return sum;
+  const float* const weights = cell.weights + starts.head + cell.net.hidden + 1;  // after the head's
+#pragma unroll
+  for (int f = 0; f < 4; ++f)
+    if (f < cell.net.inputs()) sum = std::fma(__ldg(weights + f), features[f], sum);
+  return sum;
+}
+
+// y for the lane's own coordinate, to which the linear path adds `linear`. weights: [hidden], then the bias.
 template <int kSlots, class Memory>
-L2L_DEVICE float head(const Network& net, const float* weights, const Memory& memory) {
+L2L_DEVICE float head(const Network& net, const float* weights, const Memory& memory, float linear) {
   Four partial = {};
 #pragma unroll
   for (int j = 0; j < kSlots; ++j) {
@@ -154,7 +166,8 @@ L2L_DEVICE float head(const Network& net, const float* weights, const Memory& me
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) partial.at[n] = std::fma(w, h.at[n], partial.at[n]);
   }
-  const float y = sum_for_owner(partial) + weights[4 * kSlots];
+  float y = sum_for_owner(partial) + weights[4 * kSlots];
+  if (net.linear_path) y += linear;
   return net.tanh_output ? tanh_of(V(y)).v : y;
 }
 
@@ -196,10 +209,11 @@ L2L_DEVICE typename A::Chunk features_chunk(const Four& input) {
   return A::chunk(slots, 1);
 }
 
-// y of the lane's own coordinate; features: of that coordinate. memory.begin(layer) and memory.end() enclose a layer,
-// memory.put_below(i, x) leaves what the first one finds below.
+// y of the lane's own coordinate; features, linear: of that coordinate. memory.begin(layer) and memory.end() enclose a
+// layer, memory.put_below(i, x) leaves what the first one finds below.
 template <class A, int kSlots, class Memory>
-L2L_DEVICE float run_network(const Network& net, const float4* weights, const float (&features)[4], Memory& memory) {
+L2L_DEVICE float run_network(
+    const Network& net, const float4* weights, const float (&features)[4], float linear, Memory& memory) {
   const Four input = feature_slot(features, net.inputs());
   int layer = 0;
   if (net.projection) {
@@ -223,7 +237,7 @@ L2L_DEVICE float run_network(const Network& net, const float4* weights, const fl
     memory.end();
     weights += Sizes<A>::layer(kSlots, kSlots);
   }
-  return head<kSlots>(net, reinterpret_cast<const float*>(weights), memory);
+  return head<kSlots>(net, reinterpret_cast<const float*>(weights), memory, linear);
 }
 
 }  // namespace matrix

@@ -182,13 +182,14 @@ __global__ void __launch_bounds__(threads(kSlots), 1) step(
     float features[4];
     preprocess(cell, scale, V(gradient.value), moments, features);
     if (net.has_moments() && changes) store_moments<T>(entry, at, moments);
+    const float linear = linear_path(cell, call.starts, features);
 
     next = find(index + stride);
     next_own = load_own<T>(table.entries[next.entry], next, net);
     stream.advance(part_of(tile), Changes::of(changes));
 
     const bool still = unmoved(net, moments);
-    float y = run_network<A, kSlots>(net, weights, features, stream);
+    float y = run_network<A, kSlots>(net, weights, features, linear, stream);
     if (still) y = 0;
     if (changes) store(entry.param, entry.param_dtype, at, moved(theta, y, lr, call));
   }

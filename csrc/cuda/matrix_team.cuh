@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
   float features[4];
   preprocess(cell, scale, V(gradient.value), moments, features);
   const Four input = feature_slot(features, net.inputs());
+  const float linear = first ? linear_path(cell, call.starts, features) : 0;
 
   Exchange<kSlots> exchange(reinterpret_cast<float4*>(device::shared_memory()));
   if (net.projection) {
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
 
   if (!first) return;
   const float lr = float(read(call.lr));
-  float y = head<kSlots>(net, cell.weights + call.starts.head, exchange);
+  float y = head<kSlots>(net, cell.weights + call.starts.head, exchange, linear);
   if (!changed) return;
   if (unmoved(net, moments)) y = 0;
   store(entry.param, entry.param_dtype, own_at, moved(theta, y, lr, call));

@@ -27,19 +27,27 @@ struct Shared {
   float4* inputs;    // [2]: the features' slot, or those of the projected features
   uint32_t* finite;  // [2]: bit l: lane l's gradient is finite
   uint32_t* moves;   // [2]: the same, and its u is not 0 for want of any
+  float* linear;     // [2][lane]: what the linear path adds to y (with one)
   int layers;
 
   static constexpr int kTeam = team(kSlots);
-  L2L_HOST_DEVICE static constexpr int size(int layers) { return (3 * layers + 2) * kTeam + 1; }
+  static int size(const Network& net) {
+    const int linear = net.linear_path ? 2 * kWidth * int(sizeof(float)) / int(sizeof(float4)) : 0;
+    return (3 * net.layers + 2) * kTeam + 1 + linear;
+  }
   L2L_DEVICE Shared(float4* at, int layers)
       : h(at),
         c(h + 2 * layers * kTeam),
         inputs(c + layers * kTeam),
         finite(reinterpret_cast<uint32_t*>(inputs + 2 * kTeam)),
         moves(finite + 2),
+        linear(reinterpret_cast<float*>(finite + 4)),
         layers(layers) {}
 
   L2L_DEVICE float4* h_of(int64_t step, int layer) const { return h + ((step & 1) * layers + layer) * kTeam; }
+  L2L_DEVICE float& linear_of(int64_t step) const {
+    return linear[(step & 1) * kWidth + device::lane()];  // of the lane's own coordinate
+  }
   L2L_DEVICE float4* inputs_of(int64_t step) const { return inputs + (step & 1) * kTeam; }
 };
 
@@ -139,6 +147,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
       float features[4];
       preprocess(cell, scale, V(gradient.value), moved, features);
       if (gradient.live) moments = moved;
+      if (net.linear_path) shared.linear_of(t) = linear_path(cell, call.starts, features);
       const Four input = feature_slot(features, net.inputs());
       const uint32_t finite = device::ballot(gradient.live);
       const uint32_t moves = device::ballot(gradient.live && !unmoved(net, moved));
@@ -159,6 +168,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
     for (int64_t t = 0; t < steps; ++t) {
       const uint32_t of_four = shared.finite[t & 1] >> kOwn * Place().r & 15;
       const bool moves = shared.moves[t & 1] >> device::lane() & 1;
+      const float linear = net.linear_path && last_warp ? shared.linear_of(t) : 0;
       if (first_warp && t + 1 < steps) prepare(t + 1);
       const float4* at = weights;
       int layer = 0;
@@ -178,7 +188,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
       }
       if (last_warp) {
         const Slots top = {shared.h_of(t + 1, net.layers - 1)};
-        const float y = head<kSlots>(net, reinterpret_cast<const float*>(head_weights), top);
+        const float y = head<kSlots>(net, reinterpret_cast<const float*>(head_weights), top, linear);
         if (inside) element<float>(call.updates, t, own) = moves ? cell.output_scale * y : 0.0f;
       }
     }
@@ -199,7 +209,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1) unroll(cons
 template <int kSlots>
 int64_t shared_bytes(const Network& net) {
   const int64_t flat = WeightLayout{net}.count() * int64_t(sizeof(float));  // there before the state
-  return (Sizes<Exact>::all(net) + std::max<int64_t>(Shared<kSlots>::size(net.layers), (flat + 15) / 16)) * sizeof(float4);
+  return (Sizes<Exact>::all(net) + std::max<int64_t>(Shared<kSlots>::size(net), (flat + 15) / 16)) * sizeof(float4);
 }
 
 template <int kSlots>

@@ -203,7 +203,8 @@ L2L_DEVICE bool unmoved(const Network& net, const StepRows<T>& rows) {
   return net.has_moments() && unmoved(Real<T>(rows.new_state[kStride<T> + device::lane()]));
 }
 
-// The head's output y of this lane's coordinate (after tanh, with output "tanh").
+// y, of head and linear path, of this lane's coordinate (after tanh, with output "tanh"). The lane itself has written
+// its features.
 template <class T>
 L2L_DEVICE T forward_head(const Cell<T>& cell, const StepRows<T>& rows) {
   const Network& net = cell.net;
@@ -211,6 +212,7 @@ L2L_DEVICE T forward_head(const Cell<T>& cell, const StepRows<T>& rows) {
   T y[1] = {__ldg(cell.weights + at.head_bias())};
   const T* h = rows.new_state + net.h_row(net.layers - 1) * kStride<T>;
   add_products(y, cell.weights + at.head_weight(), 0, h, net.hidden);
+  if (net.linear_path) add_products(y, cell.weights + at.linear_weight(), 0, rows.features, net.inputs());
   if (net.tanh_output) y[0] = tanh_of(Real<T>(y[0])).v;
   return unmoved(net, rows) ? T(0) : y[0];
 }

@@ -36,7 +36,7 @@ struct BackwardRows {
   T* gates;    // [layers][kGates][hidden]: gradients of the pre-activations
   T* d_state;  // [state_rows]: gradient of the new state on entry to a step, of the old one on return
   T* d_x;      // [max(hidden, 4)]: gradient of what leaves or enters a layer
-  T* d_y;      // [1]: gradient of the head's sum
+  T* d_y;      // [1]: gradient of y's sum, before tanh
   T* sums;     // [Packing::count()], in its order
   T* weights;  // [Packing::count()], in its order
   T* next;     // [state_rows]: the state that the next step back begins with, on its way here
@@ -270,6 +270,9 @@ L2L_DEVICE void add_weight_gradients(const Cell<T>& cell, const BackwardRows<T>&
   for (int k = deal.take(hidden + 1); k <= hidden; k += threads)
     rows.sums[packing.head_weight() + k] +=
         k < hidden ? sum_products(rows.d_y, top + k * kStride<T>) : sum_row(rows.d_y);
+  if (!net.linear_path) return;
+  for (int f = deal.take(net.inputs()); f < net.inputs(); f += threads)
+    rows.sums[packing.linear_weight() + f] += sum_products(rows.d_y, rows.step.features + f * kStride<T>);
 }
 
 // From the gradient of the projected features, in d_x, to that of the features. Its threads meet once.
@@ -302,7 +305,8 @@ L2L_DEVICE void backward_projection(const Cell<T>& cell, const BackwardRows<T>& 
     rows.sums[packing.projection_bias() + unit] += sum_row(d + unit * kStride<T>);
 }
 
-// From the gradient of the features, in d_x, to that of the gradient, which is returned, and of the moments.
+// From the gradient of the features, in d_x but for what comes through the linear path, to that of the gradient, which
+// is returned, and of the moments.
 template <class T>
 L2L_DEVICE T backward_features(
     const Cell<T>& cell, const BackwardRows<T>& rows, const Gradient<T>& gradient, double step) {
@@ -310,7 +314,12 @@ L2L_DEVICE T backward_features(
   const Network& net = cell.net;
   const int lane = device::lane();
   const V grad(gradient.value);
-  const T* d = rows.d_x + lane;
+  T* d = rows.d_x + lane;
+  if (net.linear_path) {
+    const T* const w = rows.weights + Packing{net}.linear_weight();
+    const T d_y = rows.d_y[lane];
+    for (int f = 0; f < net.inputs(); ++f) d[f * kStride<T>] = std::fma(w[f], d_y, d[f * kStride<T>]);
+  }
   V sum(0);
   if (net.features == Features::identity) sum = V(*d);
   if (net.has_moments()) {
@@ -331,12 +340,16 @@ L2L_DEVICE T backward_features(
 
 // ---------------------------------------------------------------- kernels
 
-// kHidden: the hidden size where it is known when the kernel is compiled, otherwise 0.
-template <class T, OnChip kOnChip, int kHidden>
+// kHidden: the hidden size where it is known when the kernel is compiled, otherwise 0. kLinear: then, whether there is a
+// linear path, whose few instructions would cost the others registers that they have not.
+template <class T, OnChip kOnChip, int kHidden, bool kLinear = false>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::all>)
     backward_kernel(const __grid_constant__ BackwardCall<T> call) {
   Cell<T> cell = call.cell;
-  if constexpr (kHidden > 0) cell.net.hidden = kHidden;
+  if constexpr (kHidden > 0) {
+    cell.net.hidden = kHidden;
+    cell.net.linear_path = kLinear;
+  }
   const Network& net = cell.net;
   const UnrollArguments& arguments = call.arguments;
   const UnrollGradients& gradients = call.gradients;
@@ -445,7 +458,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, kOnChip == OnChip::
           if (inside && gradients.d_grads.data) element<T>(gradients.d_grads, t, i) = d_grad;
         }
         // It has read the new state's moments, where the next step puts a state, and written those of d_state. With no
-        // moments it has read d_x alone, which is not written before another barrier.
+        // moments it has touched d_x alone, which no other does before another barrier, and each lane its own d_y.
         if (net.has_moments()) __syncthreads();
       }
       T* const spent = rows.step.new_state;
@@ -513,14 +526,19 @@ struct Plan {
   int64_t bytes() const { return states + slabs + blocks * (rows + weights - shared()); }
 };
 
+template <class T, int kHidden>
+auto kernel_of_size(bool linear_path) {
+  return linear_path ? backward_kernel<T, OnChip::all, kHidden, true> : backward_kernel<T, OnChip::all, kHidden, false>;
+}
+
 template <class T>
-auto kernel_for(OnChip on_chip, int hidden) {
+auto kernel_for(OnChip on_chip, const Network& net) {
   if constexpr (sizeof(T) == 4)
-    if (on_chip == OnChip::all) switch (hidden) {
-        case 8: return backward_kernel<T, OnChip::all, 8>;
-        case 16: return backward_kernel<T, OnChip::all, 16>;
-        case 20: return backward_kernel<T, OnChip::all, 20>;
-        case 32: return backward_kernel<T, OnChip::all, 32>;
+    if (on_chip == OnChip::all) switch (net.hidden) {
+        case 8: return kernel_of_size<T, 8>(net.linear_path);
+        case 16: return kernel_of_size<T, 16>(net.linear_path);
+        case 20: return kernel_of_size<T, 20>(net.linear_path);
+        case 32: return kernel_of_size<T, 32>(net.linear_path);
         default: break;
       }
   switch (on_chip) {
@@ -546,7 +564,7 @@ void unroll_backward(
       plan.rows,
       plan.weights};
   if (plan.blocks > 0) {
-    const auto kernel = kernel_for<T>(plan.on_chip, net.hidden);
+    const auto kernel = kernel_for<T>(plan.on_chip, net);
     const dim3 grid(unsigned(plan.blocks)), block(unsigned(backward_warps(net.hidden) * device::kWarp));
     check(device::launch(kernel, grid, block, size_t(plan.shared()), stream, call), "lstm_unroll_backward");
   }

@@ -37,6 +37,9 @@ def meta_train(
     hidden_size: Annotated[int | None, Choice(help="Units a layer.", show_default="by task")] = None,
     num_layers: Annotated[int | None, Choice(help="LSTM layers.", show_default="by task")] = None,
     projection: Annotated[bool | None, Choice(help="ELU projection before the LSTM.", show_default="by task")] = None,
+    linear_path: Annotated[
+        bool | None, Choice(help="Add a linear function of the features to the output.", show_default="by task")
+    ] = None,
     output: Annotated[str | None, Choice(help="linear or tanh.", show_default="by task")] = None,
     output_scale: Annotated[float | None, Choice(help="Factor of the update.", show_default="by task")] = None,
     update_rms: Annotated[
@@ -88,7 +91,8 @@ def meta_train(
     if recipe and init_scale:
         raise typer.BadParameter("--init-scale goes with TASKs; a recipe's tasks have their own")
     shape = _given(features=features, hidden_size=hidden_size, num_layers=num_layers, projection=projection,
-                   output=output, output_scale=output_scale, update_rms=update_rms)  # fmt: skip
+                   linear_path=linear_path, output=output, output_scale=output_scale,
+                   update_rms=update_rms)  # fmt: skip
     if network is not None and shape:
         raise typer.BadParameter(f"--network already has its own {', '.join(shape)}; leave them out")
     if recipe:

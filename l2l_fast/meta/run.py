@@ -70,11 +70,13 @@ class Run:
         settings["teacher"] = describe_optimizer(teacher_maker(options), starts) if led else None
         settings["horizon"], settings["imitation"] = describe_horizon(options.horizon), list(options.imitation)
         settings |= {f"tasks[{number}]": describe(task, options.device) for number, task in enumerate(self.tasks)}
-        settings["network"], settings["update_rms"] = list(network.config), network.update_rms
+        *config, linear_path = network.config
+        settings["network"], settings["update_rms"] = config, network.update_rms
         # What earlier versions had none of is named where it is used, so that their checkpoints go on.
         if settings["lr_schedule"] == "constant":
             del settings["lr_schedule"]
         settings |= {name: getattr(network, name) for name in ("input_rms", "orthogonalize") if getattr(network, name)}
+        settings |= {"linear_path": True} if linear_path else {}
         settings["frozen"], settings["ranks"] = self.update.frozen, ranks.world()
         return settings
 

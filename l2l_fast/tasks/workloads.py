@@ -59,7 +59,7 @@ def images(data: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int
 
 
 @functools.cache
-def friedman(rows: int = 2500) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def friedman(rows: int = 12_500) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Friedman's function of five of ten inputs, with noise, in its own standard deviations; [M, 10] and [M, 1].
 
     y = 10 sin(pi x0 x1) + 20 (x2 - 1/2)^2 + 10 x3 + 5 x4 + N(0, 1)

@@ -33,7 +33,9 @@ int main() {
         for (int layers : {1, 2})
           for (bool projection : {false, true})
             for (int64_t count : {0, 1, 33}) {
-              const Network net = {features, hidden, layers, projection, projection, 0.1, 10, 0.95, 0.95, 1e-8};
+              const bool linear_path = (hidden == 3) != (layers == 2);
+              const Network net = {features, hidden, layers, projection, projection, linear_path,
+                                   0.1,      10,     0.95,   0.95,       1e-8};
               if (hidden < 4) run<float>(net, count, 1 + count % 3, DType::float32, Emulated());
               run<double>(net, count, 2, DType::float64, Emulated());
             }

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
+from problems import LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
 from test_parity import check_rounded_step, check_step, step_both
 
 from l2l_fast import ops, reference
@@ -34,13 +34,14 @@ def rounding(dtype):
 @pytest.mark.parametrize("hidden", [4, 8, 12, 16, 20, 32])
 def test_every_size(device, hidden, layers, projection, count):
     features, output = ("both", "tanh") if hidden % 8 else ("identity", "linear")
-    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.95, 0.95, 1e-8)
+    linear_path = (layers + projection) % 2 == 0
+    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.95, 0.95, 1e-8, linear_path)
     check_step(device, *problem(config, count), config, weight_decay=0.3, maximize=True)
 
 
 @both_kernels
 @both_states
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 @pytest.mark.parametrize("rest", [-1, 0, 1, 4])
 def test_around_whole_tiles(device, config, count, state_dtype, rest):
     count = count // 32 * 32 + rest
@@ -75,7 +76,7 @@ def test_half_parameters_and_gradients(device, count, dtype):
 
 @both_kernels
 @both_states
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 def test_gradients_that_are_not_finite_change_nothing(device, config, state_dtype, count):
     params, grads, states = problem(config, count, state_dtype)
     bad = [0, 3, 31, 33, count - 1]
@@ -144,13 +145,14 @@ def test_a_coordinate_does_not_depend_on_its_place(device):
 @pytest.mark.parametrize("hidden", [4, 8, 12, 16, 20, 32])
 def test_unroll_of_every_size(device, hidden, layers, projection, steps):
     features, output = ("both", "tanh") if hidden % 8 else ("log_sign", "linear")
-    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.95, 0.95, 1e-8)
+    linear_path = (layers + projection) % 2 == 0
+    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.95, 0.95, 1e-8, linear_path)
     found, expected = unroll(device, config, make_grads(steps, 45).clamp(-1, 1))
     for actual, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(actual.cpu().double(), wanted, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 def test_unroll_skips_gradients_that_are_not_finite(device, config):
     grads = make_grads(5, 400)
     grads[1, [0, 3, 31]], grads[2, 40], grads[4, 399] = float("nan"), float("inf"), float("-inf")

@@ -12,6 +12,7 @@ from problems import (
     CONFIGS,
     IDENTITY,
     LAYOUTS,
+    LINEAR,
     PAPER,
     RNNPROP,
     config_id,
@@ -30,7 +31,7 @@ pytestmark = [] if EMULATED else [pytest.mark.cuda]
 OP = torch.ops.l2l_fast
 TINY = Config("log_sign", 2, 1, False, "linear", 0.1, 10.0, 0.95, 0.95, 1e-8)
 SIZES = [0, 1, 2, 31, 32, 33, 63, 64, 65] + [100_003] * (not EMULATED)
-both_networks = pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+both_networks = pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 
 
 def placed(tensor, device):
@@ -224,7 +225,7 @@ def test_float64_weights_give_float64(device, config):
 def test_a_network_whose_tile_needs_a_workspace(device, monkeypatch, shared, hidden, layers):
     monkeypatch.setenv("L2L_EMULATED_SHARED", str(shared))
     hidden, layers = (5, 2) if EMULATED else (hidden, layers)
-    config = Config("both", hidden, layers, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
+    config = Config("both", hidden, layers, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8, linear_path=True)
     param, grad = torch.randn(70, dtype=torch.float64), make_grads(70, dtype=torch.float64).clamp(-1, 1)
     state, weights = make_state(70, config, dtype=torch.float64), make_weights(config, dtype=torch.float64)
     check_step(device, [param], [grad], [state], config, weights=weights, lr=0.5, rtol=1e-9, atol=1e-11)
@@ -311,7 +312,9 @@ def test_unroll_with_every_option(device, config):
 
 
 @pytest.mark.parametrize("horizon", [0, 1, 2, 20] + [200] * (not EMULATED))
-@pytest.mark.parametrize("config", [TINY, TINY._replace(features="both", projection=True, num_layers=2)])
+@pytest.mark.parametrize(
+    "config", [TINY, TINY._replace(features="both", projection=True, num_layers=2), TINY._replace(linear_path=True)]
+)
 def test_unroll_of_every_length(device, config, horizon):
     for d_last in (True, False):
         results = unroll_both(device, config, horizon, 40, d_last=d_last, number=1000)
@@ -332,7 +335,7 @@ def test_unroll_with_gradients_that_are_not_finite(device, config):
 
 
 def test_unroll_in_float64_is_exact(device):
-    for config in (PAPER, RNNPROP, PAPER._replace(features="both", projection=True, hidden_size=5)):
+    for config in (PAPER, RNNPROP, LINEAR, PAPER._replace(features="both", projection=True, hidden_size=5)):
         for actual, expected in zip(*unroll_both(device, config, 3, 11, dtype=torch.float64), strict=True):
             close_scaled(actual, expected, 1e-9)
 
@@ -364,7 +367,7 @@ def test_unroll_of_any_strides(device):
 
 @pytest.mark.parametrize("needed", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
 def test_what_is_not_needed_is_empty_and_changes_nothing(device, needed):
-    for config in (PAPER._replace(hidden_size=6), RNNPROP._replace(hidden_size=6)):
+    for config in (PAPER._replace(hidden_size=6), RNNPROP._replace(hidden_size=6), LINEAR._replace(hidden_size=6)):
         args = torch.randn(3, 40), None, make_grads(3, 40), make_state(40, config)
         args = [*args, make_weights(config), torch.tensor(1.0)]
         args = [None if t is None else placed(t, device) for t in args] + list(codes(config))
@@ -390,7 +393,7 @@ def test_weight_gradients_are_the_same_in_every_run(device):
 
 
 def test_unroll_is_steps(device):
-    for config in (PAPER, RNNPROP):
+    for config in (PAPER, RNNPROP, LINEAR):
         grads, state = make_grads(3, 40).to(device), placed(make_state(40, config), device)
         weights, one = make_weights(config).to(device), torch.tensor(1.0, device=device)
         updates, last = ops.lstm_unroll(grads, state, weights, config, step=3)
@@ -414,6 +417,7 @@ def test_unroll_is_steps(device):
     hidden=st.integers(1, 64),
     layers=st.integers(1, 3),
     projection=st.booleans(),
+    linear_path=st.booleans(),
     output=st.sampled_from(OUTPUTS),
     horizon=st.integers(0, 3 if EMULATED else 6),
     sizes=st.lists(st.integers(0, 70 if EMULATED else 140), min_size=1, max_size=3),
@@ -421,8 +425,10 @@ def test_unroll_is_steps(device):
     number=st.integers(1, 1000),
     seed=st.integers(0, 2**16),
 )
-def test_any_network(device, features, hidden, layers, projection, output, horizon, sizes, d_last, number, seed):
-    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.9, 0.95, 1e-8)
+def test_any_network(
+    device, features, hidden, layers, projection, linear_path, output, horizon, sizes, d_last, number, seed
+):
+    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.9, 0.95, 1e-8, linear_path)
     torch.manual_seed(seed)  # an example that fails does so again
     params = [torch.randn(size) for size in sizes]
     grads = [make_grads(size, seed=seed + i).clamp(-1, 1) for i, size in enumerate(sizes)]
@@ -438,7 +444,7 @@ def test_any_network(device, features, hidden, layers, projection, output, horiz
 
 
 def test_gradcheck(device):
-    config = Config("both", 2, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
+    config = Config("both", 2, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8, linear_path=True)
     grads = torch.randn(2, 2, dtype=torch.float64).to(device).requires_grad_()
     state = make_state(2, config, dtype=torch.float64)
     state[:, 1] += 0.1
@@ -452,7 +458,7 @@ def test_gradcheck(device):
 
 @pytest.mark.parametrize("op", ["lstm_step_", "lstm_unroll", "lstm_unroll_backward"])
 def test_opcheck(device, op):
-    config = TINY._replace(features="both", projection=True)
+    config = TINY._replace(features="both", projection=True, linear_path=True)
     grads = make_grads(3, 6).clamp(-1, 1).to(device)
     state, weights = make_state(6, config).to(device), make_weights(config).to(device)
     one, fields = torch.tensor(1.0, device=device), codes(config)
@@ -475,7 +481,9 @@ def test_errors_say_what_is_wrong(device):
 
 
 @pytest.mark.parametrize(
-    "config", [RNNPROP, overflow.CONFIG, overflow.CONFIG._replace(hidden_size=5), IDENTITY], ids=config_id
+    "config",
+    [RNNPROP, LINEAR, overflow.CONFIG, overflow.CONFIG._replace(hidden_size=5), IDENTITY._replace(linear_path=True)],
+    ids=config_id,
 )
 @pytest.mark.parametrize(("dtype", "state_dtype"), overflow.DTYPES)
 def test_gradients_too_large_for_a_finite_state_are_not_finite(device, config, dtype, state_dtype):

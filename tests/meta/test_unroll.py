@@ -57,9 +57,11 @@ def unroll_second_derivatives(trajectory, rule, length, **options):
     return SecondDerivatives(rule, **options).prepare(trajectory, length)()
 
 
-def make(features="log_sign", layers=2, projection=False, scaling=None, task=None, **options):
+def make(features="log_sign", layers=2, projection=False, scaling=None, task=None, linear_path=False, **options):
     torch.manual_seed(0)
-    network = CoordinatewiseLSTM(features, 4, layers, projection=projection).double()
+    network = CoordinatewiseLSTM(features, 4, layers, projection=projection, linear_path=linear_path).double()
+    if linear_path:
+        torch.nn.init.uniform_(network.head.weight, -0.5, 0.5)  # zero at first, when nothing below has a gradient
     rule = Rule(network.config, network.flat_weights().detach(), **{"lr": 0.7, "weight_decay": 0.05, **options})
     return rule, Trajectory(Instances(task or DoubleQuadratic(6), [1, 2, 3]), rule.config, torch.float64, scaling)
 
@@ -112,7 +114,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("features", FEATURES)
 def test_suffix_sums_are_autograd_through_detached_gradients(features, layers, objective, length):
-    rule, trajectory = make(features, layers, projection=layers == 2)
+    rule, trajectory = make(features, layers, projection=layers == 2, linear_path=layers > 1)
     expected = autograd(rule, trajectory, length, objective, detach=True)
     assert_same(unroll(trajectory, rule, length, objective=objective), expected)
 
@@ -120,8 +122,9 @@ def test_suffix_sums_are_autograd_through_detached_gradients(features, layers, o
 @pytest.mark.parametrize("length", [1, 2, 20])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("features", FEATURES)
-def test_second_derivatives_are_full_autograd(features, objective, length):
-    rule, trajectory = make(features)
+@pytest.mark.parametrize("linear_path", [False, True])
+def test_second_derivatives_are_full_autograd(features, objective, length, linear_path):
+    rule, trajectory = make(features, linear_path=linear_path)
     expected = autograd(rule, trajectory, length, objective, detach=False)
     detached = autograd(rule, trajectory, length, objective, detach=True)
     assert_same(unroll_second_derivatives(trajectory, rule, length, objective=objective), expected)

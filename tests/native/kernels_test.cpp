@@ -45,7 +45,9 @@ int main() {
         for (int layers : {1, 2, 3})
           for (bool projection : {false, true})
             for (int64_t count : {0, 1, 9, 63, 64, 65, 200}) {
-              const Network net = {features, hidden, layers, projection, projection, 0.1, 10, 0.95, 0.95, 1e-8};
+              const bool linear_path = (hidden + layers) % 2;
+              const Network net = {features, hidden, layers, projection, projection, linear_path,
+                                   0.1,      10,     0.95,   0.95,       1e-8};
               run<float>(net, count, 1 + count % 3, DType::float32, TwoThreads());
               if (count < 64) run<double>(net, count, 2, DType::float64, TwoThreads());
             }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from problems import (
     CONFIGS,
+    LINEAR,
     PAPER,
     RNNPROP,
     close,
@@ -114,7 +115,7 @@ def test_bad_numbers():
     assert param.isnan().all()
 
 
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 def test_a_thousand_steps(config):
     """On a quadratic; as in test_step.py both get the gradient of the float64 run."""
     curvature, theta = torch.logspace(-2, 1, 50), torch.linspace(-1, 1, 50)

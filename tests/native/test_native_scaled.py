@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import PAPER, RNNPROP, make_grads, make_state, make_weights
+from problems import LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
 from test_native_step import LAYOUTS, SIZES, close
 
 from l2l_fast import arguments, normalize, ops, reference
@@ -39,7 +39,7 @@ def check(param, grad, state, config, rtol=2e-5, **options):
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.3, "maximize": True}], ids=["plain", "decay"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 def test_sizes(isa, config, size, options):
     check(torch.randn(size), make_grads(size), make_state(size, config), config, **options)
 

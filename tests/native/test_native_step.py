@@ -11,6 +11,7 @@ from problems import (
     CONFIGS,
     IDENTITY,
     LAYOUTS,
+    LINEAR,
     PAPER,
     RNNPROP,
     close,
@@ -34,7 +35,7 @@ def test_kernel_is_what_runs(isa):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 def test_sizes(isa, config, size):
     param, grad, state = torch.randn(size), make_grads(size), make_state(size, config)
     params, states = step_both([param], [grad], [state], config)
@@ -72,13 +73,14 @@ def test_options(isa, config):
     hidden=st.integers(1, 64),
     layers=st.integers(1, 3),
     projection=st.booleans(),
+    linear_path=st.booleans(),
     output=st.sampled_from(OUTPUTS),
     sizes=st.lists(st.integers(0, 140), max_size=4),
     number=st.integers(1, 1000),
     seed=st.integers(0, 2**16),
 )
-def test_any_network_and_group(features, hidden, layers, projection, output, sizes, number, seed):
-    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.9, 0.95, 1e-8)
+def test_any_network_and_group(features, hidden, layers, projection, linear_path, output, sizes, number, seed):
+    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.9, 0.95, 1e-8, linear_path)
     torch.manual_seed(seed)  # an example that fails does so again
     params = [torch.randn(size) for size in sizes]
     grads = [make_grads(size, seed=seed + i).clamp(-1, 1) for i, size in enumerate(sizes)]
@@ -134,7 +136,7 @@ def test_a_float64_parameter_is_not_rounded_to_float32():
     assert torch.equal(param, before)
 
 
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 @pytest.mark.parametrize("size", [1, 64, 65])
 def test_gradients_that_are_not_finite_change_nothing(isa, config, size):
     for bad in (float("nan"), float("inf"), float("-inf")):
@@ -165,7 +167,7 @@ def test_float64_weights_give_float64():
     close(state, states[0], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_a_thousand_steps(isa, config, state_dtype):
     """The state is a fading memory, so errors do not pile up: the run stays with that in float64."""
@@ -221,7 +223,9 @@ def test_threads_do_not_matter():
     assert all(torch.equal(r[0], results[0][0]) and torch.equal(r[1], results[0][1]) for r in results)
 
 
-@pytest.mark.parametrize("config", [RNNPROP, overflow.CONFIG, IDENTITY], ids=config_id)
+@pytest.mark.parametrize(
+    "config", [RNNPROP, LINEAR, overflow.CONFIG, IDENTITY, IDENTITY._replace(linear_path=True)], ids=config_id
+)
 @pytest.mark.parametrize(("dtype", "state_dtype"), overflow.DTYPES)
 def test_gradients_too_large_for_a_finite_state_are_not_finite(isa, config, dtype, state_dtype):
     op = torch.ops.l2l_fast

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import CONFIGS, PAPER, RNNPROP, config_id, make_grads, make_state, make_weights
+from problems import CONFIGS, LINEAR, PAPER, RNNPROP, config_id, make_grads, make_state, make_weights
 
 from l2l_fast import ops, reference
 from l2l_fast.arguments import codes
@@ -43,7 +43,7 @@ def both(config, horizon, count, *, d_last=True, seed=0, number=2, grads=None, d
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 def test_sizes(isa, config, size):
     for actual, expected in zip(*both(config, 3, size), strict=True):
         close(actual, expected, 2e-4)
@@ -51,7 +51,7 @@ def test_sizes(isa, config, size):
 
 @pytest.mark.parametrize("count", [1, 64, 65, 1003])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 def test_coordinates_whose_updates_have_no_gradient_are_left_out(isa, config, share, count):
     generator = torch.Generator().manual_seed(0)
     left_out = torch.rand(count, generator=generator) < share
@@ -84,6 +84,7 @@ def test_options(isa, config):
     hidden=st.integers(1, 64),
     layers=st.integers(1, 3),
     projection=st.booleans(),
+    linear_path=st.booleans(),
     output=st.sampled_from(OUTPUTS),
     horizon=st.integers(0, 6),
     count=st.integers(0, 140),
@@ -91,22 +92,24 @@ def test_options(isa, config):
     number=st.integers(1, 1000),
     seed=st.integers(0, 2**16),
 )
-def test_any_network_and_truncation(features, hidden, layers, projection, output, horizon, count, d_last, number, seed):
-    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.9, 0.95, 1e-8)
+def test_any_network_and_truncation(
+    features, hidden, layers, projection, linear_path, output, horizon, count, d_last, number, seed
+):
+    config = Config(features, hidden, layers, projection, output, 0.1, 10.0, 0.9, 0.95, 1e-8, linear_path)
     results = both(config, horizon, count, d_last=d_last, seed=seed, number=number, fresh=False)
     for actual, expected in zip(*results, strict=True):
         assert actual.shape == expected.shape
         close(actual, expected, 5e-4)
 
 
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 def test_a_long_truncation(isa, config):
     """Tiles become narrower, so that a truncation stays in cache."""
     for actual, expected in zip(*both(config, 200, 70), strict=True):
         close(actual, expected, 5e-4)
 
 
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 @pytest.mark.parametrize("size", [5, 70])
 def test_gradients_that_are_not_finite(isa, config, size):
     grads = make_grads(5, size)
@@ -119,7 +122,7 @@ def test_gradients_that_are_not_finite(isa, config, size):
 
 
 def test_float64_is_exact(isa):
-    for config in (PAPER, RNNPROP, PAPER._replace(features="both", projection=True)):
+    for config in (PAPER, RNNPROP, LINEAR, PAPER._replace(features="both", projection=True)):
         for actual, expected in zip(*both(config, 4, 11, dtype=torch.float64), strict=True):
             close(actual, expected, 1e-9)
 
@@ -153,7 +156,7 @@ def test_strides_are_free(isa):
     )
 
 
-@pytest.mark.parametrize("config", [PAPER, RNNPROP], ids=["paper", "rnnprop"])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
 @pytest.mark.parametrize("size", [10, 5003])
 def test_weight_gradients_are_the_same_for_any_number_of_threads(isa, config, size):
     grads, state, weights = make_grads(7, size), make_state(size, config), make_weights(config)
@@ -167,7 +170,7 @@ def test_weight_gradients_are_the_same_for_any_number_of_threads(isa, config, si
 
 @pytest.mark.parametrize("needed", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
 def test_what_is_not_needed_is_empty_and_changes_nothing(needed):
-    for config in (PAPER, RNNPROP):
+    for config in (PAPER, RNNPROP, LINEAR):
         args = torch.randn(3, 40), None, make_grads(3, 40), make_state(40, config), make_weights(config)
         args = (*args, torch.tensor(1.0), *codes(config))
         full = torch.ops.l2l_fast.lstm_unroll_backward(*args, True, True, True)
@@ -177,7 +180,7 @@ def test_what_is_not_needed_is_empty_and_changes_nothing(needed):
 
 
 def test_unroll_is_steps(isa):
-    for config in (PAPER, RNNPROP):
+    for config in (PAPER, RNNPROP, LINEAR):
         grads, state, weights = make_grads(4, 70), make_state(70, config), make_weights(config)
         updates, last = ops.lstm_unroll(grads, state, weights, config, step=3)
         theta = torch.zeros(70)
@@ -188,7 +191,7 @@ def test_unroll_is_steps(isa):
 
 
 def test_gradcheck():
-    config = Config("both", 3, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
+    config = Config("both", 3, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8, linear_path=True)
     grads = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     state = make_state(5, config, dtype=torch.float64)
     state[:, 1] += 0.1
@@ -197,12 +200,13 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda g, s, w: ops.lstm_unroll(g, s, w, config, 2), (grads, state, weights))
 
 
+@pytest.mark.parametrize("config", [PAPER, LINEAR], ids=["paper", "linear"])
 @pytest.mark.parametrize("op", ["lstm_unroll", "lstm_unroll_backward"])
-def test_opcheck(op):
-    grads, state, weights = make_grads(3, 6).clamp(-1, 1), make_state(6, PAPER), make_weights(PAPER)
+def test_opcheck(op, config):
+    grads, state, weights = make_grads(3, 6).clamp(-1, 1), make_state(6, config), make_weights(config)
     if op == "lstm_unroll":
         args = (grads.requires_grad_(), state.requires_grad_(), weights.requires_grad_(), torch.tensor(1.0))
-        args += codes(PAPER)
+        args += codes(config)
     else:
-        args = torch.randn(3, 6), None, grads, state, weights, torch.tensor(1.0), *codes(PAPER), True, True, True
+        args = torch.randn(3, 6), None, grads, state, weights, torch.tensor(1.0), *codes(config), True, True, True
     torch.library.opcheck(getattr(torch.ops.l2l_fast, op).default, args)
