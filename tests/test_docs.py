@@ -204,7 +204,8 @@ def check_l2l_fast(name=None, *rest):
 
 
 def check_make(*words):
-    text = (ROOT / "Makefile").read_text()
+    folder, words = (words[1], words[2:]) if words[:1] == ("-C",) else (".", words)
+    text = (ROOT / folder / "Makefile").read_text()
     for word in words:
         variable = word.partition("=")[0] if "=" in word else None
         assert re.search(rf"^{variable} *\?=" if variable else rf"^{re.escape(word)}:", text, re.MULTILINE), word
