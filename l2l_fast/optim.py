@@ -90,7 +90,7 @@ class LSTMOptimizer(Optimizer):
     Parameters may be sharded, as DTensors (``fully_shard``, tensor parallelism): their state then shards with them.
 
     Warns:
-        UserWarning: a rate that would move whole tensors by more than 0.5 a step, for a network with ``update_rms``.
+        UserWarning: for a network with ``update_rms`` a rate of 1 or more, or one that moves tensors by over 0.5.
 
     Raises:
         ValueError: an option out of its range, or a state_dict that belongs to another network.

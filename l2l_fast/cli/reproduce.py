@@ -18,13 +18,17 @@ from l2l_fast.files import write_text
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.reproduce import FULL, QUICK, ROWS, Findings, Run, find
 from l2l_fast.reproduce.report import html, markdown
+from l2l_fast.reproduce.workloads import QUICK as QUICK_WORKLOADS
+from l2l_fast.reproduce.workloads import Plan, table, write
+from l2l_fast.reproduce.workloads import run as run_workloads
 from l2l_fast.tasks.classifier import DATASETS
+from l2l_fast.tasks.workloads import WORKLOADS
 
 Networks = Mapping[str, CoordinatewiseLSTM]
 
 
 def reproduce(
-    row: Annotated[str, typer.Argument(help=f"{', '.join(ROWS)}, or all.")] = "all",
+    row: Annotated[str, typer.Argument(help=f"{', '.join(ROWS)}, all of these, or workloads.")] = "all",
     network: Annotated[
         list[str] | None,
         typer.Option(help="Name, folder or hub id; several for several meta-seeds.", show_default="l2l-base-v1"),
@@ -37,6 +41,11 @@ def reproduce(
     ] = None,
     dataset: Annotated[str, typer.Option(help="digits (minutes, nothing to download) or mnist.")] = "digits",
     seeds: Annotated[int | None, typer.Option(help="Held-out seeds.", min=1, show_default="10")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of workloads: steps.", min=20, show_default="1000")] = None,
+    workload: Annotated[
+        list[str] | None, typer.Option(help=f"Of workloads, some: {', '.join(WORKLOADS)}.", show_default="all")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Of workloads: processes, one thread each.", min=1)] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Few seeds, short trainings: to try it.")] = False,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -50,12 +59,21 @@ def reproduce(
     everything inside, and results.md. What was measured is kept in --out: a run that was killed goes on with the same
     command, and another network meets baselines that are tuned already.
 
+    The row "workloads" is for l2l-base, in AdamW's place on eight small workloads: language models, image models,
+    regression. Every optimizer has the same schedule and as many rates. It takes an hour or more, and is not among all.
+
     \b
     Examples:
         l2l-fast reproduce quadratic --network runs/demo/network --quick
         l2l-fast reproduce relu --network runs/base-0/network --network runs/base-1/network
         l2l-fast reproduce all --dataset mnist
+        l2l-fast reproduce workloads --jobs 2
     """
+    if row == "workloads":
+        _workloads(network, steps, workload, seeds, jobs, quick, out, as_json)
+        return
+    if given := [name for name, value in {"--steps": steps, "--workload": workload}.items() if value]:
+        raise typer.BadParameter(f"{given[0]} goes with the row workloads")
     names = find(row)
     if dataset not in DATASETS:
         raise typer.BadParameter(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
@@ -86,6 +104,24 @@ def reproduce(
         write_text(out / "results.md", markdown(found))
         note(f"report.html and results.md are in {out}")
     report(_result(row, found), "\n\n\n".join(findings.table() for findings in found), as_json)
+
+
+def _workloads(network, steps, names, seeds, jobs, quick, out, as_json) -> None:
+    if network is not None and len(network) > 1:
+        raise typer.BadParameter("--network of the row workloads is one")
+    if unknown := [name for name in names or [] if name not in WORKLOADS]:
+        raise typer.BadParameter(f"--workload {unknown[0]!r}: give one of {', '.join(WORKLOADS)}")
+    chosen = tuple(dict.fromkeys(names or (QUICK_WORKLOADS if quick else WORKLOADS)))
+    plan = Plan(
+        steps or (100 if quick else 1000), seeds or (2 if quick else 5), chosen, network[0] if network else "l2l-base"
+    )
+    CoordinatewiseLSTM.from_pretrained(plan.network)  # what is missing should be said before hours of work
+    out = out_folder(out, "reproduce-workloads")
+    with progress_bars() as progress:
+        found = run_workloads(plan, out, jobs, progress)
+    write(found, out)
+    note(f"workloads.json, table.txt and workloads.png are in {out}")
+    report(found, table(found), as_json)
 
 
 def _result(row: str, found: list[Findings]) -> dict:

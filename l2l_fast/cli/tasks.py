@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from l2l_fast.cli.options import Json, report
-from l2l_fast.tasks import MetaTraining, Quadratic, Task, get, names
+from l2l_fast.tasks import WORKLOADS, MetaTraining, Quadratic, Task, get, names
 
 
 def tasks(as_json: Json = False) -> None:
@@ -14,9 +14,15 @@ def tasks(as_json: Json = False) -> None:
         l2l-fast tasks
         l2l-fast tasks --json
     """
-    rows = {name: _describe(get(name)) for name in names()}
+    rows = {name: _purpose(name) if name in WORKLOADS else _describe(get(name)) for name in names()}
     width = max(map(len, rows))
     report(rows, "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items()), as_json)
+
+
+def _purpose(workload: str) -> str:
+    """Of a workload, which reads its data when it is made."""
+    first = (WORKLOADS[workload].__doc__ or "").splitlines()[0].rstrip(".")
+    return f"workload: {first[0].lower()}{first[1:]}"
 
 
 def _describe(task: Task) -> str:

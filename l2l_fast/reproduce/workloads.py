@@ -38,6 +38,7 @@ POINTS = 20  # of a curve
 HELD_OUT = 1024  # rows that validate
 TUNING_SEED, SEED = 0, 1000  # the first seed that is shown; others than any recipe was chosen by
 SWAP = "at AdamW's rate"
+QUICK = ("tabular-regression", "deep-mlp")  # workloads of seconds
 METRICS = ("mean", "last", "validation")
 
 
@@ -189,7 +190,8 @@ def _loss(task, model: nn.Module, data: Sequence[Tensor], rows: Tensor) -> Tenso
 def _validation(task, model: nn.Module) -> float:
     data = task.with_half("meta-test").data
     count = len(data[0])
-    rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:HELD_OUT]
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")[:HELD_OUT]
     model.eval()
     loss = _loss(task, model, data, rows).item()
     model.train()
@@ -235,14 +237,14 @@ def _do(job: Job) -> dict:
     return train(job.workload, rivals(job.network)[job.rival].make, job.lr, job.seed, job.steps)
 
 
-def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, float], None] | None = None) -> dict:
+def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, int], None] | None = None) -> dict:
     """Do all runs of a plan that ``folder`` does not have yet.
 
     Args:
         plan: which.
         folder: holds ``runs.jsonl``, one line for each run.
         jobs: processes, one thread each.
-        progress: called with what is being done, and the fraction of it that is.
+        progress: called with what is being done, how many runs of it are done, and how many there are to do.
 
     Returns:
         ``plan`` and ``found``: by workload and row ``lr``, ``tuning`` by rate, and ``seeds``, a list of what
@@ -314,7 +316,7 @@ def _fill(wanted: Sequence[Job], done: dict, path: Path, pool, progress) -> None
             file.write(json.dumps({"job": asdict(job), "found": done[job]}) + "\n")
             file.flush()
             if progress:
-                progress((number + 1) / len(missing))
+                progress(number + 1, len(missing))
 
 
 # ---------------------------------------------------------------- what it says

@@ -8,8 +8,9 @@ from l2l_fast.tasks.meta_training import MetaTraining
 from l2l_fast.tasks.module import ModuleTask
 from l2l_fast.tasks.quadratic import Quadratic
 from l2l_fast.tasks.registry import TABLE, get, names
+from l2l_fast.tasks.workloads import WORKLOADS
 
-__all__ = ["Classifier", "Instances", "MetaTraining", "ModuleTask", "Quadratic", "Task", "get", "names"]
+__all__ = ["WORKLOADS", "Classifier", "Instances", "MetaTraining", "ModuleTask", "Quadratic", "Task", "get", "names"]
 
 _VARIATIONS = {
     "mlp": {},  # the deck's: one hidden layer of 20 sigmoid units
@@ -28,3 +29,5 @@ TABLE |= {
     "meta-quadratic": (MetaTraining, {"task": "quadratic"}),
     "meta-digits-mlp": (MetaTraining, {"task": "digits-mlp", "instances": 1}),
 }
+# What people train, small: modules with data of their own.
+TABLE |= {name: (make, {}) for name, make in WORKLOADS.items()}

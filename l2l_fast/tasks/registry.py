@@ -22,7 +22,7 @@ def names() -> list[str]:
 
 
 def get(name: str, /, **overrides) -> Task:
-    """The task of a name; reads no data yet.
+    """The task of a name; reads no data yet, but for the workloads, which are made of data.
 
     Networks start as ``torch.nn.Linear`` does (``init_scale="default"``), which is what a user's own network does; pass
     ``init_scale=0.01`` or 0.001 for the small Gaussian starts of the paper's implementations.

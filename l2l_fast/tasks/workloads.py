@@ -35,7 +35,7 @@ def text(length: int = LENGTH) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], 
 
     whole = "".join(topics[name] for name in sorted(topics))[:300_000]
     alphabet = {character: place for place, character in enumerate(sorted(set(whole)))}
-    ids = torch.tensor([alphabet[character] for character in whole])
+    ids = torch.tensor([alphabet[character] for character in whole], dtype=torch.int64, device="cpu")
     cut = len(ids) * 9 // 10
     halves = []
     for part in (ids[:cut], ids[cut:]):
@@ -65,15 +65,20 @@ def friedman(rows: int = 12_500) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, T
     y = 10 sin(pi x0 x1) + 20 (x2 - 1/2)^2 + 10 x3 + 5 x4 + N(0, 1)
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(rows, 10, generator=generator)
+    x = torch.rand(rows, 10, generator=generator, dtype=torch.float32, device="cpu")
     y = 10 * (math.pi * x[:, 0] * x[:, 1]).sin() + 20 * (x[:, 2] - 0.5).square() + 10 * x[:, 3] + 5 * x[:, 4]
-    y = y + torch.randn(rows, generator=generator)
+    y = y + torch.randn(rows, generator=generator, dtype=torch.float32, device="cpu")
     y = ((y - y.mean()) / y.std())[:, None]
     cut = rows * 4 // 5
     return (x[:cut], y[:cut]), (x[cut:], y[cut:])
 
 
 # ---------------------------------------------------------------- modules
+
+
+def _places(count: int, width: int) -> nn.Parameter:
+    """What is added to each place in a sequence."""
+    return nn.Parameter(0.02 * torch.randn(count, width, dtype=torch.float32, device="cpu"))
 
 
 class Attention(nn.Module):
@@ -89,7 +94,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         parts = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*parts.unbind(0), is_causal=self.causal)
+        query, key, value = parts.unbind(0)
+        # Not scaled_dot_product_attention, which torch.vmap cannot batch and which has no second derivative on CPUs.
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        if self.causal:
+            scores = scores.masked_fill(scores.new_ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+        mixed = scores.softmax(-1) @ value
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -100,7 +110,7 @@ class Transformer(nn.Module):
     def __init__(self, characters: int, width: int = 64, blocks: int = 2, length: int = LENGTH) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, width)
-        self.place = nn.Parameter(0.02 * torch.randn(length, width))
+        self.place = _places(length, width)
         self.blocks = nn.Sequential(*(Attention(width, causal=True) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
 
@@ -114,7 +124,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, side: int, width: int = 32, blocks: int = 2) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, 2, stride=2)
-        self.place = nn.Parameter(0.02 * torch.randn((side // 2) ** 2, width))
+        self.place = _places((side // 2) ** 2, width)
         self.blocks = nn.Sequential(*(Attention(width) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
@@ -163,15 +173,26 @@ def _pixels(found: Tensor, wanted: Tensor) -> Tensor:
     return F.mse_loss(found, wanted.flatten(1))
 
 
+def _task(make: Callable[[], nn.Module], train, loss_fn, batch_size: int, name: str, held_out) -> ModuleTask:
+    def in_float32() -> nn.Module:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            return make()
+        finally:
+            torch.set_default_dtype(before)
+
+    return ModuleTask(in_float32, train, loss_fn, batch_size=batch_size, name=name, test_data=held_out)
+
+
 def _text_task(make: Callable[[int], nn.Module], name: str, batch_size: int = 16) -> ModuleTask:
     train, held_out, characters = text()
-    return ModuleTask(lambda: make(characters), train, _tokens, batch_size=batch_size, name=name, test_data=held_out)
+    return _task(lambda: make(characters), train, _tokens, batch_size, name, held_out)
 
 
 def _image_task(make: Callable[[int], nn.Module], name: str, data: str, batch_size: int) -> ModuleTask:
     train, held_out, side = images(data)
-    options = {"batch_size": batch_size, "name": name, "test_data": held_out}
-    return ModuleTask(lambda: make(side), train, F.cross_entropy, **options)
+    return _task(lambda: make(side), train, F.cross_entropy, batch_size, name, held_out)
 
 
 def transformer_lm(name: str = "transformer-lm", batch_size: int = 8) -> ModuleTask:
@@ -198,15 +219,14 @@ def autoencoder(name: str = "autoencoder", data: str = "mnist", batch_size: int 
     """Images by way of 16 numbers; squared error."""
     (train, _), (held_out, _), side = images(data)
     make = functools.partial(perceptron, side**2, 128, 16, 128, side**2)
-    options = {"batch_size": batch_size, "name": name, "test_data": (held_out, held_out)}
-    return ModuleTask(make, (train, train), _pixels, **options)
+    return _task(make, (train, train), _pixels, batch_size, name, (held_out, held_out))
 
 
 def tabular_regression(name: str = "tabular-regression", batch_size: int = 64) -> ModuleTask:
     """Friedman's function; squared error."""
     train, held_out = friedman()
     make = functools.partial(perceptron, 10, 64, 64, 1, flat=False)
-    return ModuleTask(make, train, F.mse_loss, batch_size=batch_size, name=name, test_data=held_out)
+    return _task(make, train, F.mse_loss, batch_size, name, held_out)
 
 
 def wide_mlp(name: str = "wide-mlp", data: str = "mnist", batch_size: int = 64) -> ModuleTask:

@@ -23,9 +23,18 @@ SIZES = {
     "mnist-conv": 9098,
     "meta-quadratic": 49,
     "meta-digits-mlp": 49,
+    "transformer-lm": 116326,
+    "vision-transformer": 27530,
+    "recurrent-lm": 34982,
+    "cnn-batchnorm": 4978,
+    "autoencoder": 54740,
+    "tabular-regression": 4929,
+    "wide-mlp": 105994,
+    "deep-mlp": 21706,
 }
-MNIST = [pytest.param(name, marks=pytest.mark.mnist) for name in SIZES if name.startswith("mnist")]
-ALL = [name for name in SIZES if not name.startswith("mnist")] + MNIST
+OF_MNIST = ("mnist", "vision", "cnn", "autoencoder", "wide", "deep")
+MNIST = [pytest.param(name, marks=pytest.mark.mnist) for name in SIZES if name.startswith(OF_MNIST)]
+ALL = [name for name in SIZES if not name.startswith(OF_MNIST)] + MNIST
 
 
 @pytest.fixture
@@ -104,7 +113,7 @@ def test_unknown_name_unlike_any():
 
 @pytest.mark.parametrize(
     "name",
-    ["tasks", "tasks.base", "tasks.quadratic", "tasks.classifier", "tasks.module", "tasks.meta_training",
+    ["tasks.registry", "tasks.base", "tasks.quadratic", "tasks.classifier", "tasks.module", "tasks.meta_training",
      "data.dataset", "data.digits", "data.idx", "data.mnist"],
 )  # fmt: skip
 def test_examples_in_docstrings(name):
