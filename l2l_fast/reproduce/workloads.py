@@ -249,7 +249,15 @@ def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, i
     Returns:
         ``plan`` and ``found``: by workload and row ``lr``, ``tuning`` by rate, and ``seeds``, a list of what
         :func:`train` gives.
+
+    Raises:
+        ValueError: the network has no ``update_rms``, so its rates would not be AdamW's.
     """
+    network = _network(plan.network)
+    if network.update_rms is None:
+        raise ValueError(
+            f"network must have update_rms, as l2l-base has it, to be in AdamW's place; got {plan.network!r}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     path, done = folder / "runs.jsonl", {}
     if path.exists():
@@ -259,7 +267,9 @@ def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, i
             except ValueError:
                 continue  # the last line of a run that was killed
             done[Job(**entry["job"])] = entry["found"]
-    table, chosen = rivals(plan.network), ("AdamW", *(name for name in plan.rivals if name != "AdamW"))
+    table, chosen = rivals(plan.network), ["AdamW", *(name for name in plan.rivals if name != "AdamW")]
+    if normalize.no_momentum(network.config, network.update_rms):
+        chosen = [name for name in chosen if "orthogonalize" not in name]
     job = partial(Job, steps=plan.steps)
 
     def of(rival: str) -> str:

@@ -146,3 +146,38 @@ def test_a_recipe_like_another_has_its_later_stages_or_its_own(tmp_path):
     assert short == [first]
     assert tasks == [first, first | {"tasks": ["b"]}]
     assert [part["meta_steps"] for part in stages(first | {"then": then}, 5)] == [4, 5, 5]
+
+
+def test_workloads(run, tmp_path):
+    arguments = (
+        "reproduce",
+        "workloads",
+        "--quick",
+        "--steps",
+        "20",
+        "--seeds",
+        "1",
+        "--workload",
+        "tabular-regression",
+    )
+    code, out, err = run(*arguments, "--out", "found")
+    assert code == 0, err
+    assert "validation loss" in out
+    assert "l2l, orthogonalize, at AdamW's rate" in out
+    assert json.loads((tmp_path / "found" / "workloads.json").read_text())["plan"]["steps"] == 20
+    assert (tmp_path / "found" / "workloads.png").stat().st_size > 5000
+    code, again, _ = run(*arguments, "--out", "found", "--json")
+    assert code == 0
+    assert json.loads(again)["found"]["tabular-regression"]["AdamW"]["lr"] in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("workloads", "--workload", "cifar"), "--workload 'cifar': give one of transformer-lm"),
+    (("workloads", "--network", "l2l-base-v1"), "network must have update_rms"),
+    (("workloads", "--network", "l2l-base", "--network", "l2l-small"), "--network of the row workloads is one"),
+    (("mnist", "--steps", "50"), "--steps goes with the row workloads"),
+])  # fmt: skip
+def test_what_workloads_refuses(run, words, said):
+    code, _, err = run("reproduce", *words)
+    assert code != 0
+    assert said in " ".join(err.replace("\u2502", " ").split())

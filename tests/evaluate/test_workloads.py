@@ -1,0 +1,170 @@
+"""The report of eight workloads: its runs, what it keeps, and what it says of them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer
+from l2l_fast.reproduce import workloads
+from l2l_fast.reproduce.workloads import Muon, Plan, geometric_mean, ratios, rivals, run, share, share_of_steps, table
+
+TINY = Plan(steps=40, seeds=2, workloads=("tabular-regression",))
+
+
+def test_every_rival_has_as_many_rates():
+    assert {len(rival.rates) for rival in rivals().values()} == {5}
+
+
+def test_all_start_from_one_point_and_see_the_same_rows():
+    found = [
+        workloads.train("tabular-regression", rival.make, 1e-12, seed=3, steps=20)["curve"]
+        for rival in rivals().values()
+    ]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+    assert workloads.train("tabular-regression", rivals()["AdamW"].make, 1e-12, seed=4, steps=20)["curve"] != found[0]
+
+
+def test_the_schedule_is_warm_up_and_cosine():
+    assert [share(step, 100) for step in (0, 4, 5)] == pytest.approx([0.2, 1, 1])
+    assert share(52, 100) == pytest.approx(0.5 + 0.5 * math.cos(math.pi * 47 / 95))
+    assert 0 < share(99, 100) < 1e-3
+
+
+def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw():
+    torch.manual_seed(0)
+    matrix, kernel, bias, twin = (
+        torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (5, 2, 3, 3), (7,), (7,))
+    )
+    twin.data.copy_(bias.data)
+    for param in (matrix, kernel, bias):
+        param.grad = torch.randn_like(param)
+    twin.grad = bias.grad.clone()
+    before = [matrix.detach().clone(), kernel.detach().clone()]
+    Muon([matrix, kernel, bias], 0.1, weight_decay=0.0).step()
+    for param, start in zip((matrix, kernel), before, strict=True):
+        move = (param - start).detach().flatten(1)
+        assert move.square().mean().sqrt().item() == pytest.approx(0.1 * 0.2, rel=1e-4)
+        values = torch.linalg.svdvals(move)
+        assert values.max() < 2 * values.min()
+        assert (move * param.grad.flatten(1)).sum() < 0
+    torch.optim.AdamW([twin], 0.1, weight_decay=0.0).step()
+    torch.testing.assert_close(bias, twin)
+
+
+def test_the_control_is_adams_direction_in_the_same_rule():
+    control = workloads.nothing_learned(CoordinatewiseLSTM.from_pretrained("l2l-base"))
+    theta, twin = torch.nn.Parameter(torch.zeros(9)), torch.nn.Parameter(torch.zeros(9))
+    ours = LSTMOptimizer([theta], control, 0.1, orthogonalize=False)
+    adam = torch.optim.Adam([twin], 1.0, betas=(0.95, 0.95))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        start, twin_start = theta.detach().clone(), twin.detach().clone()
+        theta.grad = torch.randn(9, generator=generator)
+        twin.grad = theta.grad.clone()
+        ours.step()
+        adam.step()
+        move, other = theta.detach() - start, twin.detach() - twin_start
+        torch.testing.assert_close(move, 0.1 * 0.2 * other / other.square().mean().sqrt(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_report_is_kept_run_by_run_and_goes_on(tmp_path, monkeypatch):
+    plan = Plan(steps=40, seeds=2, workloads=("tabular-regression",), rivals=("AdamW", "l2l"))
+    said = []
+    whole = run(plan, tmp_path, progress=lambda *words: said.append(words))
+    assert said[0] == ("tuning", 1, 10)
+    assert said[-1][0] == "seeds"
+    path = tmp_path / "runs.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:4]) + '\n{"job": {"workload"')  # killed while it wrote
+    made = []
+    train = workloads.train
+    monkeypatch.setattr(workloads, "train", lambda *args: made.append(args) or train(*args))
+    again = run(plan, tmp_path)
+    assert len(made) == len(lines) - 4
+    for label, row in whole["found"]["tabular-regression"].items():
+        other = again["found"]["tabular-regression"][label]
+        assert other["lr"] == row["lr"]
+        for one, two in zip(row["seeds"], other["seeds"], strict=True):
+            assert {**one, "seconds": 0} == {**two, "seconds": 0}
+    rows = whole["found"]["tabular-regression"]
+    assert list(rows) == ["AdamW", "l2l", "l2l, at AdamW's rate"]
+    assert rows["l2l, at AdamW's rate"]["lr"] == rows["AdamW"]["lr"]
+    best = min(rows["l2l"]["tuning"], key=rows["l2l"]["tuning"].get)
+    assert rows["l2l"]["lr"] == best
+    assert len(rows["l2l"]["seeds"]) == 2
+    workloads.write(whole, tmp_path)
+    assert json.loads((tmp_path / "workloads.json").read_text())["plan"]["steps"] == 40
+    assert (tmp_path / "workloads.png").stat().st_size > 5000
+    assert (tmp_path / "table.txt").read_text() == table(whole) + "\n"
+
+
+def test_a_run_that_diverges_counts_as_infinite_and_is_not_chosen(tmp_path, monkeypatch):
+    def train(workload, make, lr, seed, steps):
+        bad = lr > 0.02
+        value = math.nan if bad else 1.0 / lr
+        return {"mean": value, "last": value, "validation": value, "seconds": 1.0, "curve": [value] * 20,
+                "held_out": [value] * (3 if bad else 20)}  # fmt: skip
+
+    monkeypatch.setattr(workloads, "train", train)
+    found = run(TINY, tmp_path)
+    for label, row in found["found"]["tabular-regression"].items():
+        assert row["lr"] == 0.01, label
+    workloads.write(found, tmp_path)
+
+
+def test_a_network_whose_steps_have_a_size_of_their_own_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="network must have update_rms"):
+        run(Plan(network="l2l-base-v1"), tmp_path)
+
+
+def test_a_network_without_moments_is_not_orthogonalized(tmp_path, monkeypatch):
+    monkeypatch.setattr(workloads, "_do", lambda job: {**{name: 1.0 for name in workloads.METRICS}, "seconds": 1.0})
+    CoordinatewiseLSTM("log_sign", 3, 1, update_rms=0.2).save_pretrained(tmp_path / "network")
+    found = run(Plan(workloads=("deep-mlp",), network=str(tmp_path / "network")), tmp_path)["found"]["deep-mlp"]
+    assert list(found) == ["AdamW", "Nesterov", "Muon", "control", "l2l", "l2l, at AdamW's rate"]
+
+
+def made_up(**rows):
+    """A report of two workloads whose figures are known."""
+
+    def seeds(curve, factor):
+        return [{"mean": np.mean(curve) * factor * scale, "last": curve[-1] * factor * scale,
+                 "validation": 2 * curve[-1] * factor * scale, "seconds": 3.0 * factor,
+                 "curve": [value * factor * scale for value in curve],
+                 "held_out": [value * factor * scale for value in curve]} for scale in (0.9, 1.1)]  # fmt: skip
+
+    curve = list(np.linspace(2.0, 1.0, 20))
+    return {
+        name: {row: {"lr": 0.01, "tuning": {}, "seeds": seeds(curve, factor)} for row, factor in rows.items()}
+        for name in ("one", "two")
+    }
+
+
+def test_ratios_are_of_means_with_the_error_of_pairs():
+    found = made_up(AdamW=1.0, ours=0.5)
+    for metric in workloads.METRICS:
+        for value, error in ratios(found, "ours", metric).values():
+            assert value == pytest.approx(0.5)
+            assert error == pytest.approx(0, abs=1e-12)
+    assert geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
+
+
+def test_the_share_of_steps_is_where_a_curve_stays_below_the_rivals_last_loss():
+    found = made_up(AdamW=1.0, quick=0.5, slow=1.5)["one"]
+    assert share_of_steps(found, "AdamW") == pytest.approx(1.0)
+    assert share_of_steps(found, "quick") == pytest.approx(1 / 20)  # from its first twentieth on
+    assert share_of_steps(found, "slow") > 1
+    lowered = made_up(AdamW=1.0, ours=2 / 3)["one"]  # which is there where the curve is 1.5, in the middle
+    assert share_of_steps(lowered, "ours") == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_table_fits_and_names_every_row():
+    report = {"found": made_up(**{"AdamW": 1.0, "l2l": 0.5}), "plan": {"steps": 40}}
+    text = table(report)
+    assert "l2l" in text
+    assert "0.500" in text
+    assert max(map(len, text.splitlines())) <= 130
