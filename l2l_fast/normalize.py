@@ -261,18 +261,24 @@ def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
     References:
         Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
     """
-    return orthogonalize_each(update.flatten(1)[None], steps)[0].reshape(update.shape)
+    return _newton_schulz(update.flatten(1), torch.addmm, steps).reshape(update.shape)
 
 
 def orthogonalize_each(matrices: Tensor, steps: int = 5) -> Tensor:
     """:func:`orthogonalize` of B matrices [B, out, in]."""
-    x = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp_min(SMALLEST)
-    wide = x.shape[1] <= x.shape[2]
+    return _newton_schulz(matrices, torch.baddbmm, steps)
+
+
+def _newton_schulz(x: Tensor, add_product: Callable[..., Tensor], steps: int) -> Tensor:
+    """Of matrices [..., out, in]; ``add_product`` is beta * input + alpha * one @ other."""
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(SMALLEST)
+    wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mH
     a, b, c = _QUINTIC
     for _ in range(steps):
         square = x @ x.mH
-        x = a * x + (b * square + c * (square @ square)) @ x
+        factor = add_product(square, square, square, beta=b, alpha=c)
+        x = add_product(x, factor, x, beta=a)
     return x if wide else x.mH.resolve_conj()
 
 

@@ -92,10 +92,13 @@ def _network(name: str) -> CoordinatewiseLSTM:
 
 
 def rivals(network: str = "l2l-base") -> dict[str, Rival]:
-    """AdamW, Nesterov, Muon, the control and the network, with and without ``orthogonalize``.
+    """AdamW, Nesterov, Muon, the control and the learned network.
 
     Args:
         network: a shipped name or a folder.
+
+    Returns:
+        by name; "coordinatewise" means ``orthogonalize=False``.
     """
     decay = {"weight_decay": WEIGHT_DECAY}
 
@@ -112,14 +115,16 @@ def rivals(network: str = "l2l-base") -> dict[str, Rival]:
             tuple(10 * rate for rate in RATES),
         ),
         "Muon": Rival(lambda params, lr: Muon(params, lr, **decay)),
-        "control": Rival(partial(control, orthogonalize=False)),
-        "control, orthogonalize": Rival(partial(control, orthogonalize=True)),
-        "l2l": Rival(partial(learned, orthogonalize=False)),
-        "l2l, orthogonalize": Rival(partial(learned, orthogonalize=True)),
+        "control": Rival(partial(control, orthogonalize=True)),
+        "control, coordinatewise": Rival(partial(control, orthogonalize=False)),
+        "learned": Rival(partial(learned, orthogonalize=True)),
+        "learned, coordinatewise": Rival(partial(learned, orthogonalize=False)),
     }
 
 
-LEARNED = ("l2l", "l2l, orthogonalize")
+LEARNED = ("learned", "learned, coordinatewise")  # those that are shown at AdamW's rate as well
+# What a report has unless it is asked for more.
+DEFAULT = ("AdamW", "Nesterov", "Muon", "control", *LEARNED)
 
 
 # ---------------------------------------------------------------- one run
@@ -217,7 +222,7 @@ class Plan:
     seeds: int = 5
     workloads: tuple[str, ...] = tuple(WORKLOADS)
     network: str = "l2l-base"
-    rivals: tuple[str, ...] = tuple(rivals())
+    rivals: tuple[str, ...] = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -269,7 +274,7 @@ def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, i
             done[Job(**entry["job"])] = entry["found"]
     table, chosen = rivals(plan.network), ["AdamW", *(name for name in plan.rivals if name != "AdamW")]
     if normalize.no_momentum(network.config, network.update_rms):
-        chosen = [name for name in chosen if "orthogonalize" not in name]
+        chosen = [name for name in chosen if name not in ("control", "learned")]
     job = partial(Job, steps=plan.steps)
 
     def of(rival: str) -> str:
@@ -365,13 +370,50 @@ def _number(value: float | None) -> float:
     return math.inf if value is None else value
 
 
+@dataclass(frozen=True)
+class Bar:
+    """What was promised, the figure it is held to, and what was found."""
+
+    what: str
+    most: float
+    found: float
+
+    @property
+    def met(self) -> bool:
+        return self.found <= self.most
+
+
+def bars(found: dict) -> list[Bar]:
+    """What ``learned`` is held to, as far as the report has the rivals."""
+
+    def mean(metric: str, row: str = "learned", rival: str = "AdamW") -> float:
+        return geometric_mean(value for value, _ in ratios(found, row, metric, rival).values())
+
+    rows, swap = next(iter(found.values())), f"learned, {SWAP}"
+    last = [value for value, _ in ratios(found, swap, "last").values()]
+    judged = [
+        Bar("at AdamW's tuned rate, mean loss in AdamW's", 0.92, mean("mean", swap)),
+        Bar("the same: share of workloads with a higher last loss", 1 / 8, sum(one > 1 for one in last) / len(last)),
+        Bar("tuned alike, validation loss in AdamW's", 0.92, mean("validation")),
+        Bar("share of AdamW's steps to its last loss", 0.65, geometric_mean(
+            share_of_steps(rows, "learned") for rows in found.values()
+        )),
+    ]  # fmt: skip
+    for rival, metric, most in (("Muon", "last", 1.0), ("control", "mean", 0.93)):
+        if rival in rows:
+            judged.append(Bar(f"{metric} loss in {'the control' if rival == 'control' else rival}'s", most,
+                              mean(metric, rival=rival)))  # fmt: skip
+    return judged
+
+
 def table(report: dict) -> str:
-    """A table for each metric, then the geometric means."""
+    """A table for each metric, the geometric means, and the bars."""
     found, lines = report["found"], []
     rows = list(next(iter(found.values())))
     wide = max(map(len, rows)) + 2
+    short = {name: name.split("-")[0] if len(name) > 11 else name for name in found}
     for metric in METRICS:
-        lines += [f"{metric} loss", " " * wide + "".join(f"{name[:11]:>12}" for name in found)]
+        lines += [f"{metric} loss", " " * wide + "".join(f"{short[name]:>12}" for name in found)]
         for row in rows:
             cells = [np.mean([_number(seed[metric]) for seed in found[name][row]["seeds"]]) for name in found]
             lines.append(f"{row:<{wide}}" + "".join(f"{cell:>12.4f}" for cell in cells))
@@ -379,7 +421,8 @@ def table(report: dict) -> str:
     lines += ["rates", *(
         f"{row:<{wide}}" + "".join(f"{found[name][row]['lr']:>12g}" for name in found) for row in rows
     ), ""]  # fmt: skip
-    lines += ["in AdamW's, geometric means" + f"{'mean':>12}{'last':>10}{'validation':>12}{'steps':>9}{'seconds':>9}"]
+    title = f"{'in AdamW, geometric means':<{wide}}"
+    lines += [title + f"{'mean':>9}{'last':>9}{'validation':>12}{'steps':>9}{'seconds':>9}"]
     for row in rows:
         means = [geometric_mean(value for value, _ in ratios(found, row, metric).values()) for metric in METRICS]
         steps = geometric_mean(share_of_steps(found[name], row) for name in found)
@@ -387,7 +430,11 @@ def table(report: dict) -> str:
             share_of_steps(found[name], row) * value
             for name, (value, _) in ratios(found, row, "seconds").items()
         )  # fmt: skip
-        lines.append(f"{row:<27}{means[0]:>12.3f}{means[1]:>10.3f}{means[2]:>12.3f}{steps:>9.2f}{seconds:>9.2f}")
+        lines.append(f"{row:<{wide}}{means[0]:>9.3f}{means[1]:>9.3f}{means[2]:>12.3f}{steps:>9.2f}{seconds:>9.2f}")
+    if "learned" in rows:
+        lines += ["", f"{'bars: geometric means unless said':<56}{'at most':>9}{'found':>8}"]
+        for bar in bars(found):
+            lines.append(f"{bar.what:<56}{bar.most:>9.3g}{bar.found:>8.3f}  {'met' if bar.met else 'missed'}")
     return "\n".join(lines)
 
 
@@ -405,7 +452,7 @@ def plot(report: dict, path: Path) -> None:
             logs.append(np.log(curves.astype(float).mean(0) / last))
         mean = np.interp(np.arange(steps + 1), x, np.exp(np.mean(logs, 0)))
         lines[row] = mean, np.zeros_like(mean)
-    emphasised = [row for row in lines if row.startswith("l2l")]
+    emphasised = [row for row in lines if row.startswith("learned")]
     title = f"validation loss on {len(found)} workloads, warm-up and cosine over {steps} steps"
     draw(lines, path, title, emphasised, band=None, ylabel="in AdamW's last, geometric mean")
 

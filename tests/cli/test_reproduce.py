@@ -163,7 +163,7 @@ def test_workloads(run, tmp_path):
     code, out, err = run(*arguments, "--out", "found")
     assert code == 0, err
     assert "validation loss" in out
-    assert "l2l, orthogonalize, at AdamW's rate" in out
+    assert "learned, coordinatewise, at AdamW's rate" in out
     assert json.loads((tmp_path / "found" / "workloads.json").read_text())["plan"]["steps"] == 20
     assert (tmp_path / "found" / "workloads.png").stat().st_size > 5000
     code, again, _ = run(*arguments, "--out", "found", "--json")

@@ -72,7 +72,7 @@ def test_the_control_is_adams_direction_in_the_same_rule():
 
 
 def test_a_report_is_kept_run_by_run_and_goes_on(tmp_path, monkeypatch):
-    plan = Plan(steps=40, seeds=2, workloads=("tabular-regression",), rivals=("AdamW", "l2l"))
+    plan = Plan(steps=40, seeds=2, workloads=("tabular-regression",), rivals=("AdamW", "learned"))
     said = []
     whole = run(plan, tmp_path, progress=lambda *words: said.append(words))
     assert said[0] == ("tuning", 1, 10)
@@ -91,11 +91,11 @@ def test_a_report_is_kept_run_by_run_and_goes_on(tmp_path, monkeypatch):
         for one, two in zip(row["seeds"], other["seeds"], strict=True):
             assert {**one, "seconds": 0} == {**two, "seconds": 0}
     rows = whole["found"]["tabular-regression"]
-    assert list(rows) == ["AdamW", "l2l", "l2l, at AdamW's rate"]
-    assert rows["l2l, at AdamW's rate"]["lr"] == rows["AdamW"]["lr"]
-    best = min(rows["l2l"]["tuning"], key=rows["l2l"]["tuning"].get)
-    assert rows["l2l"]["lr"] == best
-    assert len(rows["l2l"]["seeds"]) == 2
+    assert list(rows) == ["AdamW", "learned", "learned, at AdamW's rate"]
+    assert rows["learned, at AdamW's rate"]["lr"] == rows["AdamW"]["lr"]
+    best = min(rows["learned"]["tuning"], key=rows["learned"]["tuning"].get)
+    assert rows["learned"]["lr"] == best
+    assert len(rows["learned"]["seeds"]) == 2
     workloads.write(whole, tmp_path)
     assert json.loads((tmp_path / "workloads.json").read_text())["plan"]["steps"] == 40
     assert (tmp_path / "workloads.png").stat().st_size > 5000
@@ -125,7 +125,13 @@ def test_a_network_without_moments_is_not_orthogonalized(tmp_path, monkeypatch):
     monkeypatch.setattr(workloads, "_do", lambda job: {**{name: 1.0 for name in workloads.METRICS}, "seconds": 1.0})
     CoordinatewiseLSTM("log_sign", 3, 1, update_rms=0.2).save_pretrained(tmp_path / "network")
     found = run(Plan(workloads=("deep-mlp",), network=str(tmp_path / "network")), tmp_path)["found"]["deep-mlp"]
-    assert list(found) == ["AdamW", "Nesterov", "Muon", "control", "l2l", "l2l, at AdamW's rate"]
+    assert list(found) == [
+        "AdamW",
+        "Nesterov",
+        "Muon",
+        "learned, coordinatewise",
+        "learned, coordinatewise, at AdamW's rate",
+    ]
 
 
 def made_up(**rows):
@@ -162,9 +168,22 @@ def test_the_share_of_steps_is_where_a_curve_stays_below_the_rivals_last_loss():
     assert share_of_steps(lowered, "ours") == pytest.approx(0.5, abs=0.03)
 
 
+def test_bars_are_of_the_learned_rule_against_each_rival():
+    found = made_up(**{"AdamW": 1.0, "Muon": 0.5, "control": 0.8, "learned": 0.6, "learned, at AdamW's rate": 0.95})
+    judged = {bar.what: bar for bar in workloads.bars(found)}
+    figures = {what: (round(bar.found, 6), bar.met) for what, bar in judged.items()}
+    assert figures["at AdamW's tuned rate, mean loss in AdamW's"] == (0.95, False)
+    assert figures["the same: share of workloads with a higher last loss"] == (0, True)
+    assert figures["tuned alike, validation loss in AdamW's"] == (0.6, True)
+    assert figures["last loss in Muon's"] == (1.2, False)
+    assert figures["mean loss in the control's"] == (0.75, True)
+    assert len(judged) == 6
+
+
 def test_a_table_fits_and_names_every_row():
-    report = {"found": made_up(**{"AdamW": 1.0, "l2l": 0.5}), "plan": {"steps": 40}}
+    rows = {"AdamW": 1.0, "learned": 0.5, "learned, at AdamW's rate": 0.5}
+    report = {"found": made_up(**rows), "plan": {"steps": 40}}
     text = table(report)
-    assert "l2l" in text
+    assert "learned" in text
     assert "0.500" in text
     assert max(map(len, text.splitlines())) <= 130
