@@ -120,7 +120,7 @@ def _workloads(network, steps, names, seeds, jobs, quick, out, as_json) -> None:
     with progress_bars() as progress:
         found = run_workloads(plan, out, jobs, progress)
     write(found, out)
-    note(f"workloads.json, table.txt and workloads.png are in {out}")
+    note(f"workloads.json, table.txt, table.md and workloads.png are in {out}")
     report(found, table(found), as_json)
 
 

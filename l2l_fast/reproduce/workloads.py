@@ -438,6 +438,33 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def markdown(report: dict) -> str:
+    """The same for a document: of each workload and row the rate, mean / last loss and validation loss."""
+    found, steps = report["found"], report["plan"]["steps"]
+    rows = list(next(iter(found.values())))
+    lines = [f"| {steps:,} steps | {' | '.join(rows)} |", "|---" * (len(rows) + 1) + "|"]
+
+    def short(value: float) -> str:
+        text = f"{value:.3f}" if value >= 0.1 else f"{value:.4f}"
+        return text.removeprefix("0")
+
+    for name, entries in found.items():
+        cells = []
+        for row in rows:
+            means = [np.mean([_number(seed[metric]) for seed in entries[row]["seeds"]]) for metric in METRICS]
+            mean, last, validation = map(short, means)
+            cells.append(f"{short(entries[row]['lr']).rstrip('0')}: {mean} / {last}, {validation}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    cells = [
+        " / ".join(
+            f"{geometric_mean(value for value, _ in ratios(found, row, metric).values()):.2f}" for metric in METRICS
+        )
+        for row in rows
+    ]
+    lines.append(f"| in AdamW's, geometric mean | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def plot(report: dict, path: Path) -> None:
     """Picture: geometric mean over the workloads of the validation loss against steps, in AdamW's last."""
     from l2l_fast.evaluate.plots import draw
@@ -458,7 +485,8 @@ def plot(report: dict, path: Path) -> None:
 
 
 def write(report: dict, folder: Path) -> None:
-    """``workloads.json``, ``table.txt`` and ``workloads.png``."""
+    """``workloads.json``, ``table.txt``, ``table.md`` and ``workloads.png``."""
     write_text(folder / "workloads.json", json_text(report) + "\n")
+    write_text(folder / "table.md", markdown(report) + "\n")
     write_text(folder / "table.txt", table(report) + "\n")
     plot(report, folder / "workloads.png")

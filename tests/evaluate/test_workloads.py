@@ -187,3 +187,7 @@ def test_a_table_fits_and_names_every_row():
     assert "learned" in text
     assert "0.500" in text
     assert max(map(len, text.splitlines())) <= 130
+    lines = workloads.markdown(report).splitlines()
+    assert lines[0] == "| 40 steps | AdamW | learned | learned, at AdamW's rate |"
+    assert lines[2] == "| one | .01: 1.500 / 1.000, 2.000 | .01: .750 / .500, 1.000 | .01: .750 / .500, 1.000 |"
+    assert lines[-1] == "| in AdamW's, geometric mean | 1.00 / 1.00 / 1.00 | 0.50 / 0.50 / 0.50 | 0.50 / 0.50 / 0.50 |"
