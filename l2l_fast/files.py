@@ -77,6 +77,16 @@ def write_text(path: str | PathLike, text: str) -> None:
         file.write(text.encode())
 
 
+def append_line(path: str | PathLike, text: str) -> None:
+    """Put a line, in UTF-8 whatever the locale, after what is there; a kill in between may leave a part of it."""
+    with Path(path).open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # what a kill has left
+                file.write(b"\n")
+        file.write(text.encode() + b"\n")
+
+
 def remove_unfinished(path: Path, age: float) -> None:
     """Remove what writers of ``path`` that were killed have left beside it, if it is older than ``age`` seconds."""
     for part in path.parent.iterdir():

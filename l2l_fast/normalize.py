@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ def move_(
     rms: float,
     weight_decay: float = 0.0,
     wholes: Sequence[Tensor] | None = None,
-    momenta: Sequence[Tensor | None] = (),
+    momenta: Sequence[Tensor] = (),
 ) -> None:
     """Move every parameter along its update, scaled; the updates are spent.
 
@@ -133,18 +133,15 @@ def move_(
         rms: ``update_rms``.
         weight_decay: decoupled, per unit of lr.
         wholes: what ``params`` are the local, real views of; DTensors have their RMS over all ranks.
-        momenta: for each that is a matrix to orthogonalize what to orthogonalize, from :func:`momentum`; else None.
+        momenta: of matrices that begin with their orthogonalized momentum, from :func:`momentum`; else none.
     """
     pieces, wholes = updates.pieces, params if wholes is None else wholes
-    matrices = [place for place, momentum in enumerate(momenta) if momentum is not None]
-    held: Any = is_held(updates.flat) if weight_decay or matrices else None
-    if matrices:
-        chosen, choice = [pieces[place] for place in matrices], [wholes[place] for place in matrices]
-        zero = [is_held(piece) for piece in chosen]
-        _scale_(chosen, choice, LEARNED_SHARE)
-        for place, piece, whole, none in zip(matrices, chosen, choice, zero, strict=True):
-            momentum = torch.where(none, 0.0, momenta[place])  # type: ignore[arg-type]
-            piece.sub_(_orthogonal_unit(momentum, whole))
+    held = is_held(updates.flat) if weight_decay or momenta else updates.flat  # which is not asked for then
+    if momenta:
+        zero = [is_held(piece) for piece in pieces]
+        _scale_(pieces, wholes, LEARNED_SHARE)
+        for piece, whole, none, momentum in zip(pieces, wholes, zero, momenta, strict=True):
+            piece.sub_(_orthogonal_unit(torch.where(none, 0.0, momentum), whole))
         updates.flat.masked_fill_(held, 0.0)  # an orthogonalized matrix mixes coordinates
     _scale_(pieces, wholes, lr * rms)
     if weight_decay:

@@ -51,7 +51,7 @@ class _Call(NamedTuple):
     params: list[Tensor]
     arguments: tuple
     network: _Network
-    matrices: list[bool]  # which of them to orthogonalize
+    orthogonalize: bool
     squares: list[Tensor]  # with input_rms
 
 
@@ -202,7 +202,7 @@ class LSTMOptimizer(Optimizer):
     def _warn_of_leaps(self, group: dict) -> None:
         """A rate meant for a network that gives its update a size of its own would be silent ruin here."""
         lr, rms = group["lr"], self._networks[group["network"]].update_rms
-        if rms is not None and isinstance(lr, Real) and float(lr) * rms > 0.5:
+        if rms is not None and isinstance(lr, Real) and (float(lr) >= 1 or float(lr) * rms > 0.5):
             warnings.warn(
                 f"lr={lr:g} moves every tensor by {lr * rms:g} a step, root mean square: a network with update_rms has "
                 "AdamW's rates, such as 0.003. l2l-base has it now; what it was before, for lr=1, is l2l-base-v1",
@@ -289,7 +289,7 @@ class LSTMOptimizer(Optimizer):
             arguments = (tensors, grads, states, weights, lr, steps, *rest)
             if network.update_rms is None:
                 op(*arguments)
-            elif self.fused is not False and not any(call.matrices) and not any(map(is_sharded, call.params)):
+            elif self.fused is not False and not call.orthogonalize and not any(map(is_sharded, call.params)):
                 torch.ops.l2l_fast.lstm_step_scaled_(*arguments, network.update_rms)
             else:
                 updates = normalize.raw_updates(op, *arguments)
@@ -301,8 +301,8 @@ class LSTMOptimizer(Optimizer):
         if updates is not None and network.update_rms is not None:
             weight_decay, maximize = rest[-2:]
             momenta = [
-                normalize.momentum(grad, state, network.config, weights.dtype, maximize) if matrix else None
-                for grad, state, matrix in zip(grads, states, call.matrices, strict=True)
+                normalize.momentum(grad, state, network.config, weights.dtype, maximize)
+                for grad, state in (zip(grads, states, strict=True) if call.orthogonalize else ())
             ]
             normalize.move_(tensors, updates, lr, network.update_rms, weight_decay, call.params, momenta)
 
@@ -314,6 +314,8 @@ class LSTMOptimizer(Optimizer):
 
     def _calls(self, group: dict, fresh: list[Tensor]) -> list[_Call]:
         """The group's parameters that have a gradient, by device, each list with its arguments of ``lstm_step_``.
+
+        Matrices to orthogonalize are apart: what becomes of a tensor does not depend on its company.
 
         Models of many small tensors pay for every line of the loops here, so there are few.
 
@@ -337,13 +339,15 @@ class LSTMOptimizer(Optimizer):
                 raise RuntimeError(
                     f"{self._label(group, param)} has a gradient that is not finite (error_if_nonfinite=True)"
                 )
-        by_device: dict[torch.device, tuple[list, ...]] = {}
+        orthogonalize = network.orthogonalize if group["orthogonalize"] is None else bool(group["orthogonalize"])
+        by_kind: dict[tuple[torch.device, bool], tuple[list, ...]] = {}
         last = None
         for param, grad in pairs:
             device = param.device
-            if device != last:
-                last = device
-                params, tensors, grads, states, steps, squares = by_device.setdefault(device, ([], [], [], [], [], []))
+            kind = device, orthogonalize and normalize.is_matrix(param)
+            if kind != last:
+                last = kind
+                params, tensors, grads, states, steps, squares = by_kind.setdefault(kind, ([], [], [], [], [], []))
             state = self.state.get(param)
             if not state:
                 state = self._first_state(param, network)
@@ -366,12 +370,10 @@ class LSTMOptimizer(Optimizer):
                 if not isinstance(square, Tensor) or square.device != device:
                     square = state["square"] = _number(square, self._arithmetic, device)
                 squares.append(square)
-        orthogonalize = network.orthogonalize if group["orthogonalize"] is None else group["orthogonalize"]
-        calls = []
-        for device, (*columns, squares) in by_device.items():
-            matrices = [bool(orthogonalize) and normalize.is_matrix(param) for param in columns[0]]
-            calls.append(_Call(columns[0], self._arguments(group, device, *columns), network, matrices, squares))
-        return calls
+        return [
+            _Call(columns[0], self._arguments(group, device, *columns), network, matrices, squares)
+            for (device, matrices), (*columns, squares) in by_kind.items()
+        ]
 
     def _first_state(self, param: Tensor, network: _Network) -> dict:
         state = {"step": _number(0, torch.float32, param.device)}

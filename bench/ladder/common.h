@@ -27,7 +27,7 @@ constexpr int kHidden = 20, kLayers = 2, kFeatures = 2;
 constexpr int kRows = 2 * kLayers * kHidden;  // of the state: h and c of layer 0, then of layer 1
 constexpr int kTile = 32;                     // coordinates; arrays are padded to whole tiles
 constexpr float kScale = 0.1f, kP = 10;       // of the output, of the features
-constexpr Network kNetwork = {Features::log_sign, kHidden, kLayers, false, false, kScale, kP, 0.95, 0.95, 1e-8};
+constexpr Network kNetwork = {Features::log_sign, kHidden, kLayers, false, false, false, kScale, kP, 0.95, 0.95, 1e-8};
 
 // One call of a rung. All pointers are the GPU's. Of the state, number `row` of coordinate n is at
 // state[n * kRows + row], or at state[row * padded + n] for a rung that asks for rows.

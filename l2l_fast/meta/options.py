@@ -99,7 +99,7 @@ RATES = Kind(
         and all(is_number(part) and part > 0 for part in _share(value))
         and _share(value)[0] <= _share(value)[1]
     ),
-    "a positive number, or two, the lower first",
+    "a positive number, or two with the lower first",
     lambda value: float(value) if is_number(value) else tuple(map(float, value)),
 )
 FUNCTION = Kind(callable, "a function that makes an optimizer")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_fast import normalize
-from l2l_fast.files import write_text
+from l2l_fast.files import append_line, write_text
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.optim import LSTMOptimizer
 from l2l_fast.tasks.workloads import WORKLOADS
@@ -325,13 +325,11 @@ def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, i
 def _fill(wanted: Sequence[Job], done: dict, path: Path, pool, progress) -> None:
     missing = [job for job in dict.fromkeys(wanted) if job not in done]
     results = pool.map(_do, missing) if pool else map(_do, missing)
-    with path.open("a", encoding="utf-8") as file:
-        for number, (job, found) in enumerate(zip(missing, results, strict=True)):
-            done[job] = json.loads(json_text(found))  # as it will be read
-            file.write(json.dumps({"job": asdict(job), "found": done[job]}) + "\n")
-            file.flush()
-            if progress:
-                progress(number + 1, len(missing))
+    for number, (job, found) in enumerate(zip(missing, results, strict=True)):
+        done[job] = json.loads(json_text(found))  # as it will be read
+        append_line(path, json.dumps({"job": asdict(job), "found": done[job]}))
+        if progress:
+            progress(number + 1, len(missing))
 
 
 # ---------------------------------------------------------------- what it says

@@ -175,7 +175,7 @@ def test_rates_are_drawn_for_each_trajectory():
 
 @pytest.mark.parametrize("bad", [0, -1.0, (0.1, 0.01), (0.0, 1.0), (1.0,), (1.0, 2.0, 3.0), "0.1", float("nan")])
 def test_bad_rates_are_refused(bad):
-    with pytest.raises(ValueError, match="lr must be a positive number, or two, the lower first or None"):
+    with pytest.raises(ValueError, match="lr must be a positive number, or two with the lower first or None"):
         TrainerOptions(lr=bad)
 
 

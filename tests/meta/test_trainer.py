@@ -377,7 +377,7 @@ def test_validation_uses_its_own_instances():
         ({"coordinates": 1.5}, "coordinates must be an int of at least 1, or None"),
         ({"average": 1.0}, "average must be a number in"),
         ({"average": None}, "average must be a number in"),
-        ({"lr": math.nan}, "lr must be a positive number, got nan"),
+        ({"lr": math.nan}, "lr must be a positive number, or two with the lower first or None, got nan"),
         ({"lr": 0.0}, "lr must be a positive number"),
         ({"weight_decay": math.nan}, "weight_decay must be a number of at least 0"),
         ({"weight_decay": -5}, "weight_decay must be a number of at least 0, got -5"),

@@ -85,6 +85,9 @@ def test_a_report_is_kept_run_by_run_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(workloads, "train", lambda *args: made.append(args) or train(*args))
     again = run(plan, tmp_path)
     assert len(made) == len(lines) - 4
+    made.clear()
+    run(plan, tmp_path)  # the line that was cut short has not swallowed the next
+    assert not made
     for label, row in whole["found"]["tabular-regression"].items():
         other = again["found"]["tabular-regression"][label]
         assert other["lr"] == row["lr"]
