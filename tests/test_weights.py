@@ -27,7 +27,15 @@ def test_the_default_is_the_first_network_with_its_update_scaled():
     assert torch.equal(new.flat_weights(), old.flat_weights())
     assert (old.default_lr, new.default_lr) == (1.0, 1e-3)
     card = (checkpoint.WEIGHTS / "l2l-base" / "README.md").read_text()
-    for word in ("update_rms", "orthogonalize", "reproduce workloads", "## Figures", "## Limits", "Apache-2.0", "l2l-base-v1"):
+    for word in (
+        "update_rms",
+        "orthogonalize",
+        "reproduce workloads",
+        "## Figures",
+        "## Limits",
+        "Apache-2.0",
+        "l2l-base-v1",
+    ):
         assert word in card, word
 
 

@@ -477,8 +477,8 @@ def plot(report: dict, path: Path) -> None:
             logs.append(np.log(curves.astype(float).mean(0) / last))
         mean = np.interp(np.arange(steps + 1), x, np.exp(np.mean(logs, 0)))
         lines[row] = mean, np.zeros_like(mean)
-    emphasised = [row for row in lines if row.startswith("learned")]
-    title = f"validation loss on {len(found)} workloads, warm-up and cosine over {steps} steps"
+    emphasised = [row for row in lines if row.startswith("learned") and "coordinatewise" not in row]
+    title = f"validation loss on {len(found)} workloads, warm-up and cosine"
     draw(lines, path, title, emphasised, band=None, ylabel="in AdamW's last, geometric mean")
 
 
