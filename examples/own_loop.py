@@ -1,6 +1,6 @@
 """A training loop of your own, with l2l-base in AdamW's place: the same schedule and weight decay, beside AdamW.
 
-    python examples/own_loop.py [--steps 300] [--lr 0.003] [--adamw-lr 0.003]
+    python examples/own_loop.py [--steps 300] [--lr 0.03] [--adamw-lr 0.03]
 
 A classifier of the 8x8 digits (pip install l2l_fast[data]); the last 297 of 1,797 images are not trained on.
 """
@@ -41,8 +41,8 @@ def train(make_optimizer, images, labels, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=0.003, help="of l2l-base, in AdamW's units")
-    parser.add_argument("--adamw-lr", type=float, default=0.003)
+    parser.add_argument("--lr", type=float, default=0.03, help="of l2l-base, in AdamW's units")
+    parser.add_argument("--adamw-lr", type=float, default=0.03, help="the best of 0.003, 0.01 and 0.03 for AdamW")
     arguments = parser.parse_args()
     data = l2l.data.digits()
     optimizers = {
