@@ -105,14 +105,19 @@ def relative(
     """
     wholes = grads if wholes is None else wholes
     v, step = torch.stack(list(squares)), torch.stack(list(steps)).to(squares[0].dtype)
-    beta = config.beta2
-    roots = [root.to(v.dtype) for root in root_mean_squares([grad.to(v.dtype) for grad in grads], wholes)]
-    means, biases = torch.stack(roots).square(), 1 - beta ** (step - 1)
+    grads = [grad.to(v.dtype) for grad in grads]
+    roots = [root.to(v.dtype) for root in root_mean_squares(grads, wholes)]
+    v, factors = _next_square(v, torch.stack(roots).square(), step, config.beta2, rms)
+    return list(torch._foreach_mul(grads, list(factors.unbind()))), v
+
+
+def _next_square(v: Tensor, means: Tensor, step: Tensor, beta: float, rms: float) -> tuple[Tensor, Tensor]:
+    """v after a step, of tensors whose mean squares are given, and what their gradients are multiplied by."""
+    biases = 1 - beta ** (step - 1)
     before = torch.where(biases > 0, v / torch.where(biases > 0, biases, 1.0), 0.0)
     v = beta * v + (1 - beta) * torch.where(means.isfinite(), means, before)
     unbiased = v / (1 - beta**step)
-    factors = torch.where(unbiased >= SMALLEST, rms / unbiased.clamp_min(SMALLEST).sqrt(), 0.0)
-    return list(torch._foreach_mul([grad.to(v.dtype) for grad in grads], list(factors.unbind()))), v
+    return v, torch.where(unbiased >= SMALLEST, rms / unbiased.clamp_min(SMALLEST).sqrt(), 0.0)
 
 
 def move_(
@@ -136,17 +141,18 @@ def move_(
         momenta: of matrices that begin with their orthogonalized momentum, from :func:`momentum`; else none.
     """
     pieces, wholes = updates.pieces, params if wholes is None else wholes
-    held = is_held(updates.flat) if weight_decay or momenta else updates.flat  # which is not asked for then
+    rates = []
+    if weight_decay:  # what is held is known only as long as the updates are as the step has left them
+        rates = updates.cut(torch.where(is_held(updates.flat), 0.0, -weight_decay * lr))
     if momenta:
-        zero = [is_held(piece) for piece in pieces]
+        held = [is_held(piece) for piece in pieces]
         _scale_(pieces, wholes, LEARNED_SHARE)
-        for piece, whole, none, momentum in zip(pieces, wholes, zero, momenta, strict=True):
+        for piece, whole, none, momentum in zip(pieces, wholes, held, momenta, strict=True):
             piece.sub_(_orthogonal_unit(torch.where(none, 0.0, momentum), whole))
-        updates.flat.masked_fill_(held, 0.0)  # an orthogonalized matrix mixes coordinates
+            piece.masked_fill_(none, 0.0)  # an orthogonalized matrix mixes coordinates
     _scale_(pieces, wholes, lr * rms)
     if weight_decay:
         # In the updates' dtype, so that a parameter of half precision is rounded once.
-        rates = updates.cut(torch.where(held, 0.0, -weight_decay * lr))
         torch._foreach_addcmul_(pieces, [param.to(updates.flat.dtype) for param in params], rates)
     torch._foreach_add_(list(params), pieces)
 
@@ -221,14 +227,14 @@ def _orthogonal_unit(update: Tensor, whole: Tensor) -> Tensor:
         update = DTensor.from_local(
             update.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
         ).full_tensor()
-        unit = DTensor.from_local(_unit(orthogonalize(update)), mesh, [Replicate()] * mesh.ndim, run_check=False)
-        found = unit.redistribute(mesh, placements).to_local()
+        spread = DTensor.from_local(unit(orthogonalize(update)), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        found = spread.redistribute(mesh, placements).to_local()
     else:
-        found = _unit(orthogonalize(update))
+        found = unit(orthogonalize(update))
     return torch.view_as_real(found.resolve_conj()) if whole.is_complex() else found
 
 
-def _unit(matrix: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+def unit(matrix: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     """matrix / RMS(matrix), over all of it or some dimensions; 0 where that is 0. A complex number counts as a pair."""
     squares = torch.view_as_real(matrix).square().sum(-1) / 2 if matrix.is_complex() else matrix.square()
     mean = squares.mean(dims, keepdim=True) if dims else squares.mean()
@@ -284,14 +290,11 @@ def _newton_schulz(x: Tensor, add_product: Callable[..., Tensor], steps: int) ->
 
 def relative_rows(grads: Tensor, v: Tensor, step: Tensor, sizes: Sequence[int], config: Config, rms: float) -> Tensor:
     """:func:`relative` of rows [..., N] that hold one tensor after another; moves v [..., K] on."""
-    x, step = [], step.to(v.dtype)
-    v.mul_(config.beta2)
-    for place, piece in enumerate(grads.split(list(sizes), -1)):
-        v[..., place] += (1 - config.beta2) * piece.square().mean(-1)
-        unbiased = (v[..., place] / (1 - config.beta2**step)).unsqueeze(-1)
-        factor = torch.where(unbiased >= SMALLEST, rms / unbiased.clamp_min(SMALLEST).sqrt(), 0.0)
-        x.append(piece * factor)
-    return torch.cat(x, -1)
+    pieces = grads.split(list(sizes), -1)
+    means = torch.stack([piece.square().mean(-1) for piece in pieces], -1)
+    moved, factors = _next_square(v, means, step.to(v.dtype), config.beta2, rms)
+    v.copy_(moved)
+    return torch.cat([piece * factors[..., place, None] for place, piece in enumerate(pieces)], -1)
 
 
 def join_rows(updates: Tensor, momenta: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
@@ -308,7 +311,7 @@ def join_rows(updates: Tensor, momenta: Tensor, shapes: Sequence[torch.Size]) ->
     sizes, found = [math.prod(shape) for shape in shapes], []
     for d, momentum, shape in zip(updates.split(sizes, -1), momenta.split(sizes, -1), shapes, strict=True):
         if _is_matrix(shape):
-            o = _unit(orthogonalize_each(momentum.reshape(len(d), shape[0], -1)), (1, 2))
+            o = unit(orthogonalize_each(momentum.reshape(len(d), shape[0], -1)), (1, 2))
             d = _scaled(d, LEARNED_SHARE)[0] - o.reshape(d.shape)
         found.append(d)
     return torch.cat(found, -1)

@@ -381,7 +381,7 @@ class LSTMOptimizer(Optimizer):
         if network.input_rms is not None:
             state["square"] = _number(0, self._arithmetic, param.device)
         self.state[param] = state
-        return self.state[param]
+        return state
 
     @property
     def _arithmetic(self) -> torch.dtype:

@@ -256,9 +256,10 @@ class TrainerOptions:
 
     def rates(self, horizon: int, number: int | None = None) -> Callable[[int], float] | None:
         """The rate of each step, counted from 0, of a trajectory; None where it is the same for all of them."""
+        peak = self.peak(number)
         if self.lr_schedule == "constant":
-            return (lambda step: self.peak(number)) if isinstance(self.lr, tuple) else None
-        return partial(warm_cosine, self.peak(number), horizon)
+            return (lambda step: peak) if isinstance(self.lr, tuple) else None
+        return partial(warm_cosine, peak, horizon)
 
     def deciding(self) -> dict:
         """Those that a run's numbers depend on, by name."""
@@ -266,12 +267,14 @@ class TrainerOptions:
 
 
 def warm_cosine(peak: float, horizon: int, step: int) -> float:
-    """peak * min(t / w, (1 + cos(pi (t - w) / (T - w))) / 2) for t = step + 1 while it comes up, step from then on.
+    """A rate that comes up linearly over the first twentieth of the steps, and goes down to 0 along a cosine.
+
+    peak * (t + 1) / w for t < w,   then peak * (1 + cos(pi (t - w) / (T - w))) / 2,   w = T / 20
 
     Args:
-        peak: the highest rate, reached after w = T / 20 steps.
+        peak: the highest rate.
         horizon: T.
-        step: counted from 0.
+        step: t, counted from 0.
     """
     warm = max(1, round(0.05 * horizon))
     if step < warm:

@@ -1,6 +1,6 @@
 """The learned rule in AdamW's place: eight workloads, every optimizer under one schedule, with as many rates tried.
 
-theta <- optimizer(grad, lr_t),   lr_t = lr * min(t / w, (1 + cos(pi (t - w) / (T - w))) / 2),   w = T / 20
+theta <- optimizer(grad, lr_t),   lr_t: warm-up over T / 20 and a cosine to 0 (meta.options.warm_cosine)
 
 Of every optimizer the rate is taken whose mean training loss on a seed of its own is lowest, and shown on other seeds.
 The row "at AdamW's rate" is not tuned at all. Starts and minibatches are the same for all. One run costs seconds to a
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from l2l_fast import normalize
 from l2l_fast.files import append_line, write_text
+from l2l_fast.meta.options import warm_cosine
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.optim import LSTMOptimizer
 from l2l_fast.tasks.workloads import WORKLOADS
@@ -33,7 +34,7 @@ from l2l_fast.writing import json_text
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 WEIGHT_DECAY = 0.01
-WARMUP, LAST = 0.05, 0.05  # shares of the steps: of the schedule, and of what counts as the last loss
+LAST = 0.05  # of the steps: what counts as the last loss
 POINTS = 20  # of a curve
 HELD_OUT = 1024  # rows that validate
 TUNING_SEED, SEED = 0, 1000  # the first seed that is shown; others than any recipe was chosen by
@@ -63,10 +64,11 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in filter(normalize.is_matrix, group["params"]):
                 state = self.state[param]
-                momentum = state.setdefault("momentum", torch.zeros_like(param)).lerp_(param.grad, 0.05)
-                o = normalize.orthogonalize(param.grad.lerp(momentum, 0.95))
-                scale = 0.2 / o.square().mean().sqrt().clamp_min(1e-30)
-                param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * scale * o)
+                if not state:
+                    state["momentum"] = torch.zeros_like(param)
+                momentum = state["momentum"].lerp_(param.grad, 0.05)
+                o = normalize.unit(normalize.orthogonalize(param.grad.lerp(momentum, 0.95)))
+                param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(o, alpha=0.2 * group["lr"])
             for other in self.rest.param_groups:
                 other["lr"] = group["lr"]
         self.rest.step()
@@ -130,14 +132,6 @@ DEFAULT = ("AdamW", "Nesterov", "Muon", "control", *LEARNED)
 # ---------------------------------------------------------------- one run
 
 
-def share(step: int, steps: int) -> float:
-    """lr_t / lr, steps being counted from 0."""
-    warm = max(1, round(WARMUP * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
-
-
 @cache
 def _task(workload: str):
     return WORKLOADS[workload]()
@@ -165,7 +159,7 @@ def train(workload: str, make: Callable, lr: float, seed: int, steps: int) -> di
     begun = time.perf_counter()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * share(step, steps)
+            group["lr"] = warm_cosine(lr, steps, step)
         loss = _loss(task, model, task.data, task.sample(generator))
         optimizer.zero_grad()
         loss.backward()

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer
+from l2l_fast.meta.options import warm_cosine
 from l2l_fast.reproduce import workloads
-from l2l_fast.reproduce.workloads import Muon, Plan, geometric_mean, ratios, rivals, run, share, share_of_steps, table
+from l2l_fast.reproduce.workloads import Muon, Plan, geometric_mean, ratios, rivals, run, share_of_steps, table
 
 TINY = Plan(steps=40, seeds=2, workloads=("tabular-regression",))
 
@@ -29,9 +30,9 @@ def test_all_start_from_one_point_and_see_the_same_rows():
 
 
 def test_the_schedule_is_warm_up_and_cosine():
-    assert [share(step, 100) for step in (0, 4, 5)] == pytest.approx([0.2, 1, 1])
-    assert share(52, 100) == pytest.approx(0.5 + 0.5 * math.cos(math.pi * 47 / 95))
-    assert 0 < share(99, 100) < 1e-3
+    assert [warm_cosine(1.0, 100, step) for step in (0, 4, 5)] == pytest.approx([0.2, 1, 1])
+    assert warm_cosine(1.0, 100, 52) == pytest.approx(0.5 + 0.5 * math.cos(math.pi * 47 / 95))
+    assert 0 < warm_cosine(1.0, 100, 99) < 1e-3
 
 
 def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw():
