@@ -70,9 +70,15 @@ def reproduce(
         l2l-fast reproduce workloads --jobs 2
     """
     if row == "workloads":
+        others = {"--quadratic-network": quadratic_network, "--small-network": small_network, "--seed": seed,
+                  "--dataset": dataset != "digits", "--device": device != "cpu"}  # fmt: skip
+        if given := [name for name, value in others.items() if value]:
+            raise typer.BadParameter(f"{given[0]} does not go with the row workloads: leave it out")
         _workloads(network, steps, workload, seeds, jobs, quick, out, as_json)
         return
-    if given := [name for name, value in {"--steps": steps, "--workload": workload}.items() if value]:
+    if given := [
+        name for name, value in {"--steps": steps, "--workload": workload, "--jobs": jobs > 1}.items() if value
+    ]:
         raise typer.BadParameter(f"{given[0]} goes with the row workloads")
     names = find(row)
     if dataset not in DATASETS:

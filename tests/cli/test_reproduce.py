@@ -175,6 +175,8 @@ def test_workloads(run, tmp_path):
     (("workloads", "--workload", "cifar"), "--workload 'cifar': give one of transformer-lm"),
     (("workloads", "--network", "l2l-base-v1"), "network must have update_rms"),
     (("workloads", "--network", "l2l-base", "--network", "l2l-small"), "--network of the row workloads is one"),
+    (("workloads", "--seed", "3"), "--seed does not go with the row workloads: leave it out"),
+    (("workloads", "--dataset", "mnist"), "--dataset does not go with the row workloads"),
     (("mnist", "--steps", "50"), "--steps goes with the row workloads"),
 ])  # fmt: skip
 def test_what_workloads_refuses(run, words, said):

@@ -113,6 +113,19 @@ def test_a_trajectory_walks_as_the_optimizer_does(options):
     torch.testing.assert_close(trajectory.theta, torch.stack(thetas))
 
 
+def test_a_gradient_that_is_not_finite_leaves_the_scale_of_its_tensor():
+    rule, trajectory = start(SURROUNDINGS["update_rms and input_rms"])
+    unroll(trajectory, rule, 3)
+    before = trajectory.square / (1 - rule.config.beta2**3)
+    trajectory.grad[1, 2] = torch.inf
+    unroll(trajectory, rule, 1)
+    after = trajectory.square / (1 - rule.config.beta2**4)
+    torch.testing.assert_close(after[1, 0], before[1, 0])
+    assert after[0, 0] != before[0, 0]
+    assert trajectory.theta.isfinite().all()
+    assert trajectory.square.isfinite().all()
+
+
 def test_imitation_sees_relative_gradients_and_the_rate_of_each_step():
     rule, trajectory = start(SURROUNDINGS["update_rms and input_rms"], SCHEDULES["rising"])
     twin_rule, twin = start(SURROUNDINGS["update_rms and input_rms"], SCHEDULES["rising"])
