@@ -120,6 +120,16 @@ L2L_HOST_DEVICE V gate_exp(V scaled) {
   return exp2(V(min(V(kGateLimit), scaled)));
 }
 
+// a (1 + e) and a (1 - e): one operation where a vector type says so.
+template <class V>
+L2L_HOST_DEVICE V times_one_plus(V a, V e) {
+  return a * (V(1) + e);
+}
+template <class V>
+L2L_HOST_DEVICE V times_one_minus(V a, V e) {
+  return a * (V(1) - e);
+}
+
 // With E = e^-z (e^-2z for g), sigmoid = 1/(1+E) and tanh = (1-E)/(1+E), so that each half of a unit costs one division.
 // The halves are functions of their own because each is a long chain: callers run many of the first, then of the second.
 
@@ -134,8 +144,8 @@ template <class V>
 L2L_HOST_DEVICE V lstm_c(V i, V f, V g, V c) {
   V one(1);
   V a = one + gate_exp(i), b = one + gate_exp(f), e_g = gate_exp(g);
-  V ag = a * (one + e_g);
-  return fma(c, ag, (one - e_g) * b) / (ag * b);
+  V ag = times_one_plus(a, e_g);
+  return fma(c, ag, times_one_minus(b, e_g)) / (ag * b);
 }
 
 // The same, leaving i, f and g.
@@ -143,12 +153,12 @@ template <class V>
 L2L_HOST_DEVICE V lstm_c(V i, V f, V g, V c, Activations<V>& saved) {
   V one(1);
   V a = one + gate_exp(i), b = one + gate_exp(f), e_g = gate_exp(g);
-  V ag = a * (one + e_g);
+  V ag = times_one_plus(a, e_g);
   V inverse = one / (ag * b);
   V inverse_b = inverse * b;
   saved.f = inverse * ag;
-  saved.i = inverse_b * (one + e_g);
-  saved.g = inverse_b * a * (one - e_g);
+  saved.i = times_one_plus(inverse_b, e_g);
+  saved.g = times_one_minus(V(inverse_b * a), e_g);
   return fma(saved.f, c, saved.i * saved.g);
 }
 
@@ -156,17 +166,17 @@ L2L_HOST_DEVICE V lstm_c(V i, V f, V g, V c, Activations<V>& saved) {
 template <class V>
 L2L_HOST_DEVICE V lstm_h(V o, V c_new) {
   V one(1), e_c = gate_exp(c_new * V(gate_scale(kCell)));
-  return (one - e_c) / ((one + gate_exp(o)) * (one + e_c));
+  return (one - e_c) / times_one_plus(V(one + gate_exp(o)), e_c);
 }
 
 // The same, leaving o and tanh c'.
 template <class V>
 L2L_HOST_DEVICE V lstm_h(V o, V c_new, Activations<V>& saved) {
   V one(1), e_c = gate_exp(c_new * V(gate_scale(kCell)));
-  V d = one + gate_exp(o), t = one + e_c;
-  V inverse = one / (d * t);
-  saved.o = inverse * t;
-  saved.tanh_c = inverse * d * (one - e_c);
+  V d = one + gate_exp(o);
+  V inverse = one / times_one_plus(d, e_c);
+  saved.o = times_one_plus(inverse, e_c);
+  saved.tanh_c = times_one_minus(V(inverse * d), e_c);
   return saved.o * saved.tanh_c;
 }
 

@@ -56,19 +56,25 @@ class FlushToZero {
 #endif
 };
 
-// Calls f(worker, item) for item = 0 .. items - 1; whoever is free takes the next `chunk` of them.
+// Calls f(worker, item) for item = 0 .. items - 1. Whoever is free takes a share of what is left, no fewer than `least`:
+// neighbours go to one thread, since each tile calls for the memory of the next, and the last shares are small, so that
+// all threads end together.
 template <class F>
-void share(const Parallel& parallel, int workers, int64_t items, int64_t chunk, const F& f) {
+void share(const Parallel& parallel, int workers, int64_t items, int64_t least, const F& f) {
   struct Context {
     std::atomic<int64_t> next{0};
-    int64_t items, chunk;
+    int64_t items, least;
+    int workers;
     const F& f;
-  } context{{0}, items, chunk, f};
+  } context{{0}, items, least, workers, f};
   auto body = [](void* pointer, int worker) {
     const FlushToZero flush;
     Context& c = *static_cast<Context*>(pointer);
-    for (int64_t start; (start = c.next.fetch_add(c.chunk)) < c.items;)
-      for (int64_t item = start; item < std::min(start + c.chunk, c.items); ++item) c.f(worker, item);
+    for (int64_t start = c.next; start < c.items; start = c.next) {
+      const int64_t size = std::max(c.least, (c.items - start) / (4 * c.workers));
+      if (!c.next.compare_exchange_strong(start, start + size)) continue;
+      for (int64_t item = start; item < std::min(start + size, c.items); ++item) c.f(worker, item);
+    }
   };
   if (workers <= 1) return body(&context, 0);
   parallel.run(workers, body, &context);

@@ -31,6 +31,8 @@ L2L_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
 L2L_INLINE Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
 L2L_INLINE Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
 L2L_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+L2L_INLINE Vec times_one_plus(Vec a, Vec e) { return _mm256_fmadd_ps(a.v, e.v, a.v); }
+L2L_INLINE Vec times_one_minus(Vec a, Vec e) { return _mm256_fnmadd_ps(a.v, e.v, a.v); }
 L2L_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }  // b where either is NaN
 L2L_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
 L2L_INLINE Vec sqrt(Vec a) { return _mm256_sqrt_ps(a.v); }

@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "../../csrc/cpu/isa.h"
+#include "../../csrc/cpu/schedule.h"
 #include "../kernel_cases.h"
 #include "approximations.h"
 
@@ -32,9 +33,29 @@ struct TwoThreads {
   }
 };
 
+// Every item goes to one thread once, and most of a thread's neighbours are its own.
+void share_all() {
+  for (int workers : {1, 2, 3})
+    for (int64_t items : {0, 1, 5, 100, 10000})
+      for (int64_t least : {1, 4}) {
+        std::vector<std::atomic<int>> visits(items);
+        std::vector<int> owner(items);
+        share({workers, run_threads}, workers, items, least, [&](int worker, int64_t item) {
+          ++visits[item];
+          owner[item] = worker;
+        });
+        int64_t once = 0, borders = 0;
+        for (int64_t i = 0; i < items; ++i) once += visits[i] == 1;
+        for (int64_t i = 1; i < items; ++i) borders += owner[i] != owner[i - 1];
+        expect(once == items, "share visits every item once");
+        expect(borders <= 64 + items / 100, "share gives neighbours to one thread");
+      }
+}
+
 }  // namespace
 
 int main() {
+  share_all();
   std::vector<std::string> isas = cpu_isas();
   for (const std::string& isa : cpu_bf16_isas()) isas.push_back(isa);
   for (const std::string& isa : isas) {
