@@ -1,6 +1,6 @@
 """The learned rule in AdamW's place: eight workloads, every optimizer under one schedule, with as many rates tried.
 
-theta <- optimizer(grad, lr_t),   lr_t: warm-up over T / 20 and a cosine to 0 (meta.options.warm_cosine)
+theta <- optimizer(grad, lr_t),   lr_t: warm-up over T / 20 and a cosine to 0 (schedule.warm_cosine)
 
 Of every optimizer the rate is taken whose mean training loss on a seed of its own is lowest, and shown on other seeds.
 The row "at AdamW's rate" is not tuned at all. Starts and minibatches are the same for all. One run costs seconds to a
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from l2l_fast import normalize
 from l2l_fast.files import append_line, write_text
-from l2l_fast.meta.options import warm_cosine
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.optim import LSTMOptimizer
+from l2l_fast.schedule import warm_cosine
 from l2l_fast.tasks.workloads import WORKLOADS
 from l2l_fast.writing import json_text
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer
-from l2l_fast.meta.options import warm_cosine
 from l2l_fast.reproduce import workloads
 from l2l_fast.reproduce.workloads import Muon, Plan, geometric_mean, ratios, rivals, run, share_of_steps, table
+from l2l_fast.schedule import warm_cosine
 
 TINY = Plan(steps=40, seeds=2, workloads=("tabular-regression",))
 
