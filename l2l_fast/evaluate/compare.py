@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from l2l_fast.adaptive import AdaptiveMLP, CoordinatewiseMLP
 from l2l_fast.checks import is_whole, require, usable_device, whole
 from l2l_fast.environment import environment
 from l2l_fast.evaluate.baselines import BASELINES, USUAL, Baseline, find_baseline
 from l2l_fast.evaluate.comparison import Comparison, Result
 from l2l_fast.evaluate.store import Store, stored_trajectories, stored_tuning
 from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress, final_loss, mean_loss, smoothed
+from l2l_fast.mlp_optim import MLPOptimizer
 from l2l_fast.modes import plain
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.optim import LSTMOptimizer
@@ -196,13 +198,16 @@ def _name(optimizer) -> str:
 
 
 def _lane(optimizer, state_dtype: torch.dtype) -> Lane:
+    if isinstance(optimizer, CoordinatewiseMLP | AdaptiveMLP):
+        digest = hashlib.sha256(optimizer.rule.encode() + _weights(optimizer)).hexdigest()
+        # phi follows all coordinates of an instance, so that each instance needs an optimizer of its own.
+        elementwise = isinstance(optimizer, CoordinatewiseMLP)
+        return Lane(lambda params: MLPOptimizer(params, optimizer), elementwise, {"network": digest})
     if isinstance(optimizer, (str, PathLike, torch.nn.Module)):
         network = optimizer  # found here and now: a wrong name should not cost the time of the tuning
         if not isinstance(optimizer, torch.nn.Module):
             network = CoordinatewiseLSTM.from_pretrained(optimizer)
-        with torch.no_grad():
-            weights = network.flat_weights().double().cpu().numpy()
-        digest = hashlib.sha256(network.rule.encode() + weights.tobytes()).hexdigest()
+        digest = hashlib.sha256(network.rule.encode() + _weights(network)).hexdigest()
         identity = {"network": digest} | ({} if state_dtype == torch.float32 else {"state_dtype": str(state_dtype)})
         return Lane(lambda params: LSTMOptimizer(params, network=network, state_dtype=state_dtype), identity=identity)
     if not callable(optimizer):
@@ -211,6 +216,11 @@ def _lane(optimizer, state_dtype: torch.dtype) -> Lane:
             f"these, got {type(optimizer).__name__}"
         )
     return Lane(optimizer, elementwise=False)
+
+
+def _weights(network: torch.nn.Module) -> bytes:
+    with torch.no_grad():
+        return network.flat_weights().double().cpu().numpy().tobytes()
 
 
 def _baseline_lane(baseline: Baseline, rate: float) -> Lane:
