@@ -45,19 +45,21 @@ class CoordinatewiseMLP(nn.Module):
         super().__init__()
         require(is_number(output_scale) and output_scale > 0, "output_scale", output_scale, "a positive number")
         self.hidden_size, self.output_scale = whole("hidden_size", hidden_size, 1), float(output_scale)
+        self.hidden, self.head = nn.Module(), nn.Module()
         for name, shape in mlp.weight_shapes(self.hidden_size).items():
             layer, kind = name.split(".")
-            if kind == "weight":
-                self.add_module(layer, nn.Module())
             getattr(self, layer).register_parameter(kind, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """``nn.Linear``'s own initialisation, but for a zero head bias: no drift at the start."""
-        for layer, inputs in ((self.hidden, mlp.FEATURES), (self.head, self.hidden_size)):
-            nn.init.uniform_(layer.weight, -(inputs**-0.5), inputs**-0.5)
-        nn.init.uniform_(self.hidden.bias, -(mlp.FEATURES**-0.5), mlp.FEATURES**-0.5)
-        nn.init.zeros_(self.head.bias)
+        for name, inputs in (
+            ("hidden.weight", mlp.FEATURES),
+            ("hidden.bias", mlp.FEATURES),
+            ("head.weight", self.hidden_size),
+        ):
+            nn.init.uniform_(self.get_parameter(name), -(inputs**-0.5), inputs**-0.5)
+        nn.init.zeros_(self.get_parameter("head.bias"))
 
     @property
     def options(self) -> dict:
@@ -160,6 +162,8 @@ class AdaptiveMLP(nn.Module):
     """
 
     KIND = "AdaptiveMLP"
+    mlp: CoordinatewiseMLP
+    lstm: CoordinatewiseLSTM
 
     def __init__(self, mlp: CoordinatewiseMLP | None = None, lstm: CoordinatewiseLSTM | None = None) -> None:
         super().__init__()
@@ -235,9 +239,9 @@ def _require_flat(flat: Tensor, size: int) -> None:
 
 
 def _loaded(network, saved: checkpoint.Saved):
-    dtype = saved.tensors.get("head.weight", saved.tensors.get("mlp.head.weight"))
+    dtypes = {tensor.dtype for tensor in saved.tensors.values()}
     try:
-        network.to(dtype.dtype).load_state_dict(saved.tensors)
-    except (RuntimeError, AttributeError) as error:
+        network.to(*dtypes).load_state_dict(saved.tensors)
+    except (RuntimeError, TypeError) as error:
         raise checkpoint.unfit(saved.path, error) from None
     return network

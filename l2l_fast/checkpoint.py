@@ -1,7 +1,7 @@
 """How trained networks are kept and found: a folder of ``model.safetensors`` and ``config.json``.
 
-This file knows options and tensors; :class:`~l2l_fast.CoordinatewiseLSTM`, or the class of another kind, makes a network
-of them.
+This file knows options and tensors; :class:`~l2l_fast.CoordinatewiseLSTM`, or another kind's class, makes a network of
+them.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@ r"""The mathematics of an optimizer that is a small MLP of the gradient, shared 
 
     u = s MLP_phi(z),   MLP_phi(z) = w2 . tanh(W1 z + b1) + b2
 
-z are four features of a coordinate's gradient d: m^/sqrt(v^), d/sqrt(v^), and :func:`~l2l_fast.reference.log_sign`, with
-the bias-corrected running moments m^, v^ of d. phi is W1, b1, w2 and b2, flat in this order.
+z are four features of a coordinate's gradient d: m^/sqrt(v^), d/sqrt(v^), and :func:`~l2l_fast.reference.log_sign`,
+with the bias-corrected running moments m^, v^ of d. phi is W1, b1, w2 and b2, flat in this order.
 
-Everything here is for R optimizees side by side, each with its own phi: gradients [R, N], features [R, 4, N], phi [R, P].
+Everything here is for R optimizees side by side, each with its own phi: gradients [R, N], features [R, 4, N] and phi
+[R, P].
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class _Run(NamedTuple):
 class MLPOptimizer(Optimizer):
     r"""An update rule that is a small MLP, with weights phi that stay, or that are changed at every step.
 
-    h = (du/dphi)^T grad f(theta),   phi <- phi + LSTM_psi(h),   theta <- theta - lr * weight_decay * theta + lr * u(z; phi)
+    h = (du/dphi)^T grad f(theta),   phi <- phi + LSTM_psi(h)
+    theta <- theta - lr * weight_decay * theta + lr * u(z; phi)
 
     u(z; phi) is that of :class:`CoordinatewiseMLP`, z what it sees of the gradient. h is the one-step hypergradient: of
     the loss where the last update led, with respect to the weights that made it, so from the second step on. With an
@@ -94,20 +95,18 @@ class MLPOptimizer(Optimizer):
             )
         require(phi_optimizer is None or callable(phi_optimizer), "phi_optimizer", phi_optimizer,
                 "a function that makes an optimizer, or None")  # fmt: skip
-        adaptive = isinstance(network, AdaptiveMLP)
-        second = network.mlp if adaptive else network
+        second = network.mlp if isinstance(network, AdaptiveMLP) else network
         self._scale, self._digest = second.output_scale, _digest(network)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
         with torch.inference_mode(False), torch.no_grad():
             device = self.param_groups[0]["params"][0].device
             self.phi = second.flat_weights().detach().to(device, copy=True)
+            self._phi_optimizer: Optimizer | None = None
             if phi_optimizer is not None:
                 self._phi_optimizer = phi_optimizer([self.phi])
-            elif adaptive:
+            elif isinstance(network, AdaptiveMLP):
                 state = torch.float64 if self.phi.dtype == torch.float64 else torch.float32
                 self._phi_optimizer = LSTMOptimizer([self.phi], copy.deepcopy(network.lstm), 1.0, state_dtype=state)
-            else:
-                self._phi_optimizer = None
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group of parameters, with its own ``lr``, ``weight_decay`` or ``maximize`` if it names any."""
@@ -158,11 +157,11 @@ class MLPOptimizer(Optimizer):
                 signs[param] = -1 if group["maximize"] else 1
         gradients = {param: param.grad if sign > 0 else -param.grad for param, sign in signs.items()}
         if self._phi_optimizer is not None:
-            self._move_phi(gradients)
+            self._move_phi(gradients, self._phi_optimizer)
         self._move(gradients)
         return loss
 
-    def _move_phi(self, gradients: dict[Tensor, Tensor]) -> None:
+    def _move_phi(self, gradients: dict[Tensor, Tensor], optimizer: Optimizer) -> None:
         """Along what the gradients say of the updates before these."""
         seen = [param for param in gradients if "grad" in self.state[param]]
         if not seen:
@@ -175,7 +174,7 @@ class MLPOptimizer(Optimizer):
             grads = run.row([gradients[param] for param in run.params], self.phi.dtype)
             total += mlp.pull_back(phi, point, hidden, grads, self._scale)[0].to(total.device)
         self.phi.grad = total
-        self._phi_optimizer.step()
+        optimizer.step()
         self.phi.grad = None
 
     def _move(self, gradients: dict[Tensor, Tensor]) -> None:
@@ -240,7 +239,7 @@ class MLPOptimizer(Optimizer):
         shaped = isinstance(phi, Tensor) and phi.shape == self.phi.shape
         require(shaped, "phi of the state_dict", getattr(phi, "shape", phi), str(list(self.phi.shape)))
         self._require_state(state_dict)
-        before = inner and copy.deepcopy(inner.state_dict())
+        before = copy.deepcopy(inner.state_dict()) if inner is not None else {}
         try:
             if inner is not None:
                 inner.load_state_dict(copy.deepcopy(online["phi_optimizer"]))
@@ -275,7 +274,9 @@ class MLPOptimizer(Optimizer):
 
     def _number(self, param: Tensor) -> int:
         """Of a parameter in this optimizer's state_dicts."""
-        return next(k for k, one in enumerate(p for group in self.param_groups for p in group["params"]) if one is param)
+        return next(
+            k for k, one in enumerate(p for group in self.param_groups for p in group["params"]) if one is param
+        )
 
     def __getstate__(self) -> dict:
         own = {name: getattr(self, name) for name in ("phi", "_phi_optimizer", "_scale", "_digest")}

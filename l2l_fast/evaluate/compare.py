@@ -135,8 +135,7 @@ def compare_horizons(
         )
     task = held_out(task)
 
-    first = _FIRST_TUNING_SEED + seed * _SEEDS_EACH
-    tuning = {"seeds": range(first, first + tuning_seeds), "device": device, "progress": progress, "store": store}
+    tuning = {"seeds": tuning_seeds_of(seed, tuning_seeds), "device": device, "progress": progress, "store": store}
     tuned = {baseline.name: stored_tuning(task, baseline, horizons, **tuning) for baseline in baselines}
 
     lanes = dict(learned)
@@ -176,6 +175,12 @@ def compare_horizons(
 def held_out_seeds(seed: int, count: int) -> range:
     """The held-out seeds of a comparison."""
     first = _FIRST_TEST_SEED + seed * _SEEDS_EACH
+    return range(first, first + count)
+
+
+def tuning_seeds_of(seed: int, count: int) -> range:
+    """The seeds that baselines of a comparison are tuned on."""
+    first = _FIRST_TUNING_SEED + seed * _SEEDS_EACH
     return range(first, first + count)
 
 

@@ -62,7 +62,7 @@ class AdaptiveTrainer:
 
     (phi_0, psi) <- (phi_0, psi) - Adam(d/d(phi_0, psi) sum_{t in window} f_t(theta[t]))
 
-    One meta-step is one window on each of ``parallel`` trajectories, as the :class:`~l2l_fast.meta.MetaTrainer` has them;
+    One meta-step is one window on each of ``parallel`` trajectories, as :class:`~l2l_fast.meta.MetaTrainer` has them;
     :mod:`l2l_fast.meta.online` derives the gradient. A module whose parameters are frozen by ``requires_grad_(False)``
     stays: with the LSTM frozen at its head of zeros the MLP learns alone.
 
@@ -74,8 +74,9 @@ class AdaptiveTrainer:
         pairs: of perturbed copies, for the last two.
         sigma: standard deviation of the perturbations.
         options: any of the :class:`~l2l_fast.meta.MetaTrainer`'s ``unroll``, ``horizon``, ``instances``, ``parallel``,
-            ``meta_lr``, ``schedule``, ``warmup``, ``objective``, ``clip``, ``average``, ``scaling``, ``validate_every``,
-            ``validation_instances``, ``checkpoint``, ``checkpoint_every``, ``seed``, ``device`` and ``progress``.
+            ``meta_lr``, ``schedule``, ``warmup``, ``objective``, ``clip``, ``average``, ``scaling``,
+            ``validate_every``, ``validation_instances``, ``checkpoint``, ``checkpoint_every``, ``seed``, ``device`` and
+            ``progress``.
 
     Attributes:
         history: what the run saw.
@@ -147,8 +148,8 @@ class AdaptiveTrainer:
     ) -> History:
         """Train until ``meta_steps`` meta-steps have been made in all, and leave the best weights in the network.
 
-        Ctrl-C stops after the meta-step in progress; with a ``checkpoint`` folder nothing is lost, and the same call goes
-        on from there.
+        Ctrl-C stops after the meta-step in progress; with a ``checkpoint`` folder nothing is lost, and the same call
+        goes on from there.
 
         Args:
             meta_steps: in all, those of earlier calls and of a resumed checkpoint included.
@@ -187,7 +188,8 @@ class AdaptiveTrainer:
 
     def _loop(self, meta_steps: int, max_seconds: float, as_before, on_step) -> bool:
         options, deadline = self.options, time.monotonic() + max_seconds
-        with DeferredInterrupt() as interrupt, progress_bar(options.progress, meta_steps) as show:
+        bar = progress_bar(options.progress, meta_steps, self.history.meta_losses, self.history.validations)
+        with DeferredInterrupt() as interrupt, bar as show:
             while self.meta_step < meta_steps:
                 if interrupt.requested or time.monotonic() > deadline:
                     break
@@ -300,5 +302,3 @@ class AdaptiveTrainer:
         self.weights.restore(*weights)
         self.meta_step, self.streams.started = numbers
         self.history, self.streams.running = history, streams
-
-

@@ -6,14 +6,14 @@ With phi[t] = phi_0 + delta[t], z[t] what the MLP sees of grad f(theta[t]), and 
     h[t+1] = (du(z[t]; phi[t]) / dphi)^T grad f(theta[t+1])
     delta[t+1] = delta[t] + LSTM_psi(h[1] .. h[t+1])
 
-The meta-loss is L = sum_t w[t] f_t(theta[t]), t = 1 .. T. As in :mod:`l2l_fast.meta.unroll`, gradients count as constants,
-and so do the hypergradients h, which the LSTM sees in the place of gradients. Then phi[t] reaches L through the updates
+The meta-loss is L = sum_t w[t] f_t(theta[t]), t = 1 .. T. As in :mod:`l2l_fast.meta.unroll`, gradients count as
+constants, and so do the hypergradients h, which the LSTM sees in the place of gradients. Then phi[t] reaches L through the updates
 u[t], u[t+1], ... alone, and no graph is needed:
 
     dL/du[t] = sum_{s>t} w[s] grad f_s(theta[s]),   D[t] = (du[t]/dphi)^T dL/du[t],   dL/dphi[t] = sum_{s>=t} D[s]
 
-dL/dphi_0 is that sum at the window's start, wherever on the trajectory it stands; the LSTM's update after step t has the
-gradient dL/dphi[t+1], and ``lstm_unroll_backward`` makes dL/dpsi of these. What this leaves out, perturbations do not:
+dL/dphi_0 is that sum at the window's start, wherever on the trajectory it stands; the LSTM's update after step t has
+the gradient dL/dphi[t+1], and ``lstm_unroll_backward`` makes dL/dpsi of these. What this leaves out, perturbations do not:
 :class:`Perturbations` runs forward alone.
 """
 
@@ -202,7 +202,13 @@ class OnlineBackpropagation:
         d_deltas = torch.cat([d_phi[1:], torch.zeros_like(d_phi[:1])]).flatten(1)  # after the last nothing follows
         seen = torch.stack(record.hypergradients).flatten(1)
         *_, d_lstm = ops.lstm_unroll_backward(
-            d_deltas, None, seen, state.view(seen.shape[1], -1), weights[size:].contiguous(), network.lstm.config, number
+            d_deltas,
+            None,
+            seen,
+            state.view(seen.shape[1], -1),
+            weights[size:].contiguous(),
+            network.lstm.config,
+            number,
         )
         return Estimate(meta_loss, torch.cat([d_phi[0].sum(0), d_lstm]))
 
@@ -213,9 +219,9 @@ class Perturbations:
 
     g = 1/(2 sigma^2 K) sum_k (L(phi + e_k) - L(phi - e_k)) a_k,   e_k ~ N(0, sigma^2)
 
-    a_k is e_k (evolution strategies), or, ``persistent``, the sum of all e_k along the trajectory so far, whose state each
-    perturbed copy keeps: then windows of any length leave no bias of truncation (Vicol et al. 2021). Nothing counts as a
-    constant here.
+    a_k is e_k (evolution strategies), or, ``persistent``, the sum of all e_k along the trajectory so far, whose state
+    each perturbed copy keeps: then windows of any length leave no bias of truncation (Vicol et al. 2021). Nothing
+    counts as a constant here.
 
     Args:
         objective: "sum", "relative" or "log".
