@@ -37,7 +37,6 @@ def train(kind: str, stage: str, dataset: str, seed: int, out: Path) -> None:
     if stage != "mlp":
         network.mlp.load_state_dict(l2l.CoordinatewiseMLP.from_pretrained(out / f"mlp-{kind}-start").state_dict())
     network.lstm.requires_grad_(stage == "pair")
-    network.mlp.requires_grad_(True)
     options = (
         {"instances": 64, "parallel": 1} if kind == "quadratic" else {"instances": 2, "parallel": 2, "scaling": 1.0}
     )
@@ -47,6 +46,8 @@ def train(kind: str, stage: str, dataset: str, seed: int, out: Path) -> None:
         validate_every=100, validation_instances=32 if kind == "quadratic" else 4,
         checkpoint=out / f"{kind}-{stage}-checkpoint", checkpoint_every=50, **options,
     )  # fmt: skip
+    if stage != "mlp":
+        trainer.validate()  # the start is kept where nothing better comes
     history = trainer.fit(FIRST if stage == "mlp" else SECOND)
     print(f"{kind} {stage}: validations (mean of f_t / f_0) {history.validations}")
     if stage == "pair":

@@ -7,14 +7,14 @@ With phi[t] = phi_0 + delta[t], z[t] what the MLP sees of grad f(theta[t]), and 
     delta[t+1] = delta[t] + LSTM_psi(h[1] .. h[t+1])
 
 The meta-loss is L = sum_t w[t] f_t(theta[t]), t = 1 .. T. As in :mod:`l2l_fast.meta.unroll`, gradients count as
-constants, and so do the hypergradients h, which the LSTM sees in the place of gradients. Then phi[t] reaches L through the updates
-u[t], u[t+1], ... alone, and no graph is needed:
+constants, and so do the hypergradients h, which the LSTM sees in the place of gradients. Then phi[t] reaches L through
+the updates u[t], u[t+1], ... alone, and no graph is needed:
 
     dL/du[t] = sum_{s>t} w[s] grad f_s(theta[s]),   D[t] = (du[t]/dphi)^T dL/du[t],   dL/dphi[t] = sum_{s>=t} D[s]
 
 dL/dphi_0 is that sum at the window's start, wherever on the trajectory it stands; the LSTM's update after step t has
-the gradient dL/dphi[t+1], and ``lstm_unroll_backward`` makes dL/dpsi of these. What this leaves out, perturbations do not:
-:class:`Perturbations` runs forward alone.
+the gradient dL/dphi[t+1], and ``lstm_unroll_backward`` makes dL/dpsi of these. What this leaves out, perturbations do
+not: :class:`Perturbations` runs forward alone.
 """
 
 from __future__ import annotations

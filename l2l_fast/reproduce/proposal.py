@@ -92,7 +92,7 @@ def _online(case: Case, run: Run, findings: Findings, folder: Path) -> bool:
         )
     frozen = losses.pop(FROZEN)
     title = f"online: {label}, {horizon} steps, {seeds} seeds"
-    entry = Entry(title, rivals=f"its own MLP frozen; SGD on phi at {rate:g}, Adam at {tuned:.3g}")
+    entry = Entry(title, {}, rivals=f"its own MLP frozen; SGD on phi at {rate:g}, Adam at {tuned:.3g}")
     for name, found in losses.items():
         entry.figures[name], entry.errors[name] = _against(found, frozen, horizon)
     picture = f"online-{label.replace(', ', '-')}.png"
