@@ -152,7 +152,7 @@ if wants smoke; then
   part smoke 60 env CUDA_LAUNCH_BLOCKING=$blocking "$python" bench/gpu_small.py --device $device --many
 fi
 if wants first; then
-  [ $device = cuda ] && parts="small backward" || parts="small"
+  [ $device = cuda ] && parts="small rule backward" || parts="small"
   # shellcheck disable=SC2086  # several words
   part first 60 "$python" bench/gpu_first.py --device $device $parts
 fi

@@ -1,6 +1,6 @@
 """The first figures of a GPU, through torch: small models, meta-gradients, and where a meta-update's time goes.
 
-    python bench/gpu_first.py [--device cuda] [small] [backward] [meta]
+    python bench/gpu_first.py [--device cuda] [small] [rule] [backward] [meta]
 
 A line for each measurement, the prediction of docs/kernels.md beside it where there is one. bench/kernels.cu times the
 kernels themselves; the benches of this folder, with more rounds and more rivals, are what results are published from.
@@ -18,9 +18,12 @@ import torch
 import cases
 import ours
 import rivals
+from l2l_fast import LSTMOptimizer
 
 PREDICTED = {
     ("small", "a CUDA graph"): "0.8 to 1.3 of fused Adam's",
+    ("rule", "16k, a CUDA graph, l2l-base, orthogonalize=False"): "four launches: 1.5 to 2.5 of fused AdamW's",
+    ("rule", "9.5M, a CUDA graph, l2l-base, orthogonalize=False"): "312 bytes a coordinate at 3.0 TB/s: 1.0 ms",
     ("backward", 100_000): "about level with compiled autograd",
     ("meta", "mnist-mlp"): "4 to 5.5 ms a meta-update",
 }
@@ -47,7 +50,7 @@ def seconds(call, budget: float = 0.4) -> float:
 
 def say(part: str, what: str, *figures: str, key=None) -> None:
     predicted = PREDICTED.get((part, key if key is not None else what))
-    print(f"{part:9} {what:44}", *figures, f"(predicted: {predicted})" if predicted else "", flush=True)
+    print(f"{part:9} {what:52}", *figures, f"(predicted: {predicted})" if predicted else "", flush=True)
 
 
 def small() -> None:
@@ -67,6 +70,28 @@ def small() -> None:
             ratio = taken / times["Adam fused"]
             say("small", f"16k, {how}, {way}", f"{1e6 * taken:8.2f} us, {ratio:.2f} of fused Adam's",
                 key=how if way == "ours" else way)  # fmt: skip
+
+
+def rule() -> None:
+    """The default network's step, scaled over each tensor, of the MNIST network and of a transformer."""
+    blocks = 12 if cases.device.type == "cuda" else 1
+    block = [(768, 256), (768,), (256, 256), (256,), (1024, 256), (1024,), (256, 1024), (256,), (256,), (256,)]
+    models = {"16k": cases.SIZES["16k"], "9.5M" if blocks == 12 else "0.8M": block * blocks}
+    ways = {
+        "AdamW fused": lambda params: torch.optim.AdamW(params, fused=True, capturable=cases.device.type == "cuda"),
+        "l2l-base": LSTMOptimizer,
+        "l2l-base, orthogonalize=False": functools.partial(LSTMOptimizer, orthogonalize=False),
+    }
+    for size, shapes in models.items():
+        for how in ("eagerly", "a CUDA graph") if cases.device.type == "cuda" else ("eagerly",):
+            times = {}
+            for way, make in ways.items():
+                step = make(cases.params(shapes)).step
+                step()
+                times[way] = seconds(ours.captured(step) if how != "eagerly" else step)
+            for way, taken in times.items():
+                ratio = taken / times["AdamW fused"]
+                say("rule", f"{size}, {how}, {way}", f"{1e6 * taken:8.2f} us, {ratio:.2f} of fused AdamW's")
 
 
 def backward() -> None:
@@ -118,11 +143,11 @@ def meta() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help="small, backward, meta (default: all)")
+    parser.add_argument("parts", nargs="*", help="small, rule, backward, meta (default: all)")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     cases.use(arguments.device)
-    parts = {"small": small, "backward": backward, "meta": meta}
+    parts = {"small": small, "rule": rule, "backward": backward, "meta": meta}
     for name in arguments.parts or parts:
         begun = time.perf_counter()
         parts[name]()

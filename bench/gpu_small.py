@@ -1,4 +1,4 @@
-"""The three ops once each, small and checked: what a sanitizer or a profiler runs.
+"""The ops once each, small and checked: what a sanitizer or a profiler runs.
 
     python bench/gpu_small.py [--device cuda] [--coordinates 1000] [--many] [--state float32] [--only step]
 
@@ -53,6 +53,29 @@ def step(
         compare(what, found, expected, TOLERANCE[state_dtype])
 
 
+def scaled(name: str, shapes: list[tuple[int, ...]], device: str) -> None:
+    """Two steps whose updates are scaled over each tensor."""
+    network, params = cases.network(name), cases.params(shapes)
+    config, weights = network.config, network.flat_weights().detach()
+
+    def run(device: str, dtype: torch.dtype) -> list[Tensor]:
+        def here(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, dtype, copy=True)
+
+        thetas, grads = [here(param) for param in params], [here(param.grad) for param in params]
+        states = [ops.new_state(theta, config, dtype) for theta in thetas]
+        for t in (1, 2):
+            counts = [here(torch.tensor(float(t)))] * len(thetas)
+            torch.ops.l2l_fast.lstm_step_scaled_(
+                thetas, grads, states, here(weights), here(torch.ones(())), counts, *arguments.codes(config),
+                0.01, False, 0.2,
+            )  # fmt: skip
+        return [*thetas, *states]
+
+    found, expected = run(device, torch.float32), run("cpu", torch.float64)
+    compare(f"scaled step, {name} network", found, expected, TOLERANCE[torch.float32])
+
+
 def unroll(name: str, size: int, device: str, **options) -> None:
     """Forward and backward through time, every gradient."""
     network, (series,) = cases.network(name, **options), cases.params([(STEPS, size)])
@@ -102,6 +125,7 @@ def main() -> None:
             shapes = [(size,)] if arguments.only else [(size,), (3, 5), (1,), (size // 8, 8)]
             step(name, shapes, state_dtype, arguments.device)
         if not arguments.only:
+            scaled(name, [(size,), (3, 5), (1,), (20_000,)], arguments.device)
             unroll(name, size, arguments.device)
     if arguments.many:
         for state_dtype in states:

@@ -41,9 +41,9 @@ struct StepArguments {
 // A coordinate whose gradient is not finite keeps its value and its state.
 void lstm_step_cpu(const StepArguments& arguments, const Parallel& parallel);
 
-// The same with the updates of every tensor scaled to the root mean square `rms`: theta <- theta + lr * (rms * u /
-// RMS(u)
-// - weight_decay * theta). The coordinates that are kept count as u = 0; where all of u is 0, only weight decay is
+// The same with the updates of every tensor scaled to the root mean square `rms`:
+//   theta <- theta + lr * (rms * u / RMS(u) - weight_decay * theta)
+// The coordinates that are kept count as u = 0; where all of u is 0, only weight decay is
 // left. Needs one of the arithmetic's scalars a coordinate of the largest tensors while it runs. The sums are in a
 // fixed order.
 void lstm_step_scaled_cpu(const StepArguments& arguments, double rms, const Parallel& parallel);
@@ -55,5 +55,10 @@ void lstm_step_scaled_cpu(const StepArguments& arguments, double rms, const Para
 //   networks whose tile fits in shared memory.
 int64_t lstm_step_cuda_workspace(const StepArguments& arguments);
 void lstm_step_cuda(const StepArguments& arguments, void* workspace, void* stream);
+
+// lstm_step_scaled_cpu's rule on a GPU, in four launches for any number of tensors: scratch, step, sums of squares,
+// moves. Its workspace is one of the arithmetic's scalars a coordinate and some more.
+int64_t lstm_step_scaled_cuda_workspace(const StepArguments& arguments);
+void lstm_step_scaled_cuda(const StepArguments& arguments, double rms, void* workspace, void* stream);
 
 }  // namespace l2l

@@ -1,7 +1,8 @@
 // The ops over a backend's launchers: checks, outputs, launch. The schemas are in l2l_fast/ops.py.
 //
-// A Backend has static functions step(StepArguments, weights), unroll(UnrollArguments, updates, last, weights) and
-// unroll_backward(UnrollArguments, UnrollGradients, weights), where weights tells the device.
+// A Backend has static functions step(StepArguments, weights), step_scaled(StepArguments, rms, weights),
+// unroll(UnrollArguments, updates, last, weights) and unroll_backward(UnrollArguments, UnrollGradients, weights), where
+// weights tells the device.
 #pragma once
 
 #include "arguments.h"
@@ -39,7 +40,7 @@ struct Ops {
     Backend::step_scaled(
         {net, weights.const_data_ptr(), dtype_of(weights, "weights"), tensors.data(), int64_t(tensors.size()),
          scalar(lr, "lr", weights), weight_decay, maximize},
-        update_rms);
+        update_rms, weights);
   }
 
   static std::tuple<Tensor, Tensor> unroll(

@@ -28,6 +28,7 @@ from l2l_fast.reference import SMALLEST, outside_autocast
 
 LEARNED_SHARE = 0.5  # RMS of the learned part beside that of the orthogonalized momentum, 1: docs/notebook.md
 MAX_SIDE = 16384  # of a matrix to orthogonalize: beyond are vocabularies, whose rows have nothing to do with each other
+TOGETHER = 2**20  # coordinates of matrices that are orthogonalized in one call: below, calls cost more than copies
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -147,8 +148,9 @@ def move_(
     if momenta:
         held = [is_held(piece) for piece in pieces]
         _scale_(pieces, wholes, LEARNED_SHARE)
-        for piece, whole, none, momentum in zip(pieces, wholes, held, momenta, strict=True):
-            piece.sub_(_orthogonal_unit(torch.where(none, 0.0, momentum), whole))
+        momenta = [torch.where(none, 0.0, momentum) for none, momentum in zip(held, momenta, strict=True)]
+        for piece, none, o in zip(pieces, held, _orthogonal_units(momenta, wholes), strict=True):
+            piece.sub_(o)
             piece.masked_fill_(none, 0.0)  # an orthogonalized matrix mixes coordinates
     _scale_(pieces, wholes, lr * rms)
     if weight_decay:
@@ -216,8 +218,30 @@ def _is_matrix(shape: torch.Size) -> bool:
     return len(shape) > 1 and max(shape[0], math.prod(shape[1:])) <= MAX_SIDE
 
 
+def _orthogonal_units(updates: Sequence[Tensor], wholes: Sequence[Tensor]) -> list[Tensor]:
+    """NS(update) / RMS of it for each: real, whole matrices of one shape together, a transposed one among them."""
+    found: list[Tensor | None] = [None] * len(updates)
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for place, (update, whole) in enumerate(zip(updates, wholes, strict=True)):
+        if is_sharded(whole) or whole.is_complex() or not update.numel():
+            found[place] = _orthogonal_unit(update, whole)
+        else:
+            rows, columns = update.flatten(1).shape
+            by_shape.setdefault((min(rows, columns), max(rows, columns)), []).append(place)
+    for (rows, columns), places in by_shape.items():
+        count = max(1, TOGETHER // (rows * columns))
+        for some in (places[first : first + count] for first in range(0, len(places), count)):
+            lying = [len(updates[place]) == rows for place in some]
+            matrices = [updates[place].flatten(1) for place in some]
+            stacked = torch.stack([m if lies else m.mT for m, lies in zip(matrices, lying, strict=True)])
+            units = unit(orthogonalize_each(stacked), (1, 2)).unbind()
+            for place, o, lies in zip(some, units, lying, strict=True):
+                found[place] = (o if lies else o.mT).reshape(updates[place].shape)
+    return found
+
+
 def _orthogonal_unit(update: Tensor, whole: Tensor) -> Tensor:
-    """NS(update) / RMS of it, of what may be a rank's part: gathered, orthogonalized, and cut up again."""
+    """The same of one that may be complex, and a rank's part: gathered, orthogonalized, and cut up again."""
     update = torch.view_as_complex(update.contiguous()) if whole.is_complex() else update
     if is_sharded(whole):
         from torch.distributed.tensor import DTensor, Replicate
@@ -267,6 +291,7 @@ def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
     return _newton_schulz(update.flatten(1), torch.addmm, steps).reshape(update.shape)
 
 
+@outside_autocast
 def orthogonalize_each(matrices: Tensor, steps: int = 5) -> Tensor:
     """:func:`orthogonalize` of B matrices [B, out, in]."""
     return _newton_schulz(matrices, torch.baddbmm, steps)
@@ -274,7 +299,10 @@ def orthogonalize_each(matrices: Tensor, steps: int = 5) -> Tensor:
 
 def _newton_schulz(x: Tensor, add_product: Callable[..., Tensor], steps: int) -> Tensor:
     """Of matrices [..., out, in]; ``add_product`` is beta * input + alpha * one @ other."""
+    dtype = x.dtype
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(SMALLEST)
+    if _on_matrix_units(x):
+        x = x.bfloat16()
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mH
     a, b, c = _QUINTIC
@@ -282,7 +310,15 @@ def _newton_schulz(x: Tensor, add_product: Callable[..., Tensor], steps: int) ->
         square = x @ x.mH
         factor = add_product(square, square, square, beta=b, alpha=c)
         x = add_product(x, factor, x, beta=a)
-    return x if wide else x.mH.resolve_conj()
+    return (x if wide else x.mH.resolve_conj()).to(dtype)
+
+
+def _on_matrix_units(x: Tensor) -> bool:
+    """Whether products are taken in bfloat16, as Muon has them: on a GPU that is 16 times as fast, and good enough.
+
+    The iteration leaves singular values anywhere between 0.7 and 1.2; the rounding moves them by 0.01.
+    """
+    return x.is_cuda and x.dtype == torch.float32
 
 
 # ---------------------------------------------------------------- rows of several tensors, as in meta-training

@@ -46,8 +46,8 @@ std::vector<T> unwritten(int64_t count) {
   return std::vector<T>(count, T(NAN));
 }
 
-// A Backend has the launchers step(StepArguments), unroll(UnrollArguments, updates, last) and
-// unroll_backward(UnrollArguments, UnrollGradients); with kScales, step_scaled(StepArguments, rms) as well.
+// A Backend has the launchers step(StepArguments), step_scaled(StepArguments, rms), unroll(UnrollArguments, updates, last)
+// and unroll_backward(UnrollArguments, UnrollGradients).
 template <class T, class Backend>
 void run(const Network& net, int64_t count, int64_t horizon, DType dtype, const Backend& backend) {
   const int rows = net.state_rows();
@@ -75,12 +75,10 @@ void run(const Network& net, int64_t count, int64_t horizon, DType dtype, const 
   expect(finite(param) && finite(state), "step is finite");
   for (int64_t i = 1; count > 2 && i < 3; ++i)
     expect(param[i] == 0 && state[i] == before[i], "a gradient that is not finite changes nothing");
-  if constexpr (Backend::kScales) {
-    backend.step_scaled({net, weights.data(), dtype, &tensor, 1, {&lr, Number::float32}, 0.1, false}, 0.6);
-    expect(finite(param) && finite(state), "a scaled step is finite");
-    for (int64_t i = 1; count > 2 && i < 3; ++i)
-      expect(param[i] == 0 && state[i] == before[i], "a gradient that is not finite changes nothing of a scaled step");
-  }
+  backend.step_scaled({net, weights.data(), dtype, &tensor, 1, {&lr, Number::float32}, 0.1, false}, 0.6);
+  expect(finite(param) && finite(state), "a scaled step is finite");
+  for (int64_t i = 1; count > 2 && i < 3; ++i)
+    expect(param[i] == 0 && state[i] == before[i], "a gradient that is not finite changes nothing of a scaled step");
 
   std::vector<T> grads = random<T>(horizon * count, 1e-2), updates = unwritten<T>(horizon * count);
   std::vector<T> last = unwritten<T>(count * rows);

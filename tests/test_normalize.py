@@ -360,6 +360,32 @@ def test_orthogonalize_of_nothing_is_nothing():
     assert found[:, 2].eq(0).all()
 
 
+def test_matrices_of_one_shape_are_orthogonalized_together(monkeypatch):
+    """Transposed ones among them, and no more at once than is allowed; what each gives alone."""
+    shapes = [(6, 4), (4, 6), (4, 3, 2), (7,), (6, 4), (3, 3), (6, 4)]
+    updates = [torch.randn(shape) for shape in shapes if len(shape) > 1]
+    updates[1] = updates[1].T.contiguous().T  # in another memory order
+    counts, each = [], normalize.orthogonalize_each
+    monkeypatch.setattr(normalize, "TOGETHER", 3 * 24)
+    monkeypatch.setattr(normalize, "orthogonalize_each", lambda ms: counts.append(len(ms)) or each(ms))
+    found = normalize._orthogonal_units(updates, updates)
+    assert sorted(counts) == [1, 2, 3]
+    for one, update in zip(found, updates, strict=True):
+        torch.testing.assert_close(one, normalize.unit(normalize.orthogonalize(update)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (192, 64), (10, 64)])
+def test_half_precision_products_orthogonalize_as_well(shape, monkeypatch):
+    """As on a GPU."""
+    update = torch.randn(shape) * torch.rand(shape[1]) ** 4
+    exact = normalize.orthogonalize(update)
+    monkeypatch.setattr(normalize, "_on_matrix_units", lambda x: True)
+    found = normalize.orthogonalize(update)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(torch.linalg.svdvals(found), torch.linalg.svdvals(exact), rtol=0, atol=0.03)
+    assert 0 < (found - exact).norm() < 0.04 * exact.norm()
+
+
 def test_orthogonalize_is_a_groups_choice():
     matrix, embedding, bias = (nn.Parameter(torch.zeros(shape)) for shape in ((6, 4), (6, 4), (4,)))
     for param in (matrix, embedding):

@@ -14,7 +14,7 @@ struct Cpu {
   }
 
   static void step(const StepArguments& arguments, const Tensor&) { lstm_step_cpu(arguments, threads()); }
-  static void step_scaled(const StepArguments& arguments, double rms) {
+  static void step_scaled(const StepArguments& arguments, double rms, const Tensor&) {
     lstm_step_scaled_cpu(arguments, rms, threads());
   }
   static void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, const Tensor&) {

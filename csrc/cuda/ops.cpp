@@ -46,6 +46,12 @@ struct Cuda {
     lstm_step_cuda(arguments, workspace.mutable_data_ptr(), place.stream());
   }
 
+  static void step_scaled(const StepArguments& arguments, double rms, const Tensor& weights) {
+    const Place place(weights);
+    Tensor workspace = workspace_of(lstm_step_scaled_cuda_workspace(arguments), weights);
+    lstm_step_scaled_cuda(arguments, rms, workspace.mutable_data_ptr(), place.stream());
+  }
+
   static void unroll(
       const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, const Tensor& weights) {
     const Place place(weights);
@@ -67,6 +73,7 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(l2l_fast, L2L_DISPATCH_KEY, m) {
   using Ops = l2l::Ops<l2l::Cuda>;
   m.impl("lstm_step_", TORCH_BOX(&Ops::step));
+  m.impl("lstm_step_scaled_", TORCH_BOX(&Ops::step_scaled));
   m.impl("lstm_unroll", TORCH_BOX(&Ops::unroll));
   m.impl("lstm_unroll_backward", TORCH_BOX(&Ops::unroll_backward));
 }

@@ -8,10 +8,13 @@ using namespace l2l;
 namespace {
 
 struct Emulated {
-  static constexpr bool kScales = false;
   void step(const StepArguments& arguments) const {
     std::vector<char> workspace(lstm_step_cuda_workspace(arguments));
     lstm_step_cuda(arguments, workspace.data(), nullptr);
+  }
+  void step_scaled(const StepArguments& arguments, double rms) const {
+    std::vector<double> aligned((lstm_step_scaled_cuda_workspace(arguments) + 7) / 8, NAN);
+    lstm_step_scaled_cuda(arguments, rms, aligned.data(), nullptr);
   }
   void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last) const {
     std::vector<char> workspace(lstm_unroll_cuda_workspace(arguments));

@@ -11,7 +11,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
-PARITY = [HERE / "test_parity.py", HERE / "test_matrix.py"]
+PARITY = [HERE / "test_parity.py", HERE / "test_matrix.py", HERE / "test_scaled.py"]
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
     pytest.mark.skipif("L2L_FAST_EMULATED" in os.environ, reason="already in the emulator"),

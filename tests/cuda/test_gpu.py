@@ -264,13 +264,15 @@ def scaled_optimizers(devices, **options):
 @pytest.mark.parametrize("orthogonalize", [False, True])
 def test_an_update_scaled_over_each_tensor_is_the_cpus(orthogonalize):
     (ours, on_gpu), (theirs, on_cpu) = scaled_optimizers(["cuda", "cpu"], lr=0.1, orthogonalize=orthogonalize)
-    start = theirs[0][5, 7].item()
+    starts = [param.detach().clone() for param in theirs]
     for _ in range(3):
         on_gpu.step()
         on_cpu.step()
-    for one, other in zip(ours, theirs, strict=True):
-        assert_close(one.detach().cpu(), other.detach(), rtol=1e-3, atol=1e-4)
-    assert ours[0][5, 7].item() == start
+    # Where matrices are orthogonalized in products of bfloat16, by parts of the whole move.
+    share = 0.05 if orthogonalize else 1e-3
+    for one, other, start in zip(ours, theirs, starts, strict=True):
+        assert (one.detach().cpu() - other.detach()).norm() <= share * (other.detach() - start).norm()
+    assert ours[0][5, 7].item() == starts[0][5, 7].item()
 
 
 @pytest.mark.parametrize("orthogonalize", [False, True])

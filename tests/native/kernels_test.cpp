@@ -19,7 +19,6 @@ void run_threads(int workers, void (*body)(void*, int), void* context) {
 }
 
 struct TwoThreads {
-  static constexpr bool kScales = true;
   Parallel parallel = {2, run_threads};
 
   void step(const StepArguments& arguments) const { lstm_step_cpu(arguments, parallel); }

@@ -3,31 +3,11 @@
 import pytest
 import torch
 from problems import LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
+from scaled import RMS, expected, step
 from test_native_step import LAYOUTS, SIZES, close
 
-from l2l_fast import arguments, normalize, ops, reference
-from l2l_fast.config import gradient_limit, state_size
-
-RMS = 0.6
-
-
-def step(params, grads, states, config, *, lr=0.7, weights=None, weight_decay=0.0, maximize=False):
-    weights = make_weights(config) if weights is None else weights
-    steps = [torch.tensor(3.0) for _ in params]
-    fields = *arguments.codes(config), weight_decay, maximize, RMS
-    torch.ops.l2l_fast.lstm_step_scaled_(params, grads, states, weights, torch.tensor(lr), steps, *fields)
-
-
-def expected(param, grad, state, config, *, lr=0.7, weights=None, weight_decay=0.0, maximize=False):
-    """The rule as a sentence, in float64: (param, state)."""
-    weights = (make_weights(config) if weights is None else weights).double()
-    g = (-grad if maximize else grad).double()
-    rows = state.double().reshape(-1, state.shape[-1])
-    updates, last = reference.lstm_unroll(g.reshape(1, -1), rows, weights, torch.tensor(3.0), *config)
-    held = ~(g.abs() < gradient_limit(config, torch.float32, state.dtype))
-    theta = param.double()
-    moved = theta - lr * weight_decay * theta + lr * reference.scale_to_rms(updates.view(param.shape), RMS)
-    return torch.where(held, theta, moved), last.view(state.shape)
+from l2l_fast import arguments, normalize, ops
+from l2l_fast.config import state_size
 
 
 def check(param, grad, state, config, rtol=2e-5, **options):

@@ -1,0 +1,139 @@
+"""lstm_step_scaled_ on CUDA: four launches for a group, against the reference in float64."""
+
+import pytest
+import torch
+from problems import LAYOUTS, LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
+from scaled import RMS, expected, step
+from test_parity import EMULATED, SIZES, close, placed
+
+from l2l_fast import arguments, normalize, ops
+from l2l_fast.config import state_size
+
+pytestmark = [] if EMULATED else [pytest.mark.cuda]
+CHUNK = 8192  # of scaled.cu
+SLOW = 25 if EMULATED else 1
+
+
+def check(device, param, grad, state, config, rtol=2e-5, **options):
+    wanted = expected(param, grad, state, config, **options)
+    found = [placed(tensor, device) for tensor in (param, grad, state)]
+    step(*([tensor] for tensor in found), config, **options)
+    close(found[0], wanted[0], rtol=rtol, atol=4e-6)
+    close(found[2], wanted[1])
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.3, "maximize": True}], ids=["plain", "decay"])
+@pytest.mark.parametrize("size", [*SIZES, CHUNK // SLOW + 1])
+@pytest.mark.parametrize("config", [PAPER, RNNPROP, LINEAR], ids=["paper", "rnnprop", "linear"])
+def test_sizes(device, config, size, options):
+    check(device, torch.randn(size), make_grads(size), make_state(size, config), config, **options)
+
+
+def test_a_tensor_of_several_chunks(device):
+    """One unit, so that the emulator can bear it."""
+    config = RNNPROP._replace(hidden_size=1, num_layers=1)
+    size = 2 * CHUNK + 77
+    check(device, torch.randn(size), make_grads(size), make_state(size, config), config, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("canonical", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(device, layout, canonical):
+    param = LAYOUTS[layout]()
+    grad = torch.empty(param.shape).copy_(make_grads(*param.shape))
+    state = ops.new_state(param, PAPER) if canonical else torch.empty(*param.shape, state_size(PAPER))
+    state.copy_(torch.empty(state.shape).uniform_(-0.9, 0.9))
+    check(device, param, grad, state, PAPER, weight_decay=0.1)
+
+
+def test_more_dimensions_than_an_entry_holds(device):
+    """The moves are then of several entries; the root mean square is of the whole."""
+    param = torch.randn(2, 3, 2, 3, 2, 3).permute(5, 1, 3, 0, 4, 2)[:, ::2, :, :, :, ::2]
+    grad = make_grads(*param.shape)
+    state = make_state(param.numel(), PAPER).reshape(*param.shape, -1)
+    check(device, param, grad, state, PAPER, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_dtypes(device, param_dtype, state_dtype):
+    param, state = torch.randn(99).to(param_dtype), make_state(99, PAPER).to(state_dtype)
+    grad, weights = make_grads(99), make_weights(PAPER)
+    wanted, _ = expected(param, grad, state, PAPER, weights=weights, weight_decay=0.1)
+    found = [placed(tensor, device) for tensor in (param, grad, state)]
+    step(*([tensor] for tensor in found), PAPER, weights=weights, weight_decay=0.1)
+    # bfloat16 states have the kernels of half precision products.
+    rtol = torch.finfo(param_dtype).eps / 2 + (2e-5 if state_dtype == torch.float32 else 2e-2)
+    close(found[0], wanted, rtol=rtol, atol=4e-6 if state_dtype == torch.float32 else 2e-2)
+
+
+def test_float64_throughout(device):
+    param, grad = torch.randn(33, dtype=torch.float64), make_grads(33, dtype=torch.float64)
+    state, weights = make_state(33, PAPER, dtype=torch.float64), make_weights(PAPER, dtype=torch.float64)
+    wanted = expected(param, grad, state, PAPER, lr=0.5, weights=weights, weight_decay=0.1)
+    found = [placed(tensor, device) for tensor in (param, grad, state)]
+    step(*([tensor] for tensor in found), PAPER, lr=0.5, weights=weights, weight_decay=0.1)
+    close(found[0], wanted[0], rtol=1e-9, atol=1e-11)
+    close(found[2], wanted[1], rtol=1e-9, atol=1e-11)
+
+
+def test_what_is_not_finite_keeps_its_value_and_counts_as_0(device):
+    param, grad, state = torch.randn(70), make_grads(70), make_state(70, PAPER)
+    grad[::7] = float("nan")
+    found = check(device, param, grad, state, PAPER, weight_decay=0.3)
+    assert torch.equal(found[0].cpu()[::7], param[::7])
+    assert torch.equal(found[2].cpu()[::7], state[::7])
+
+
+def test_an_update_of_0_leaves_only_weight_decay(device):
+    param, weights = torch.randn(40), torch.zeros_like(make_weights(PAPER))
+    found = placed(param, device)
+    parts = [placed(make_grads(40), device)], [placed(make_state(40, PAPER), device)]
+    step([found], *parts, PAPER, lr=0.5, weights=weights, weight_decay=0.1)
+    torch.testing.assert_close(found.cpu(), param * 0.95)
+
+
+def test_a_nan_in_the_weights_is_seen(device):
+    weights = make_weights(PAPER)
+    weights[100] = float("nan")
+    param = torch.zeros(5, device=device)
+    step([param], [torch.ones(5, device=device)], [make_state(5, PAPER).to(device)], PAPER, weights=weights)
+    assert param.isnan().all()
+
+
+def test_many_tensors_of_all_kinds_give_what_each_alone_does(device):
+    """More than one table holds, with and without a common memory order; bit for bit, and again."""
+    shapes = [(1 + i % 5, 3) for i in range(120 if EMULATED else 1200)] + [(0,), (), (7, 9)]
+
+    def made():
+        params = [torch.ones(shape, device=device) for shape in shapes]
+        params[3::4] = [torch.ones(shape[::-1], device=device).T for shape in shapes[3::4]]
+        grads = [placed(make_grads(*shape, seed=i), device) for i, shape in enumerate(shapes)]
+        return params, grads, [ops.new_state(param, RNNPROP) for param in params]
+
+    params, grads, states = made()
+    step(params, grads, states, RNNPROP, weight_decay=0.1)
+    for other in (True, False):
+        twins, grads, states = made()
+        if other:
+            step(twins, grads, states, RNNPROP, weight_decay=0.1)
+        else:
+            for parts in zip(twins, grads, states, strict=True):
+                step(*([part] for part in parts), RNNPROP, weight_decay=0.1)
+        assert all(torch.equal(one, two) for one, two in zip(params, twins, strict=True))
+
+
+def test_the_kernel_is_what_is_done_around_the_plain_step(device):
+    params = [torch.randn(shape, device=device) for shape in [(3, 5), (7,), (), (40, 30)]]
+    twins = [param.clone() for param in params]
+    grads = [placed(make_grads(*param.shape), device) for param in params]
+    states = [[ops.new_state(param, RNNPROP) for param in params] for _ in range(2)]
+    step(params, grads, states[0], RNNPROP, weight_decay=0.1)
+    weights, lr = make_weights(RNNPROP).to(device), torch.tensor(0.7, device=device)
+    steps = [torch.tensor(3.0, device=device)] * 4
+    call = twins, grads, states[1], weights, lr, steps, *arguments.codes(RNNPROP), 0.1, False
+    updates = normalize.raw_updates(torch.ops.l2l_fast.lstm_step_, *call)
+    normalize.move_(twins, updates, lr, RMS, 0.1)
+    for one, two in zip([*params, *states[0]], [*twins, *states[1]], strict=True):
+        torch.testing.assert_close(one, two)

@@ -1,0 +1,31 @@
+"""lstm_step_scaled_ and the rule that it is held to, for the tests of every backend."""
+
+import torch
+from problems import make_weights
+
+from l2l_fast import arguments, reference
+from l2l_fast.config import gradient_limit
+
+RMS = 0.6
+
+
+def step(params, grads, states, config, *, lr=0.7, weights=None, weight_decay=0.0, maximize=False):
+    """The third step of all of them."""
+    device = params[0].device
+    weights = (make_weights(config) if weights is None else weights).to(device)
+    steps = [torch.tensor(3.0, device=device) for _ in params]
+    fields = *arguments.codes(config), weight_decay, maximize, RMS
+    lr = torch.tensor(lr, device=device)
+    torch.ops.l2l_fast.lstm_step_scaled_(params, grads, states, weights, lr, steps, *fields)
+
+
+def expected(param, grad, state, config, *, lr=0.7, weights=None, weight_decay=0.0, maximize=False):
+    """The rule as a sentence, in float64: (param, state)."""
+    weights = (make_weights(config) if weights is None else weights).double()
+    g = (-grad if maximize else grad).double()
+    rows = state.double().reshape(-1, state.shape[-1])
+    updates, last = reference.lstm_unroll(g.reshape(1, -1), rows, weights, torch.tensor(3.0), *config)
+    held = ~(g.abs() < gradient_limit(config, torch.float32, state.dtype))
+    theta = param.double()
+    moved = theta - lr * weight_decay * theta + lr * reference.scale_to_rms(updates.view(param.shape), RMS)
+    return torch.where(held, theta, moved), last.view(state.shape)
