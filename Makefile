@@ -7,11 +7,12 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 DOCS    ?= .venv-docs
 DOCS_READY := $(DOCS)/.ready
+NOTEBOOK ?= .venv-notebook
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The tests are many and small: a process a core, with one thread each, is the quickest. A process takes up to a gigabyte.
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup demo test test-all frameworks bench compat docs sanitize cuda-check lint clean
+.PHONY: help setup demo test test-all frameworks notebook bench compat docs sanitize cuda-check lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +47,17 @@ $(VENV)/.frameworks: $(READY)
 	@$(BIN)/python -c "import accelerate, lightning, transformers"
 	@touch $@
 
+notebook: $(NOTEBOOK)/.ready  ## meta-training in a real Jupyter kernel: installs one beside .venv, a minute
+	$(NOTEBOOK)/bin/python -m pytest tests/notebook
+
+# A venv of its own on top of .venv, so that what Jupyter needs does not get into what everything else is tested with.
+$(NOTEBOOK)/.ready: $(READY)
+	@$(BIN)/python -m venv $(NOTEBOOK)
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	    > $$($(NOTEBOOK)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/main.pth
+	@$(NOTEBOOK)/bin/python -m pip install --quiet --disable-pip-version-check "nbclient>=0.10" "ipykernel>=6.29"
+	@touch $@
+
 docs: $(DOCS_READY)  ## build the documentation into site/, strictly: a link that leads nowhere is an error
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 	@echo "The documentation is in site/index.html"
@@ -77,4 +89,4 @@ lint: $(READY)  ## style and types alone
 	$(BIN)/mypy
 
 clean:  ## remove what setup and builds made
-	rm -rf $(VENV) $(DOCS) site build dist *.egg-info l2l_fast/*.so runs/benchmark.json
+	rm -rf $(VENV) $(DOCS) $(NOTEBOOK) site build dist *.egg-info l2l_fast/*.so runs/benchmark.json

@@ -14,7 +14,10 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 FRONT = "README.md"
-LANGUAGES = {".py": "python", ".sh": "sh", ".json": "json", ".cu": "cuda", ".h": "cpp", ".cuh": "cpp", "": "text"}
+LANGUAGES = {
+    ".py": "python", ".sh": "sh", ".json": "json", ".ipynb": "json", ".cu": "cuda", ".h": "cpp", ".cuh": "cpp",
+    "": "text",
+}  # fmt: skip
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 CODE = re.compile(r"(^```.*?^```$|^ {4}.*?$|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 

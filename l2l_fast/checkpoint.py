@@ -1,6 +1,7 @@
 """How trained networks are kept and found: a folder of ``model.safetensors`` and ``config.json``.
 
-This file knows options and tensors; :class:`~l2l_fast.CoordinatewiseLSTM` makes a network of them.
+This file knows options and tensors; :class:`~l2l_fast.CoordinatewiseLSTM`, or another kind's class, makes a network of
+them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ from torch import Tensor
 from l2l_fast.files import replacing, write_text
 
 FORMAT_VERSION = 2  # 1 had no update_rms, input_rms, orthogonalize and linear_path, which have their defaults there
+LSTM = "CoordinatewiseLSTM"  # the kind of network that a folder holds unless it says otherwise
+KINDS = {  # and what reads and steps each of them
+    LSTM: "CoordinatewiseLSTM.from_pretrained reads it, and LSTMOptimizer steps it",
+    "CoordinatewiseMLP": "CoordinatewiseMLP.from_pretrained reads it, and MLPOptimizer steps it",
+    "AdaptiveMLP": "AdaptiveMLP.from_pretrained reads it, and MLPOptimizer steps it",
+}
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 WEIGHTS = Path(__file__).parent / "weights"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -39,7 +46,7 @@ class Saved(NamedTuple):
     path: Path
 
 
-def write(folder: str | PathLike, options: dict, tensors: dict[str, Tensor]) -> None:
+def write(folder: str | PathLike, options: dict, tensors: dict[str, Tensor], kind: str = LSTM) -> None:
     """Put a network into ``folder``, made if it is not there.
 
     ``model.safetensors`` holds the options too, so that one rename puts a network in the place of another; then
@@ -50,6 +57,7 @@ def write(folder: str | PathLike, options: dict, tensors: dict[str, Tensor]) -> 
         folder: where; other files in it stay.
         options: of the network's constructor, fit for JSON.
         tensors: its ``state_dict``.
+        kind: its class's name.
 
     Raises:
         OSError: it cannot be written; the network that was there is there still.
@@ -57,15 +65,20 @@ def write(folder: str | PathLike, options: dict, tensors: dict[str, Tensor]) -> 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    config = {"format_version": FORMAT_VERSION, "network": "CoordinatewiseLSTM", "options": options}
+    config = {"format_version": FORMAT_VERSION, "network": kind, "options": options}
     text = json.dumps(config | {"weights": _digest(tensors)}, indent=2) + "\n"
     with replacing(folder / WEIGHTS_FILE) as file:
         file.write(save(tensors, metadata={"format": "pt", "config": text}))
     write_text(folder / CONFIG_FILE, text)
 
 
-def read(name_or_folder: str | PathLike, *, revision: str | None = None) -> Saved:
+def read(name_or_folder: str | PathLike, *, revision: str | None = None, kind: str = LSTM) -> Saved:
     """A network that was written, from a shipped name (:func:`shipped`), a folder or a hub id.
+
+    Args:
+        name_or_folder: which.
+        revision: of a hub id.
+        kind: the name of the class that is to be there.
 
     Raises:
         FileNotFoundError: nothing of that name, or no hub to ask; where it can be no hub id, the message lists the
@@ -78,11 +91,11 @@ def read(name_or_folder: str | PathLike, *, revision: str | None = None) -> Save
     name = os.fspath(name_or_folder)
     # First, so that what a name means does not depend on the folder in which a program was started.
     if isinstance(name_or_folder, str) and name in shipped():
-        return _read(WEIGHTS / name)
+        return _read(WEIGHTS / name, kind)
     if Path(name).is_dir():
-        return _read(Path(name))
+        return _read(Path(name), kind)
     if isinstance(name_or_folder, str) and _HUB_ID.fullmatch(name):
-        return _read(_download(name, revision))
+        return _read(_download(name, revision), kind)
     raise FileNotFoundError(
         f"no network {name!r}: give a folder written by save_pretrained, a hub id owner/name, "
         f"or a shipped name ({', '.join(shipped()) or 'none is shipped in this version'})"
@@ -114,7 +127,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
     )
 
 
-def _read(folder: Path) -> Saved:
+def _read(folder: Path, kind: str) -> Saved:
     weights, path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     config = _read_config(path)
     tensors, own = _read_weights(weights, config is not None)
@@ -130,6 +143,9 @@ def _read(folder: Path) -> Saved:
         raise FileNotFoundError(f"{folder} holds no network: config.json is missing; save one with save_pretrained")
     if config.get("weights", digest := _digest(tensors)) != digest:
         raise unfit(weights, "these weights are not those that were saved with it")
+    if config["network"] != kind:
+        found = config["network"]
+        raise ValueError(f"{folder} holds a network of the kind {found}, needed is {kind}: {KINDS[found]}")
     return Saved(config["options"], tensors, weights)
 
 
@@ -168,9 +184,9 @@ def _checked(text: str | bytes, path: Path) -> dict:
         raise ValueError(
             f"{path} is not a config written by save_pretrained: {error!r}; save the network again"
         ) from None
-    if version not in range(1, FORMAT_VERSION + 1) or kind != "CoordinatewiseLSTM":
+    if version not in range(1, FORMAT_VERSION + 1) or kind not in KINDS:
         raise ValueError(
-            f"{path} is a {kind} of format {version}, and this l2l_fast reads CoordinatewiseLSTM of formats 1 "
+            f"{path} is a {kind} of format {version}, and this l2l_fast reads {', '.join(KINDS)} of formats 1 "
             f"to {FORMAT_VERSION}: upgrade l2l_fast"
         )
     return config

@@ -541,7 +541,7 @@ def _flattened(network, dtype: torch.dtype) -> tuple[str, _Network]:
         if not isinstance(network, CoordinatewiseLSTM):
             raise TypeError(
                 "network must be a CoordinatewiseLSTM, a shipped name, a folder or a hub id, got "
-                f"{torch.typename(network)}"
+                f"{torch.typename(network)}; MLPOptimizer steps a CoordinatewiseMLP or an AdaptiveMLP"
             )
         config, weights = network.config, network.flat_weights().detach()
         if weights.is_meta:

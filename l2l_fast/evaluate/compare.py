@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from l2l_fast.adaptive import AdaptiveMLP, CoordinatewiseMLP
 from l2l_fast.checks import is_whole, require, usable_device, whole
 from l2l_fast.environment import environment
 from l2l_fast.evaluate.baselines import BASELINES, SCHEDULES, USUAL, Baseline, find_baseline, under
 from l2l_fast.evaluate.comparison import Comparison, Result
 from l2l_fast.evaluate.store import Store, stored_trajectories, stored_tuning
 from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress, final_loss, mean_loss, smoothed
+from l2l_fast.mlp_optim import MLPOptimizer
 from l2l_fast.modes import plain
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.optim import LSTMOptimizer
@@ -149,8 +151,7 @@ def compare_horizons(
     fixed = {} if tune_learned else learned
     task = held_out(task)
 
-    first = _FIRST_TUNING_SEED + seed * _SEEDS_EACH
-    tuning = {"seeds": range(first, first + tuning_seeds), "device": device, "progress": progress, "store": store}
+    tuning = {"seeds": tuning_seeds_of(seed, tuning_seeds), "device": device, "progress": progress, "store": store}
     tuned = {baseline.name: stored_tuning(task, baseline, horizons, **tuning) for baseline in baselines}
 
     lanes = dict(fixed)
@@ -190,6 +191,12 @@ def compare_horizons(
 def held_out_seeds(seed: int, count: int) -> range:
     """The held-out seeds of a comparison."""
     first = _FIRST_TEST_SEED + seed * _SEEDS_EACH
+    return range(first, first + count)
+
+
+def tuning_seeds_of(seed: int, count: int) -> range:
+    """The seeds that baselines of a comparison are tuned on."""
+    first = _FIRST_TUNING_SEED + seed * _SEEDS_EACH
     return range(first, first + count)
 
 
@@ -252,6 +259,10 @@ def _identity(network: torch.nn.Module, state_dtype: torch.dtype) -> dict[str, o
 
 def _learned(name: str, network: torch.nn.Module, state_dtype: torch.dtype) -> Baseline:
     """A network as an optimizer whose rate can be searched; lr=None is its own."""
+    if isinstance(network, CoordinatewiseMLP | AdaptiveMLP):
+        # phi follows all coordinates of an instance, so that each instance needs an optimizer of its own.
+        alone = isinstance(network, CoordinatewiseMLP)
+        return Baseline(name, name, partial(_mlp_optimizer, network), (-6, 6), alone)
 
     def make(params: list[Tensor], lr: float | None) -> torch.optim.Optimizer:
         with warnings.catch_warnings():
@@ -262,6 +273,10 @@ def _learned(name: str, network: torch.nn.Module, state_dtype: torch.dtype) -> B
     # What looks at whole tensors must not be given several stacked into one.
     elementwise = network.update_rms is None and network.input_rms is None and not network.orthogonalize
     return Baseline(name, name, make, (middle - 6, middle + 6), elementwise)
+
+
+def _mlp_optimizer(network: torch.nn.Module, params: list[Tensor], lr: float | None) -> torch.optim.Optimizer:
+    return MLPOptimizer(params, network, 1.0 if lr is None else lr)
 
 
 def _tunable(optimizers, state_dtype: torch.dtype, schedule: str, horizons: Sequence[int]) -> list[Baseline]:

@@ -1,4 +1,5 @@
-"""What a person sees of meta-training while it runs: a bar on stderr where rich is installed, and TensorBoard."""
+"""What a person sees of meta-training while it runs: a bar on stderr where rich is installed, in a notebook a picture
+that grows, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,10 +7,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from l2l_fast.meta.live import in_notebook, live_picture
+
 
 @contextmanager
-def progress_bar(shown: bool, total: int) -> Iterator[Callable[[int, float, float], None]]:
-    """Yields ``update(meta_step, loss, best)``."""
+def progress_bar(
+    shown: bool, total: int, losses: list[float], validations: list[tuple[int, float]]
+) -> Iterator[Callable[[int, float, float], None]]:
+    """Yields ``update(meta_step, loss, best)``.
+
+    Args:
+        shown: False shows nothing.
+        total: meta-steps that are to be made.
+        losses, validations: what a history keeps of them, lists that grow.
+    """
+    if shown and in_notebook():
+        with live_picture(total, losses, validations) as update:
+            yield update
+        return
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -188,7 +188,8 @@ class MetaTrainer:
         if self._folder is not None and self.meta_step == 0:
             self.run.resume(self._folder)
         deadline = time.monotonic() + max_seconds
-        bar = progress_bar(options.progress and leads, meta_steps)
+        history = self.history
+        bar = progress_bar(options.progress and leads, meta_steps, history.meta_losses, history.validations)
         logs = tensorboard(options.log_dir if leads else None, self.meta_step)
         with DeferredInterrupt() as interrupt, logs as log, bar as show:
             if self._due(meta_steps):  # one that an exception has prevented

@@ -13,6 +13,7 @@ from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.reproduce.figures import Findings
 from l2l_fast.reproduce.kinds import judge
 from l2l_fast.reproduce.meta_lr import meta_lr
+from l2l_fast.reproduce.proposal import proposal
 from l2l_fast.reproduce.rows import FULL, QUICK, ROWS, Settings, find
 from l2l_fast.reproduce.run import Run
 
@@ -29,7 +30,7 @@ def reproduce(name: str, run: Run, networks: Networks | None = None, *, beside: 
         name: of the row, a key of ``ROWS``.
         run: where and how much.
         networks: what is judged, by the names that tables have; the row's own if None: a shipped network, or those
-            that it trains. The row ``meta-lr`` judges its own alone.
+            that it trains. The rows ``meta-lr`` and ``proposal`` judge their own alone.
         beside: what is judged beside the networks that a row trains.
 
     Raises:
@@ -48,6 +49,8 @@ def reproduce(name: str, run: Run, networks: Networks | None = None, *, beside: 
     row = ROWS[name]
     if row.kind == "meta-lr":
         return meta_lr(run)
+    if row.kind == "proposal":
+        return proposal(run)
     if networks is None:
         networks = {row.network: row.network} if row.network else _trained(name, run, beside or {})
     return judge(name, {label: _network(one) for label, one in networks.items()}, run)

@@ -40,11 +40,10 @@ class Entry:
     @classmethod
     def of(cls, comparison: Comparison, label: str, bars: dict[str, float]) -> Entry:
         """The ratios of a comparison's learned optimizers."""
-        metrics = [metric for metric in METRICS if metric.startswith("ratio_")]
         figures = {}
         for name in comparison.learned:
             ratios = comparison.ratios(name)
-            figures[name] = {metric: ratios[metric] for metric in metrics}
+            figures[name] = {metric: ratios[metric] for metric in METRICS if metric in ratios}
         best = dict.fromkeys([comparison.best_baseline, comparison.best_baseline_final])
         rivals = " / ".join(comparison.optimizers[name].label for name in best)
         errors = {name: comparison.errors(name) for name in comparison.learned}

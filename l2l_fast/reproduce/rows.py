@@ -23,6 +23,10 @@ METRICS = {
     "meta_loss": "meta-loss at the end",
     "mean_loss": "mean loss",
     "final_loss": "final loss",
+    "ratio_frozen": "mean loss, in the frozen MLP's",
+    "ratio_frozen_final": "final loss, in the frozen MLP's",
+    "wins": "seeds below the frozen MLP",
+    "behind": "networks",
 }
 
 
@@ -77,7 +81,7 @@ class Row:
     Attributes:
         title: above its tables.
         question: what it answers.
-        kind: "compare" with tuned baselines, "long" runs of the networks alone, or "meta-lr".
+        kind: "compare" with tuned baselines, "long" runs of the networks alone, "meta-lr" or "proposal".
         cases: what is run.
         network: the shipped network that is judged unless others are given; None for networks the row trains.
         recipes: recipe files of the networks that the row trains, each compared with the others.
@@ -110,6 +114,7 @@ _SECONDS = {200: {"ratio_seconds": 0.75, "bytes": 5.0}}
 _START = {200: _bars(0.85, 0.75, 1.0)}
 _WITH_BAR = (0.003, 0.01, 0.03, 0.3)
 _NO_DIVERGENCE = {"diverged": 0.0, "late": 1.0}
+_OFFLINE = {100: {"ratio_steps": 0.8}}
 _FOUR = ("{dataset}-mlp", "{dataset}-mlp-2layer", "{dataset}-mlp-40", "{dataset}-mlp-relu")
 
 ROWS: dict[str, Row] = {
@@ -200,6 +205,16 @@ ROWS: dict[str, Row] = {
         network=None,
         recipes=("base", "moments", "log-sign", "no-scaling", "sum", "log"),
     ),
+    "proposal": Row(
+        "The deck's proposal: three networks",
+        "What does an LSTM gain that updates an MLP, which updates the optimizee: in meta-training, and online?",
+        "proposal",
+        (
+            Case("meta-quadratic", (100,), _OFFLINE),
+            *(Case(task, (200,)) for task in (*_FOUR, "{dataset}-conv", "quadratic")),
+        ),
+        network=None,
+    ),
 }
 
 
@@ -212,7 +227,7 @@ def find(name: str) -> list[str]:
     Example:
         >>> from l2l_fast.reproduce import rows
         >>> rows.find("relu"), len(rows.find("all"))
-        (['relu'], 12)
+        (['relu'], 13)
     """
     if name == "all":
         return list(ROWS)

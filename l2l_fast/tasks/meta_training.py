@@ -10,13 +10,10 @@ from torch.func import grad_and_value
 from torch.utils._pytree import tree_map
 
 from l2l_fast.checks import is_number, require, whole
-from l2l_fast.reference import log_sign
+from l2l_fast.mlp import BETA, FEATURES, features
 from l2l_fast.tasks.base import Batch, Instances, Params, Task, batched, unflatten
 from l2l_fast.tasks.base import half as to_half
 from l2l_fast.tasks.registry import get
-
-FEATURES = 4  # log and sign of a gradient coordinate, and both of its ratios to the root of its running square
-PREPROCESS_P, BETA, EPSILON = 10.0, 0.95, 1e-8  # p, decay and eps of the LSTM's own features
 
 
 class MetaTraining:
@@ -162,7 +159,6 @@ class MetaTraining:
 
     def _update(self, params: Params, grad: Tensor, m: Tensor, v: Tensor) -> Tensor:
         """The update s MLP(z) of every coordinate; the moments are bias-corrected."""
-        root = (v + EPSILON**2).sqrt()  # which has a derivative where v is 0
-        z = torch.stack([m / root, grad / root, *log_sign(grad, PREPROCESS_P)]).flatten(1)
+        z = torch.stack(features(grad, m, v)).flatten(1)
         h = (params["hidden.weight"] @ z + params["hidden.bias"]).tanh()
         return self.output_scale * (params["head.weight"] @ h + params["head.bias"]).view_as(grad)
