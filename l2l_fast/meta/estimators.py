@@ -275,11 +275,14 @@ class EvolutionStrategies:
         terms, _ = loss_terms(self.objective, losses, trajectory.first_losses, _first(self.weights, length))
         meta_losses = trajectory.by_copy(terms.sum(0) * len(trajectory.theta))
         own, up, down = meta_losses.split([1, len(noise), len(noise)])
-        factor = 1 / (2 * self.sigma * noise[..., 0].numel())
-        gradient = factor * ((up - down).flatten() @ directions.flatten(0, 1))
+        gradient = self.gradient(up - down, directions).mean(0)
         # Not finite where a copy's is not: such a trajectory is of no more use, though it may be finite itself.
         meta_loss = own.mean() + 0 * meta_losses.sum()
         return losses[:, : trajectory.count], Estimate(meta_loss, gradient)
+
+    def gradient(self, differences: Tensor, directions: Tensor) -> Tensor:
+        """Each instance's, [B, W], of differences L(phi + sigma e) - L(phi - sigma e) [P, B] and d [P, B, W]."""
+        return torch.einsum("pb,pbw->bw", differences, directions) / (2 * self.sigma * len(directions))
 
     def _window(self, trajectory: Trajectory, batches: Batch, length: int) -> Estimate:
         return self.advance_(trajectory, batches, length)[1]

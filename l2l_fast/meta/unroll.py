@@ -93,7 +93,7 @@ class Trajectory:
         self.square = self.theta.new_zeros(len(self.theta), len(self.sizes))  # with input_rms
         self.rates = self.theta.new_ones(window)  # the schedule's in the window
         self.scaling = None if scaling is None else scaling.new_empty(self.theta.shape)
-        self.state = ops.new_state(self.theta, config, dtype)
+        self.state = ops.new_state(self.theta, config, dtype, several=copies > 1)
         self.noise = self.theta.new_zeros(copies // 2, self.count, num_weights(config) if copies > 1 else 0)
         self.accumulated = torch.zeros_like(self.noise)
         self.step = torch.zeros(
@@ -360,13 +360,10 @@ def _joined(trajectory: Trajectory, d: Tensor, x: Tensor, rule: Rule) -> Tensor:
 
 def _step_(trajectory: Trajectory, theta: Tensor, grad: Tensor, rule: Rule, lr: Tensor, weight_decay: float) -> None:
     """One step of the network, or of each row's own, of ``theta`` and the trajectory's state."""
-    state, step = trajectory.state, trajectory.step
-    each = [slice(None)] if rule.weights.ndim == 1 else range(len(theta))
-    for row in each:
-        ops.lstm_step_(
-            [theta[row]], [grad[row]], [state[row]], rule.weights[row], lr, [step], rule.config,
-            weight_decay=weight_decay,
-        )  # fmt: skip
+    ops.lstm_step_(
+        [theta], [grad], [trajectory.state], rule.weights, lr, [trajectory.step], rule.config,
+        weight_decay=weight_decay,
+    )  # fmt: skip
 
 
 @torch.no_grad()
