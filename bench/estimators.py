@@ -4,10 +4,11 @@
 
 Writes results/estimators.json and images/estimators.png below ``--out``. The rule is Adam's direction with a small LSTM
 beside it, on a noisy valley whose far end it reaches after some 2,000 steps: what the weights do early matters to the
-end. Exact gradients are central differences in every weight along whole trajectories, in float64, on the same noise, so
-that an estimate's bias is free of the noise. The gradient is that of the sum of all losses up to the horizon; windows
-have 20 steps. Every instance gives one estimate; of as many as 10 seconds give, one thread, the mean has the error
-that is drawn: its bias, and its standard deviation, each relative to the norm of the exact gradient.
+end. Exact gradients are central differences in every weight along whole trajectories, in float64. The gradient is that
+of the sum of all losses up to the horizon; windows have 20 steps. Every instance, with noise and perturbations of its
+own, gives one estimate; the mean of as many as 10 seconds give, one thread, has the error that is drawn: its bias, and
+its standard deviation, each relative to the norm of the exact gradient. What a bias may be off by is one standard error
+of the mean over the instances.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from l2l_fast.meta.unroll import Rule, Trajectory
 from l2l_fast.tasks import Instances
 
 HORIZONS = (100, 200, 500, 1000, 2000, 5000)
-UNROLL, INSTANCES, EXACT, PERTURBATIONS, SIGMA, SECONDS = 20, 32, 16, 16, 0.01, 10.0
+UNROLL, INSTANCES, EXACT, PERTURBATIONS, SIGMA, SECONDS = 20, 256, 8, 16, 0.01, 10.0
 
 
 class Valley:
@@ -123,22 +124,24 @@ def main() -> None:
         cost[name] = seconds(EvolutionStrategies(one, perturbations=PERTURBATIONS, persistent=persistent))
         print(name, "is done", flush=True)
     for name, weigh in (("PES + backpropagation, half each", False), ("PES + backpropagation, by variance", True)):
-        first, second = samples["PES"][:, :EXACT], samples["backpropagation"]
+        first, second = samples["PES"], samples["backpropagation"]
         share = second.var(1) / (first.var(1) + second.var(1)) if weigh else torch.full_like(first[:, 0], 0.5)
-        samples[name] = share[:, None] * first + (1 - share)[:, None] * second
+        samples[name] = share[:, None] * first + (1 - share)[:, None] * second.mean(
+            1, keepdim=True
+        )  # which has no variance to speak of
         cost[name] = cost["PES"]  # the unperturbed network goes along with PES anyway; the backward run adds
         cost[name] += cost["backpropagation"] / 2
 
     truth, rows = exact.mean(1), []
     for name, found in samples.items():
-        paired = found[:, :EXACT] - exact
         for number, horizon in enumerate(HORIZONS):
             norm, count = truth[number].norm(), found.shape[1]
             estimates = SECONDS / (cost[name] * horizon / UNROLL)
             # The square of a mean's norm is too large by its variance.
-            error = paired[number].var(0).sum() / EXACT
-            bias = (paired[number].mean(0).square().sum() - error).clamp_min(0).sqrt() / norm
-            deviation = (found[number].var(0).sum() / estimates).sqrt() / norm
+            variance = found[number].var(0).sum()
+            error = variance / count
+            bias = ((found[number].mean(0) - truth[number]).square().sum() - error).clamp_min(0).sqrt() / norm
+            deviation = (variance / estimates).sqrt() / norm
             rows.append({
                 "estimator": name, "horizon": horizon, "bias": bias.item(), "bias_error": (error.sqrt() / norm).item(),
                 "deviation": deviation.item(), "estimates": estimates, "instances": count,
@@ -160,16 +163,19 @@ def draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), sharex=True, sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), sharex=True, layout="constrained")
     titles = {"bias": "bias", "deviation": f"standard deviation, {SECONDS:g} s", "error": f"both, {SECONDS:g} s"}
+    dashes = ["-", "--", "-", "-", ":"]  # some lie on each other
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for name in dict.fromkeys(row["estimator"] for row in rows):
+        for name, dash in zip(dict.fromkeys(row["estimator"] for row in rows), dashes, strict=True):
             own = [row for row in rows if row["estimator"] == name]
-            axis.loglog([row["horizon"] for row in own], [max(row[key], 1e-3) for row in own], "o-", label=name, ms=4)
-        axis.set(title=title, xlabel="horizon (steps)")
+            bars = [row["bias_error"] for row in own] if key == "bias" else None
+            horizons, values = [row["horizon"] for row in own], [row[key] for row in own]
+            axis.errorbar(horizons, values, bars, fmt="o", linestyle=dash, label=name, ms=4, capsize=3)
+        axis.set(title=title, xlabel="horizon (steps)", xscale="log", ylim=(0, 1.2))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("relative to the exact gradient's norm")
-    axes[0].legend(fontsize=8)
+    axes[2].legend(fontsize=8)
     figure.savefig(path, dpi=130)
 
 

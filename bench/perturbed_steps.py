@@ -16,11 +16,7 @@ import torch
 from l2l_fast import CoordinatewiseLSTM, ops
 
 NETWORKS, ROUNDS = 16, 25
-SIZES = (
-    256,
-    1510,
-    15_910,
-)  # coordinates of a network: a small problem, one hidden layer on digits, the paper's on MNIST
+SIZES = (256, 1510, 15_910)  # coordinates of a network: a small problem, a layer on digits, the paper's on MNIST
 SHAPES = {"1 x 20": (20, 1), "2 x 20": (20, 2)}
 
 
@@ -34,9 +30,8 @@ def problem(network: CoordinatewiseLSTM, *shape: int, several: bool) -> tuple:
 def main() -> None:
     torch.set_num_threads(1)
     lr, step = torch.tensor(1e-3), [torch.tensor(3.0)]
-    print(
-        f"{'LSTM':<8}{'coordinates':>12}{'K in one call':>16}{'one, K times as many':>22}{'K calls':>12}{'ratios':>16}"
-    )
+    heads = ("LSTM", "<8"), ("coordinates", ">12"), ("K in one call", ">16"), ("one, K times as many", ">22")
+    print("".join(format(*head) for head in (*heads, ("K calls", ">12"), ("ratios", ">16"))))
     for name, (hidden, layers) in SHAPES.items():
         network = CoordinatewiseLSTM("both", hidden, layers)
         flat = network.flat_weights().detach()
