@@ -1,6 +1,7 @@
 // From the ops' arguments to the launchers': the checks, which every backend shares.
 #pragma once
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -8,6 +9,7 @@
 
 #include "stable.h"
 
+#include "element.h"
 #include "lstm_step.h"
 #include "lstm_unroll.h"
 
@@ -96,17 +98,20 @@ inline Scalar scalar(const Tensor& tensor, const char* name, const Tensor& weigh
   }
 }
 
-// The flat weight vector, contiguous.
-inline Tensor checked_weights(const Tensor& weights, const Network& net) {
+// The flat weight vector, contiguous; or, where there may be several networks, a row of them each.
+inline Tensor checked_weights(const Tensor& weights, const Network& net, bool several = false) {
   const DType dtype = dtype_of(weights, "weights");
   L2L_CHECK(
       dtype == DType::float32 || dtype == DType::float64,
       "weights must be float32 or float64: arithmetic is done in it");
+  const int64_t dims = weights.dim(), count = WeightLayout{net}.count();
   L2L_CHECK(
-      weights.dim() == 1 && weights.numel() == WeightLayout{net}.count(), "weights must be a vector of ",
-      WeightLayout{net}.count(), " for this network, got shape ", shape_text(weights));
+      (dims == 1 || (several && dims == 2)) && weights.size(dims - 1) == count, "weights must be a vector of ", count,
+      " for this network", several ? ", or a row of them for each of several" : "", ", got shape ", shape_text(weights));
   return weights.is_contiguous() ? weights : torch::stable::contiguous(weights);
 }
+
+inline int networks_of(const Tensor& weights) { return weights.dim() == 1 ? 1 : int(std::max<int64_t>(1, weights.size(0))); }
 
 inline void check_own_memory(const Tensor& tensor, int64_t dims, const char* name) {
   if (tensor.numel() == 0) return;  // the strides of nothing mean nothing
@@ -141,7 +146,22 @@ inline StepTensor step_tensor(
       {state.data_ptr(), state_dtype_of(state), state.strides().data()},
       state.stride(dims),
       scalar(step, "a step", weights),
+      0,
   };
+}
+
+// Part k of a tensor whose first dimension counts networks.
+inline StepTensor part_of(const StepTensor& tensor, int k) {
+  StepTensor part = tensor;
+  part.dims -= 1;
+  part.sizes += 1;
+  part.count /= tensor.sizes[0];
+  for (Strided* of : {&part.param, &part.grad, &part.state}) {
+    of->data = static_cast<char*>(of->data) + k * of->strides[0] * size_of(of->dtype);
+    of->strides += 1;
+  }
+  part.network = k;
+  return part;
 }
 
 inline std::vector<StepTensor> step_tensors(
@@ -155,7 +175,17 @@ inline std::vector<StepTensor> step_tensors(
   tensors.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i)
     tensors.push_back(step_tensor(params[i], grads[i], states[i], steps[i], net, weights));
-  return tensors;
+  if (weights.dim() == 1) return tensors;
+  const int64_t networks = weights.size(0);
+  for (size_t i = 0; i < params.size(); ++i)
+    L2L_CHECK(
+        tensors[i].dims > 0 && tensors[i].sizes[0] == networks, "a parameter has shape ", shape_text(params[i]),
+        ": its first dimension must be ", networks, ", the number of networks that weights has");
+  std::vector<StepTensor> parts;
+  parts.reserve(networks * tensors.size());
+  for (int64_t k = 0; k < networks; ++k)
+    for (const StepTensor& tensor : tensors) parts.push_back(part_of(tensor, int(k)));
+  return parts;
 }
 
 // A series [T, N] in the weights' dtype.

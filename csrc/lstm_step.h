@@ -25,13 +25,15 @@ struct StepTensor {
   Strided state;         // read and written; state_rows() rows over the coordinates; float32, bfloat16 or float64
   int64_t state_row;     // elements from one state row to the next
   Scalar step;           // number of this step, counted from 1
+  int network;           // whose weights it has
 };
 
 struct StepArguments {
   Network net;
-  const void* weights;  // [WeightLayout::count()], read
+  const void* weights;  // [networks][WeightLayout::count()], read
+  int networks;
   DType weights_dtype;  // float32 or float64; the arithmetic is done in it
-  const StepTensor* tensors;
+  const StepTensor* tensors;  // those of a network one after another
   int64_t tensor_count;
   Scalar lr;
   double weight_decay;

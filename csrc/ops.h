@@ -19,11 +19,11 @@ struct Ops {
     const Network net = network(
         features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps,
         linear_path);
-    weights = checked_weights(weights, net);
+    weights = checked_weights(weights, net, true);
     const std::vector<StepTensor> tensors = step_tensors(params, grads, states, steps, net, weights);
     Backend::step(
-        {net, weights.const_data_ptr(), dtype_of(weights, "weights"), tensors.data(), int64_t(tensors.size()),
-         scalar(lr, "lr", weights), weight_decay, maximize},
+        {net, weights.const_data_ptr(), networks_of(weights), dtype_of(weights, "weights"), tensors.data(),
+         int64_t(tensors.size()), scalar(lr, "lr", weights), weight_decay, maximize},
         weights);
   }
 
@@ -35,11 +35,11 @@ struct Ops {
     const Network net = network(
         features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps,
         linear_path);
-    weights = checked_weights(weights, net);
+    weights = checked_weights(weights, net, true);
     const std::vector<StepTensor> tensors = step_tensors(params, grads, states, steps, net, weights);
     Backend::step_scaled(
-        {net, weights.const_data_ptr(), dtype_of(weights, "weights"), tensors.data(), int64_t(tensors.size()),
-         scalar(lr, "lr", weights), weight_decay, maximize},
+        {net, weights.const_data_ptr(), networks_of(weights), dtype_of(weights, "weights"), tensors.data(),
+         int64_t(tensors.size()), scalar(lr, "lr", weights), weight_decay, maximize},
         update_rms, weights);
   }
 

@@ -74,19 +74,22 @@ def _check_own_memory(tensor: Tensor, name: str) -> None:
         )
 
 
-def _check_network(weights: Tensor, config: Config) -> None:
+def _check_network(weights: Tensor, config: Config, several: bool = False) -> None:
     for name, most in (("hidden_size", MAX_HIDDEN), ("num_layers", MAX_LAYERS)):
         if not 1 <= getattr(config, name) <= most:
             raise RuntimeError(f"{name} must be from 1 to {most}, got {getattr(config, name)}")
     _check(weights, "weights", weights, _WEIGHTS)
     count = num_weights(config)
-    if weights.shape != (count,):
-        raise RuntimeError(f"weights must be a vector of {count} for this network, got shape {list(weights.shape)}")
+    if weights.shape[-1:] != (count,) or weights.dim() > 1 + several:
+        rows = ", or a row of them for each of several" if several else ""
+        raise RuntimeError(
+            f"weights must be a vector of {count} for this network{rows}, got shape {list(weights.shape)}"
+        )
 
 
 def check_step(params, grads, states, weights, lr, steps, *args) -> None:
     config = _config(*args[:-2])
-    _check_network(weights, config)
+    _check_network(weights, config, several=True)
     if not len(params) == len(grads) == len(states) == len(steps):
         raise RuntimeError(
             f"lstm_step_ needs one gradient, state and step for each of the {len(params)} parameters, got "
@@ -106,6 +109,12 @@ def check_step(params, grads, states, weights, lr, steps, *args) -> None:
             )
         if len(shape) > _MAX_DIMS:
             raise RuntimeError(f"a parameter has {len(shape)} dimensions; at most {_MAX_DIMS} are supported")
+        if weights.dim() == 2 and shape[:1] != [len(weights)]:
+            count = len(weights)
+            raise RuntimeError(
+                f"a parameter has shape {shape}: its first dimension must be {count}, the number of networks that "
+                "weights has"
+            )
         _check_own_memory(param, "a parameter")
         _check_own_memory(state, "a state")
         _check_number(step, "a step", weights)

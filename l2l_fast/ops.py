@@ -22,7 +22,7 @@ _CONFIG = (
     "float output_scale, float preprocess_p, float beta1, float beta2, float eps, bool linear_path"
 )
 # Of the schemas; csrc/module.cpp has it too. Kernels of another version would read their arguments as others.
-VERSION = 4
+VERSION = 5
 _LIBRARY = torch.library.Library("l2l_fast", "DEF")
 REFERENCE: dict[str, Callable] = {}  # by op: what runs where there is no kernel
 
@@ -63,6 +63,10 @@ for _name in ("lstm_step_", "lstm_step_reference_"):
 
 
 def _step_scaled(params, grads, states, weights, lr, steps, *args) -> None:
+    if weights.dim() == 2:  # each network's part of a tensor is a tensor
+        for k, flat in enumerate(weights):
+            _step_scaled(*([one[k] for one in tensors] for tensors in (params, grads, states)), flat, lr, steps, *args)
+        return
     *config, weight_decay, maximize, rms = args
     op = torch.ops.l2l_fast.lstm_step_
     updates = normalize.raw_updates(op, params, grads, states, weights, lr, steps, *config, weight_decay, maximize)
@@ -103,8 +107,10 @@ def lstm_step_(
         params: tensors of any shape, strides and floating dtype; changed in place.
         grads: one per parameter, of its shape, any strides and floating dtype.
         states: one per parameter, ``(*param.shape, S)`` with ``S = state_size(config)``, float32, bfloat16 or float64;
-            changed in place. Fastest as :func:`new_state` lays it out.
-        weights: flat weight vector [W], float32 or float64; the arithmetic is done in its dtype.
+            changed in place. Fastest as :func:`new_state` lays it out, for K networks with ``several=True``.
+        weights: flat weight vector [W], float32 or float64; the arithmetic is done in its dtype. Or [K, W], of K
+            networks of one ``config``: the first dimension of every parameter is then K, and network k moves
+            ``param[k]``.
         lr: 0-dim tensor, multiplier of the update; float32, float64, int32 or int64.
         steps: one per parameter, 0-dim: the number of this step, counted from 1 (bias correction of the moments); of
             the dtypes of ``lr``.
@@ -299,7 +305,7 @@ torch.library.register_autograd("l2l_fast::lstm_unroll_backward", _refuse_double
 # ---------------------------------------------------------------- state
 
 
-def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32) -> Tensor:
+def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32, *, several: bool = False) -> Tensor:
     """Zero state of a parameter: shape ``(*param.shape, S)``, each of the S rows contiguous over the coordinates.
 
     The shape is canonical, so the state slices and shards as its parameter does; the layout is only strides. The
@@ -312,6 +318,7 @@ def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32)
         param: of any shape and strides, real.
         config: what the network computes.
         dtype: float32, bfloat16 or float64.
+        several: for as many networks as the first dimension has places: each one's part by itself.
 
     Example:
         >>> import torch, l2l_fast as l2l
@@ -319,6 +326,11 @@ def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32)
         >>> l2l.ops.new_state(torch.empty(3, 5), network.config).shape
         torch.Size([3, 5, 80])
     """
+    if several:
+        one = new_state(param[0], config, dtype)
+        length = one.untyped_storage().nbytes() // dtype.itemsize
+        storage = torch.zeros(len(param) * length, dtype=dtype, device=param.device)
+        return storage.as_strided((len(param), *one.shape), (length, *one.stride()))
     size, count = state_size(config), param.numel()
     on_gpu = param.device.type == "cuda"
     line, fours = (128 if on_gpu else 64) // dtype.itemsize, -(-count // 4) * 4

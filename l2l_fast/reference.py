@@ -258,6 +258,10 @@ def cell_backward(
 
 def lstm_step_(params, grads, states, weights, lr, steps, *args) -> None:
     """In-place step of every tensor: theta <- theta - lr*weight_decay*theta + lr*u. See :mod:`l2l_fast.ops`."""
+    if weights.dim() == 2:
+        for k, flat in enumerate(weights):
+            lstm_step_(*([one[k] for one in tensors] for tensors in (params, grads, states)), flat, lr, steps, *args)
+        return
     config, (weight_decay, maximize) = Config.of(*args[:-2]), args[-2:]
     named = split_weights(weights, config)
     for param, grad, state, step in zip(params, grads, states, steps, strict=True):

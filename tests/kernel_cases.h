@@ -46,6 +46,38 @@ std::vector<T> unwritten(int64_t count) {
   return std::vector<T>(count, T(NAN));
 }
 
+// Three networks at once are each by itself.
+template <class T, class Backend>
+void run_several(const Network& net, int64_t count, DType dtype, const Backend& backend) {
+  constexpr int kNetworks = 3;
+  const int64_t rows = net.state_rows(), weights_each = WeightLayout{net}.count(), one[] = {1};
+  const auto weights = random<T>(kNetworks * weights_each, 0.3);
+  std::vector<T> state = random<T>(kNetworks * count * rows, 0.5), param(kNetworks * count);
+  for (int64_t k = 0; net.has_moments() && k < kNetworks; ++k)
+    for (int64_t i = 0; i < count; ++i) {
+      T& v = state[(k * rows + 1) * count + i];
+      v = std::fabs(v);
+    }
+  std::vector<T> grad = random<T>(kNetworks * count, 1e-2), expected = param, expected_state = state;
+  const double number = 2;
+  const float lr = 0.5;
+  auto tensor = [&](std::vector<T>& p, std::vector<T>& s, int k, int network) {
+    return StepTensor{1, &count, count, {p.data() + k * count, dtype, one}, {grad.data() + k * count, dtype, one},
+                      {s.data() + k * count * rows, dtype, one}, count, {&number, Number::float64}, network};
+  };
+  std::vector<StepTensor> tensors;
+  for (int k = 0; k < kNetworks; ++k) {
+    tensors.push_back(tensor(param, state, k, k));
+    const StepTensor alone = tensor(expected, expected_state, k, 0);
+    backend.step({net, weights.data() + k * weights_each, 1, dtype, &alone, 1, {&lr, Number::float32}, 0.1, false});
+  }
+  backend.step({net, weights.data(), kNetworks, dtype, tensors.data(), kNetworks, {&lr, Number::float32}, 0.1, false});
+  bool same = true;
+  for (size_t i = 0; i < param.size(); ++i) same &= std::fabs(param[i] - expected[i]) <= 1e-6;
+  for (size_t i = 0; i < state.size(); ++i) same &= std::fabs(state[i] - expected_state[i]) <= 1e-6;
+  expect(same, "several networks at once are each by itself");
+}
+
 // A Backend has the launchers step(StepArguments), step_scaled(StepArguments, rms), unroll(UnrollArguments, updates, last)
 // and unroll_backward(UnrollArguments, UnrollGradients).
 template <class T, class Backend>
@@ -69,16 +101,19 @@ void run(const Network& net, int64_t count, int64_t horizon, DType dtype, const 
                              {grad.data(), dtype, two},
                              {state.data(), dtype, two},
                              count,
-                             step};
+                             step,
+                             0};
   const std::vector<T> before = state;
-  backend.step({net, weights.data(), dtype, &tensor, 1, {&lr, Number::float32}, 0.1, false});
+  backend.step({net, weights.data(), 1, dtype, &tensor, 1, {&lr, Number::float32}, 0.1, false});
   expect(finite(param) && finite(state), "step is finite");
   for (int64_t i = 1; count > 2 && i < 3; ++i)
     expect(param[i] == 0 && state[i] == before[i], "a gradient that is not finite changes nothing");
-  backend.step_scaled({net, weights.data(), dtype, &tensor, 1, {&lr, Number::float32}, 0.1, false}, 0.6);
+  backend.step_scaled({net, weights.data(), 1, dtype, &tensor, 1, {&lr, Number::float32}, 0.1, false}, 0.6);
   expect(finite(param) && finite(state), "a scaled step is finite");
   for (int64_t i = 1; count > 2 && i < 3; ++i)
     expect(param[i] == 0 && state[i] == before[i], "a gradient that is not finite changes nothing of a scaled step");
+
+  run_several<T>(net, count, dtype, backend);
 
   std::vector<T> grads = random<T>(horizon * count, 1e-2), updates = unwritten<T>(horizon * count);
   std::vector<T> last = unwritten<T>(count * rows);

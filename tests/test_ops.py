@@ -37,6 +37,10 @@ def test_step_passes_opcheck(features):
     for op in (OPS.lstm_step_, OPS.lstm_step_reference_):
         opcheck(op, args)
     opcheck(OPS.lstm_step_scaled_, (*args, 0.6))
+    several = [params.expand(2, 6).clone()], [grads[:2]], [state.expand(2, *state.shape).clone()]
+    rest = weights.expand(2, -1).contiguous(), lr, steps, *arguments.codes(config), 0.01, False
+    for op, more in ((OPS.lstm_step_, ()), (OPS.lstm_step_reference_, ()), (OPS.lstm_step_scaled_, (0.6,))):
+        opcheck(op, (*several, *rest, *more))
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -103,8 +107,8 @@ def test_step_applies_lr_decay_and_maximize():
 
 
 BAD_NETWORKS = [
-    ({"weights": torch.zeros(7)}, rf"weights must be a vector of {WEIGHTS} for this network, got shape \[7\]"),
-    ({"weights": torch.zeros(1, WEIGHTS)}, "weights must be a vector of"),
+    ({"weights": torch.zeros(7)}, rf"weights must be a vector of {WEIGHTS} for this network.*, got shape \[7\]"),
+    ({"weights": torch.zeros(1, 1, WEIGHTS)}, "weights must be a vector of"),
     ({"weights": torch.zeros(WEIGHTS).bfloat16()}, "weights must be float32 or float64"),
     ({"features": 4}, r"features must be 0 \(identity\) or .* or 3 \(both\), got 4"),
     ({"features": -1}, "features must be .*, got -1"),
@@ -126,8 +130,23 @@ BAD_STEPS = [
     ({"lr": torch.tensor(1.0).half()}, "lr must be float32, float64, int32 or int64"),
     ({"steps": [torch.ones(2)]}, r"a step must be a single number, got shape \[2\]"),
     ({"steps": [torch.tensor(True)]}, "a step must be float32, float64, int32 or int64"),
+    ({"weights": torch.zeros(3, WEIGHTS + 1)}, "vector of .*, or a row of them for each of several, got shape"),
+    (
+        {"weights": torch.zeros(2, WEIGHTS)},
+        r"a parameter has shape \[3\]: its first dimension must be 2, the number of networks that weights has",
+    ),
+    (
+        {
+            "weights": torch.zeros(3, WEIGHTS),
+            "params": [torch.tensor(0.0)],
+            "grads": [torch.tensor(0.0)],
+            "states": [torch.zeros(STATE)],
+        },
+        r"a parameter has shape \[\]: its first dimension must be 3",
+    ),
 ]
 BAD_UNROLLS = [
+    ({"weights": torch.zeros(1, WEIGHTS)}, "weights must be a vector of .* for this network, got shape"),
     ({"grads": torch.zeros(3)}, r"grads must be \[T, N\], got shape \[3\]"),
     ({"grads": torch.zeros(2, 3).double()}, "grads must have the dtype of the weights"),
     ({"state": torch.zeros(3, 5)}, rf"state must be \[3, {STATE}\], got shape \[3, 5\]"),
@@ -245,6 +264,19 @@ def test_state_has_the_parameters_shape_and_contiguous_rows(shape, dtype):
         assert state.stride()[:-1] == param.stride()
 
 
+@pytest.mark.parametrize("shape", [(2, 5), (3, 200), (2, 64, 7), (4,), (3, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_state_of_several_networks_is_each_ones_by_itself(shape, dtype):
+    config, param = make_arguments()[0], torch.empty(shape)
+    state = ops.new_state(param, config, dtype, several=True)
+    assert state.shape == (*shape, state_size(config))
+    assert not state.any()
+    for k in range(len(param)):
+        assert state[k].stride() == ops.new_state(param[k], config, dtype).stride()
+        state[k].fill_(k)
+    assert all((state[k] == k).all() for k in range(len(param)))
+
+
 def test_state_follows_the_parameters_memory_order():
     param = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
     state = ops.new_state(param, make_arguments()[0])
@@ -255,7 +287,7 @@ def test_other_schemas_have_another_version():
     """A compiled module of other schemas is refused by its version alone; its kernels would crash."""
     schemas = "\n".join(str(getattr(OPS, name).default._schema) for name in sorted(ops.REFERENCE))
     found = ops.VERSION, hashlib.sha256(schemas.encode()).hexdigest()[:12]
-    assert found == (4, "56214dc66eec"), (
+    assert found == (5, "56214dc66eec"), (
         "raise VERSION here, in l2l_fast/ops.py and in csrc/module.cpp, and take the new hash"
     )
 

@@ -13,6 +13,43 @@
 namespace l2l {
 namespace {
 
+// The packed weights: of one network for all workers, of several for each worker those of the one that it is at. As
+// tensors of a network follow each other, few are packed twice.
+template <class T>
+class PackedNetworks {
+ public:
+  PackedNetworks(const StepArguments& arguments, WeightOrder order, int workers)
+      : arguments_(arguments), order_(order), held_(arguments.networks == 1 ? 1 : workers) {
+    if (arguments.networks == 1) packed(0, 0);
+  }
+
+  const Packed<T>& packed(int worker, int network) {
+    Held& held = held_[held_.size() == 1 ? 0 : worker];
+    if (held.network != network) {
+      const T* weights = static_cast<const T*>(arguments_.weights) + network * WeightLayout{arguments_.net}.count();
+      held.packer = std::make_unique<Packer<T>>(arguments_.net, weights, Packer<T>::kForward, order_);
+      held.network = network;
+    }
+    return held.packer->packed();
+  }
+
+  // What a worker takes in one go: a network, where there are enough for all workers.
+  int64_t tiles_at_a_time(int64_t tiles, int workers) const {
+    const int64_t each = tiles / arguments_.networks;
+    return arguments_.networks >= 4 * workers ? std::max<int64_t>(4, each) : 4;
+  }
+
+ private:
+  struct Held {
+    int network = -1;
+    std::unique_ptr<Packer<T>> packer;
+  };
+
+  const StepArguments& arguments_;
+  const WeightOrder order_;
+  std::vector<Held> held_;
+};
+
 template <class T>
 void step(const StepArguments& arguments, const Parallel& parallel) {
   const Network& net = arguments.net;
@@ -33,16 +70,18 @@ void step(const StepArguments& arguments, const Parallel& parallel) {
   }
   if (tiles == 0) return;
 
-  const Packer<T> packer(net, static_cast<const T*>(arguments.weights), Packer<T>::kForward, kernel.order);
-  const StepCall<T> call = {&packer.packed(), T(read(arguments.lr)), T(arguments.weight_decay), arguments.maximize};
   const int workers = useful_workers(parallel, net, double(coordinates));
+  PackedNetworks<T> networks(arguments, kernel.order, workers);
+  const StepCall<T> call = {nullptr, T(read(arguments.lr)), T(arguments.weight_decay), arguments.maximize};
   const Scratch<T> scratch(workers, ForwardScratch<T>::size(net, kernel.tile));
-  share(parallel, workers, tiles, 4, [&](int worker, int64_t tile) {
+  share(parallel, workers, tiles, networks.tiles_at_a_time(tiles, workers), [&](int worker, int64_t tile) {
     const size_t i = std::upper_bound(starts.begin(), starts.end(), tile) - starts.begin() - 1;
     const StepTensor& tensor = flats[i].tensor;
     const int64_t first = (tile - starts[i]) * kernel.tile;
     const int count = int(std::min<int64_t>(kernel.tile, tensor.count - first));
-    kernel.step(call, tensor, corrections[i], first, count, scratch.of(worker));
+    StepCall<T> with = call;
+    with.packed = &networks.packed(worker, tensor.network);
+    kernel.step(with, tensor, corrections[i], first, count, scratch.of(worker));
   });
 }
 

@@ -1,7 +1,7 @@
 // lstm_step_ on the matrix units: the whole network, the update and the state in one pass over memory.
 //
-// A persistent grid: every block packs the weights into shared memory once, then each of its warps takes tiles of 32
-// coordinates, one after the other, without barriers. State rows come by asynchronous copies into a mailbox of which
+// A persistent grid: every block packs the weights of one network into shared memory once, then each of its warps takes
+// tiles of 32 coordinates of that network, one after the other, without barriers. State rows come by asynchronous copies into a mailbox of which
 // every thread owns its part, some layers ahead: as soon as a lane has read a layer's h (or c) there, it sends for that
 // of a later layer or, from the last ones, of the warp's next tile. So a load has the time of several layers to arrive.
 #include "matrix_team.cuh"
@@ -146,11 +146,16 @@ __global__ void __launch_bounds__(threads(kSlots), 1) step(
     const __grid_constant__ Table table, const __grid_constant__ StepCall call, const __grid_constant__ int depth) {
   using A = ArithmeticOf<T>;
   float4* const weights = reinterpret_cast<float4*>(device::shared_memory());
-  const Cell<float>& cell = call.cell;
+  const int blocks = gridDim.x / table.networks;  // of a network
+  const int of_table = blockIdx.x % table.networks;
+  Cell<float> cell = call.cell;
+  cell.weights += (table.first_network + of_table) * cell.layout().count();
   const Network& net = cell.net;
   // Neighbouring tiles go to different multiprocessors, so that few tiles keep as many as possible at work.
-  const int64_t start = int64_t(warp()) * gridDim.x + blockIdx.x, stride = int64_t(warps()) * gridDim.x;
-  auto find = [&](int64_t index) { return index < table.tiles ? find_tile(table, index, kWidth) : Tile{0, 0, 0}; };
+  const int64_t first = of_table * table.tiles_each, end = first + table.tiles_each;
+  const int64_t start = first + int64_t(warp()) * blocks + blockIdx.x / table.networks;
+  const int64_t stride = int64_t(warps()) * blocks;
+  auto find = [&](int64_t index) { return index < end ? find_tile(table, index, kWidth) : Tile{0, 0, 0}; };
   auto part_of = [&](const Tile& tile) { return part<T>(table.entries[tile.entry], tile, net); };
 
   Tile next = find(start);
@@ -165,7 +170,7 @@ __global__ void __launch_bounds__(threads(kSlots), 1) step(
   const float lr = float(read(call.lr));
   MomentScale<V> scale;
   int scale_entry = -1;  // whose step it is for
-  for (int64_t index = start; index < table.tiles; index += stride) {
+  for (int64_t index = start; index < end; index += stride) {
     const Tile tile = next;
     const DenseEntry& entry = table.entries[tile.entry];
     const int64_t at = tile.first + device::lane();
@@ -222,13 +227,15 @@ int depth_for(const Network& net, DType state) {
 }
 
 template <int kSlots, class T>
-void launch(const StepCall& call, const std::vector<DenseEntry>& entries, DType state, cudaStream_t stream) {
+void launch(
+    const StepCall& call, const std::vector<DenseEntry>& entries, int networks, DType state, cudaStream_t stream) {
   const int depth = depth_for(call.cell.net, state);
   const auto bytes = size_t(shared_bytes(call.cell.net, state, depth));
-  for_each_table(entries, kWidth, [&](const auto& table) {
+  for_each_table(entries, networks, kWidth, [&](const auto& table) {
     using Table = std::decay_t<decltype(table)>;
     const int64_t multiprocessors = device::multiprocessors();
-    const auto grid = unsigned(std::min(table.tiles, multiprocessors));
+    const int64_t each = std::max<int64_t>(1, multiprocessors / table.networks);
+    const auto grid = unsigned(table.networks * std::min(table.tiles_each, each));
     check(
         table.tiles <= kTeamTiles * multiprocessors
             ? device::launch(
@@ -240,9 +247,10 @@ void launch(const StepCall& call, const std::vector<DenseEntry>& entries, DType 
 }
 
 template <class T>
-void launch(const StepCall& call, const std::vector<DenseEntry>& entries, DType state, cudaStream_t stream) {
+void launch(
+    const StepCall& call, const std::vector<DenseEntry>& entries, int networks, DType state, cudaStream_t stream) {
   const bool known = with_slots(call.cell.net.hidden, [&](auto slots) {
-    launch<decltype(slots)::value, T>(call, entries, state, stream);
+    launch<decltype(slots)::value, T>(call, entries, networks, state, stream);
   });
   if (!known) throw std::logic_error("matrix_step does not support this hidden size");
 }
@@ -276,9 +284,9 @@ void matrix_step(const StepArguments& arguments, const std::vector<DenseEntry>& 
     if (of_dtype.empty()) continue;
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
     if (dtype == DType::float32)
-      matrix::launch<float>(call, of_dtype, dtype, queue);
+      matrix::launch<float>(call, of_dtype, arguments.networks, dtype, queue);
     else
-      matrix::launch<BFloat16>(call, of_dtype, dtype, queue);
+      matrix::launch<BFloat16>(call, of_dtype, arguments.networks, dtype, queue);
   }
 }
 

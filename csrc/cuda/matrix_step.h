@@ -11,7 +11,7 @@ namespace l2l {
 bool matrix_step_supports(const StepArguments& arguments);
 bool matrix_step_supports(const DenseEntry& entry);
 
-// Entries as in DenseEntry, all supported. Throws std::runtime_error when a launch fails.
+// Entries as in DenseEntry, all supported, as many for each network. Throws std::runtime_error when a launch fails.
 void matrix_step(const StepArguments& arguments, const std::vector<DenseEntry>& entries, void* stream);
 
 }  // namespace l2l

@@ -26,7 +26,7 @@ struct Needed {
   float weights[2][kChunks][A::kGroup];  // [half][chunk]
 
   // whole: the tile has all its coordinates.
-  L2L_DEVICE Needed(const StepCall& call, int layer, const Part<T>& state, bool whole) {
+  L2L_DEVICE Needed(const Cell<float>& cell, const Starts& starts, int layer, const Part<T>& state, bool whole) {
     const int row = 8 * kSlots * layer, j = warp();
     const Place place;
     if (whole) {
@@ -36,9 +36,7 @@ struct Needed {
 #pragma unroll
       for (int i = 0; i < kSlots; ++i) h[i] = load_some(state.row(row + 4 * i), state.count);
     }
-    const Cell<float>& cell = call.cell;
-    const LayerWeights<A, kSlots, kInputs> from(
-        cell.weights + call.starts.layer(layer), cell.net.layer_inputs(layer));
+    const LayerWeights<A, kSlots, kInputs> from(cell.weights + starts.layer(layer), cell.net.layer_inputs(layer));
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -97,7 +95,8 @@ L2L_DEVICE void run_part(
 template <int kSlots, class T, class Table>
 __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams on a multiprocessor
     step_by_teams(const __grid_constant__ Table table, const __grid_constant__ StepCall call) {
-  const Cell<float>& cell = call.cell;
+  Cell<float> cell = call.cell;
+  cell.weights += table.network(blockIdx.x) * cell.layout().count();
   const Network& net = cell.net;
   const Tile tile = find_tile(table, blockIdx.x, kWidth);
   const DenseEntry& entry = table.entries[tile.entry];
@@ -107,9 +106,9 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
   // All that comes from memory is sent for before the first of it is used.
   const Own own = load_own<T>(entry, tile, net);
   const Part<T> state = part<T>(entry, tile, net);
-  const Needed<T, kSlots, 1> lowest(call, 0, state, whole);
+  const Needed<T, kSlots, 1> lowest(cell, call.starts, 0, state, whole);
   int layer = net.projection ? 0 : 1;
-  Needed<T, kSlots, kSlots> needed(call, std::min(layer, net.layers - 1), state, whole);
+  Needed<T, kSlots, kSlots> needed(cell, call.starts, std::min(layer, net.layers - 1), state, whole);
 
   const Gradient<float> gradient(net, call.maximize ? -own.grad : own.grad);
   const bool changed = inside && gradient.live;
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(team(kSlots), kSlots <= 5 ? 2 : 1)  // teams o
   const float theta = inside && first ? load<float>(entry.param, entry.param_dtype, own_at) : 0;
   while (layer < net.layers) {
     run_part(needed, [&](int i) { return exchange.below(i); }, layer, state, changes, exchange);
-    if (++layer < net.layers) needed = Needed<T, kSlots, kSlots>(call, layer, state, whole);
+    if (++layer < net.layers) needed = Needed<T, kSlots, kSlots>(cell, call.starts, layer, state, whole);
   }
 
   if (!first) return;

@@ -138,7 +138,7 @@ void step_scaled(const StepArguments& arguments, double rms, void* workspace, cu
     const Strided u = {scratch + coordinates, dtype, rows.back().data()};
     onto.push_back(tensor);
     onto.back().param = u;
-    moved.push_back({tensor.dims, tensor.sizes, count, tensor.param, u, u, chunks, {shares, Number::float64}});
+    moved.push_back({tensor.dims, tensor.sizes, count, tensor.param, u, u, chunks, {shares, Number::float64}, 0});
     squared.push_back({nullptr, u.data, shares, nullptr, count, 0, 0, dtype, dtype, dtype, number});
     coordinates += up_to(kLine / int64_t(sizeof(T)), count);
     shares += chunks;
@@ -159,7 +159,7 @@ void step_scaled(const StepArguments& arguments, double rms, void* workspace, cu
   step.weight_decay = 0;
   lstm_step_cuda(step, start + layout.step, stream);
 
-  for_each_table(squared, kChunk, [&](const auto& table) {
+  for_each_table(squared, 1, kChunk, [&](const auto& table) {
     using Entry = std::decay_t<decltype(table.entries[0])>;
     run(square_kernel<T, Entry, std::decay_t<decltype(table)>::kBytes>, table.tiles, table);
   });
@@ -171,9 +171,10 @@ void step_scaled(const StepArguments& arguments, double rms, void* workspace, cu
   StepArguments moves = arguments;
   moves.tensors = moved.data();
   moves.tensor_count = int64_t(moved.size());
+  moves.networks = 1;  // whose weights a tensor has is past
   Entries all = entries(moves);
-  for_each_table(all.dense, kChunk, move_all);
-  for_each_table(all.strided, kChunk, move_all);
+  for_each_table(all.dense, 1, kChunk, move_all);
+  for_each_table(all.strided, 1, kChunk, move_all);
 }
 
 }  // namespace

@@ -26,13 +26,15 @@ L2L_DEVICE Offsets offsets_of(const StridedEntry& entry, int64_t coordinate) { r
 template <class T, bool on_chip, class Entry, int bytes>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
     step_kernel(const __grid_constant__ StepCall<T> call, const __grid_constant__ Table<Entry, bytes> table) {
-  const Cell<T>& cell = call.cell;
+  Cell<T> cell = call.cell;
+  const int64_t weights_each = cell.layout().count();
   const int state_rows = cell.net.state_rows();
   const StepRows<T> rows = forward_step_rows(cell.net, scratch_at<on_chip, T>(call.workspace, call.scratch));
   const T lr = T(read(call.lr));
 
   for (int64_t t = blockIdx.x; t < table.tiles; t += gridDim.x) {
     const Tile tile = find_tile(table, t, kWidth);
+    cell.weights = call.cell.weights + table.network(t) * weights_each;
     const Entry& tensor = table.entries[tile.entry];
     const bool inside = device::lane() < tile.count;
     const Offsets at = offsets_of(tensor, tile.first + (inside ? device::lane() : 0));
@@ -79,13 +81,11 @@ void step(const StepArguments& arguments, void* workspace, cudaStream_t stream) 
   };
   Entries all = entries(arguments);
   if (matrix_step_supports(arguments)) {
-    const auto others = std::stable_partition(
-        all.dense.begin(), all.dense.end(), [](const DenseEntry& entry) { return matrix_step_supports(entry); });
-    matrix_step(arguments, {all.dense.begin(), others}, stream);
-    all.dense.erase(all.dense.begin(), others);
+    const auto supported = [](const DenseEntry& entry) { return matrix_step_supports(entry); };
+    matrix_step(arguments, take(all.dense, arguments.networks, supported), stream);
   }
-  for_each_table(all.dense, kWidth, launch);
-  for_each_table(all.strided, kWidth, launch);
+  for_each_table(all.dense, arguments.networks, kWidth, launch);
+  for_each_table(all.strided, arguments.networks, kWidth, launch);
 }
 
 }  // namespace

@@ -56,10 +56,18 @@ constexpr int kSmallTable = 3 << 10, kLargeTable = 31 << 10;
 template <class Entry, int bytes>
 struct Table {
   static constexpr int kBytes = bytes;
-  static constexpr int kCapacity = (bytes - 16) / int(sizeof(Entry));
+  static constexpr int kCapacity = (bytes - 32) / int(sizeof(Entry));
   int64_t tiles;
+  int64_t tiles_each;  // of a network: all networks of a table have the same tensors
   int count;
+  int networks;       // of which it holds the entries, one network's after the other's
+  int first_network;  // the first of those
   Entry entries[kCapacity];
+
+  // Which network's weights a tile takes.
+  L2L_HOST_DEVICE int network(int64_t tile) const {
+    return first_network + (networks == 1 ? 0 : int(tile / tiles_each));
+  }
 };
 
 // A tile: the coordinates first, first + 1, .. of one tensor, `count` of them.
@@ -83,6 +91,7 @@ L2L_HOST_DEVICE Tile find_tile(const Table<Entry, bytes>& table, int64_t tile, i
 
 // ---------------------------------------------------------------- written by the host
 
+// Those of several networks one network after the other, as many of each, in the same order.
 struct Entries {
   std::vector<DenseEntry> dense;
   std::vector<StridedEntry> strided;
@@ -160,22 +169,51 @@ inline Entries entries(const StepArguments& arguments) {
   return found;
 }
 
-// Calls launch(table) for tables that together hold all entries, small ones where one small one is enough.
+// Takes out of the entries those that are good for all networks, so that what is left is uniform as well.
+template <class Good>
+std::vector<DenseEntry> take(std::vector<DenseEntry>& entries, int networks, const Good& good) {
+  const size_t each = entries.size() / networks;
+  std::vector<DenseEntry> taken, left;
+  for (size_t i = 0; i < entries.size(); ++i) {
+    bool all = true;
+    for (size_t of_network = i % each; all && of_network < entries.size(); of_network += each)
+      all = good(entries[of_network]);
+    (all ? taken : left).push_back(entries[i]);
+  }
+  entries = left;
+  return taken;
+}
+
+// Calls launch(table) for tables that together hold all entries, small ones where one small one is enough. A table has
+// whole networks, or a part of one.
 template <class Entry, class Launch>
-void for_each_table(const std::vector<Entry>& entries, int width, Launch launch) {
+void for_each_table(const std::vector<Entry>& entries, int networks, int width, Launch launch) {
   auto with = [&](auto table) {
     constexpr size_t capacity = decltype(table)::kCapacity;
-    for (size_t start = 0; start < entries.size(); start += capacity) {
-      table.count = int(std::min(capacity, entries.size() - start));
+    const size_t each = entries.size() / networks, together = capacity / each;
+    auto fill = [&](size_t start, size_t count) {
+      table.count = int(count);
       table.tiles = 0;
       for (int i = 0; i < table.count; ++i) {
         Entry& entry = table.entries[i] = entries[start + i];
         entry.first_tile = table.tiles;
         table.tiles += (entry.count + width - 1) / width;
       }
+      table.tiles_each = table.tiles / table.networks;
       launch(table);
+    };
+    for (size_t network = 0; network < size_t(networks); network += table.networks) {
+      table.first_network = int(network);
+      table.networks = int(std::clamp<size_t>(together, 1, networks - network));
+      const size_t start = network * each;
+      if (together > 0) {
+        fill(start, table.networks * each);
+        continue;
+      }
+      for (size_t i = 0; i < each; i += capacity) fill(start + i, std::min(capacity, each - i));
     }
   };
+  if (entries.empty()) return;
   if (entries.size() <= Table<Entry, kSmallTable>::kCapacity) return with(Table<Entry, kSmallTable>());
   with(Table<Entry, kLargeTable>());
 }

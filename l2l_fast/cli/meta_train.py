@@ -65,6 +65,17 @@ def meta_train(
         bool | None,
         Choice("--second-derivatives/--first-order", help="Whether to keep them.", show_default="by task"),
     ] = None,
+    estimator: Annotated[
+        str | None,
+        Choice(help="backpropagation, es, pes, es+backpropagation or pes+backpropagation.", show_default="by task"),
+    ] = None,
+    perturbations: Annotated[
+        int | None, Choice(help="Perturbed copies of the network for es and pes, even.", min=2, show_default="16")
+    ] = None,
+    sigma: Annotated[float | None, Choice(help="Their standard deviation.", show_default="0.01")] = None,
+    perturbed_share: Annotated[
+        str | None, Choice(help="Of es or pes beside backpropagation: 0 to 1, or variance.", show_default="0.5")
+    ] = None,
     init_scale: Annotated[str | None, Choice(help="Start std of classifiers: 0.01, or LOW:HIGH.")] = None,
     tensorboard: Annotated[bool, Choice("--tensorboard", help="Write logs for TensorBoard.")] = False,
     device: Device = "cpu",
@@ -103,10 +114,11 @@ def meta_train(
     changed = _given(
         unroll=unroll, instances=instances, parallel=parallel, meta_lr=meta_lr, schedule=schedule,
         objective=objective, meta_optimizer=meta_optimizer, average=average, scaling=scaling, imitation=imitation,
-        lr=lr, second_derivatives=second_derivatives, horizon=curriculum(horizon),
+        lr=lr, second_derivatives=second_derivatives, horizon=curriculum(horizon), estimator=estimator,
+        perturbations=perturbations, sigma=sigma, perturbed_share=_perturbed_share(perturbed_share),
     )  # fmt: skip
-    if second_derivatives:
-        changed["coordinates"] = None  # a sample of them cannot carry second derivatives
+    if second_derivatives or estimator in ("es", "pes"):
+        changed["coordinates"] = None  # a sample of them carries no second derivatives, and es runs nothing backward
     out = out_folder(out, f"meta-train-{title}")
     begun = time.monotonic()
     trained = train(
@@ -152,6 +164,13 @@ def _record(title: str, stage: Trained) -> None:
 
 def _given(**options) -> dict:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _perturbed_share(text: str | None) -> float | str | None:
+    try:
+        return text if text in (None, "variance") else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"--perturbed-share {text!r}: give a number from 0 to 1, or variance") from None
 
 
 def _init_scale(text: str) -> float | tuple[float, float]:

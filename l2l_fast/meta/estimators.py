@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -11,8 +11,21 @@ import torch
 from torch import Tensor
 
 from l2l_fast import normalize, ops
+from l2l_fast.meta import seeds
 from l2l_fast.meta.options import TrainerOptions
-from l2l_fast.meta.unroll import Estimate, Rule, Trajectory, at, loss_weights, window_
+from l2l_fast.meta.unroll import (
+    Estimate,
+    Record,
+    Rule,
+    Trajectory,
+    advance_,
+    at,
+    backpropagated,
+    loss_terms,
+    loss_weights,
+    window_,
+)
+from l2l_fast.tasks.base import Batch, send
 
 
 class Estimator(Protocol):
@@ -21,9 +34,11 @@ class Estimator(Protocol):
     Attributes:
         capturable: whether the device's part can be captured in a CUDA graph: it then works on tensors that keep their
             places, and what it needs of the host is the same in every window of one trajectory and one length.
+        copies: of every instance that its trajectories have (:class:`~l2l_fast.meta.unroll.Trajectory`).
     """
 
     capturable: bool
+    copies: int
 
     def prepare(self, trajectory: Trajectory, length: int) -> Callable[[], Estimate]:
         """Do the host's part of a window of ``length`` steps; what is returned does the device's, once.
@@ -62,6 +77,7 @@ class TruncatedBackpropagation:
     weights: Tensor | None = None
     coordinates: int | None = None
     capturable = True
+    copies = 1
 
     def prepare(self, trajectory: Trajectory, length: int) -> Callable[[], Estimate]:
         return partial(
@@ -82,6 +98,7 @@ class SecondDerivatives:
     objective: str = "sum"
     weights: Tensor | None = None
     capturable = False
+    copies = 1
 
     def prepare(self, trajectory: Trajectory, length: int) -> Callable[[], Estimate]:
         return partial(self._window, trajectory, length)
@@ -129,6 +146,7 @@ class Imitation:
     rule: Rule
     teacher: torch.optim.Optimizer
     capturable = False
+    copies = 1
 
     def prepare(self, trajectory: Trajectory, length: int) -> Callable[[], Estimate]:
         return partial(self._window, trajectory, length)
@@ -168,14 +186,154 @@ class Imitation:
         return Estimate(error.square().sum() / (2 * size), gradient)
 
 
-def estimator(options: TrainerOptions, rule: Rule) -> Estimator:
-    """The one that options ask for, of trajectories that the network itself leads."""
+@dataclass(frozen=True)
+class EvolutionStrategies:
+    r"""The gradient of the meta-loss smoothed by perturbations of the weights, by differences of losses alone.
+
+    g = 1 / (2 P sigma B) sum_{b, p} d[p, b] (L_b(phi + sigma e[p, b]) - L_b(phi - sigma e[p, b])),   e ~ N(0, I)
+
+    ``persistent=False`` is antithetic ES: d = e, and every copy begins the window where the unperturbed network stands,
+    so that what phi did before the window does not count, as in truncated backpropagation. ``persistent=True`` is PES:
+    every copy goes its own way from the start of the trajectory to its end, d is the sum of its e in all windows since,
+    and the sum of the windows' g is the gradient of the whole trajectory's meta-loss, without a bias of truncation; its
+    variance grows with the number of windows instead.
+
+    Nothing is differentiated, so g has what first-order backpropagation leaves out: how the gradients that the network
+    is fed depend on phi. Every instance has perturbations of its own, which follow from its seed and the step. The
+    meta-loss is the unperturbed network's, and NaN if a copy has diverged.
+
+    Args:
+        rule: the optimizer.
+        objective, weights: as :class:`TruncatedBackpropagation` has them.
+        perturbations: K = 2 P, perturbed copies of the network for each instance.
+        sigma: standard deviation of the perturbations.
+        persistent: PES in the place of ES.
+        trains: [W], which weights are perturbed; all if None.
+
+    Example:
+        >>> import l2l_fast as l2l
+        >>> from l2l_fast.meta.estimators import EvolutionStrategies
+        >>> from l2l_fast.meta.unroll import Rule, Trajectory
+        >>> network = l2l.CoordinatewiseLSTM("moments", hidden_size=4, num_layers=1)
+        >>> rule = Rule(network.config, network.flat_weights().detach())
+        >>> pes = EvolutionStrategies(rule, perturbations=4, persistent=True)
+        >>> instances = l2l.tasks.Instances(l2l.tasks.Quadratic(), [0, 1])
+        >>> trajectory = Trajectory(instances, network.config, copies=pes.copies)
+        >>> pes.prepare(trajectory, 5)().gradient.shape == rule.weights.shape
+        True
+
+    References:
+        Metz et al. 2019, https://arxiv.org/abs/1810.10180; PES: Vicol et al. 2021, https://arxiv.org/abs/2112.13835.
+    """
+
+    rule: Rule
+    objective: str = "sum"
+    weights: Tensor | None = None
+    perturbations: int = 16
+    sigma: float = 0.01
+    persistent: bool = False
+    trains: Tensor | None = None
+    capturable = True
+
+    @property
+    def copies(self) -> int:
+        return 1 + self.perturbations
+
+    def prepare(self, trajectory: Trajectory, length: int) -> Callable[[], Estimate]:
+        return partial(self._window, trajectory, self.next(trajectory, length), length)
+
+    def next(self, trajectory: Trajectory, length: int) -> Batch:
+        """The host's part: the window's perturbations, and its batches."""
+        shape = trajectory.noise.shape[::2]
+        drawn = [
+            torch.randn(
+                shape, generator=seeds.generator(seeds.PERTURBATION, instance.initial_seed(), trajectory.steps_done),
+                dtype=torch.float32, device="cpu",
+            )
+            for instance in trajectory.instances.generators
+        ]  # fmt: skip
+        trajectory.noise.copy_(send(torch.stack(drawn, 1), trajectory.noise.device))
+        if self.trains is not None:
+            trajectory.noise.mul_(self.trains)
+        return trajectory.next(length)
+
+    @torch.no_grad()
+    def advance_(
+        self, trajectory: Trajectory, batches: Batch, length: int, record: Record | None = None
+    ) -> tuple[Tensor, Estimate]:
+        """The device's part: all copies go on together. Gives the losses [T, B] of the unperturbed network as well."""
+        noise, phi = trajectory.noise, self.rule.weights
+        if self.persistent:
+            directions = trajectory.accumulated.add_(noise)
+        else:
+            directions = noise
+            trajectory.spread_()
+        moves = self.sigma * noise
+        each = torch.cat([phi.expand(1, *noise.shape[1:]), phi + moves, phi - moves]).flatten(0, 1)
+        grads = trajectory.grad.expand(length, -1, -1)  # each step's in the place of the one before
+        losses = advance_(trajectory, replace(self.rule, weights=each), batches, grads, record)
+        terms, _ = loss_terms(self.objective, losses, trajectory.first_losses, _first(self.weights, length))
+        meta_losses = trajectory.by_copy(terms.sum(0) * len(trajectory.theta))
+        own, up, down = meta_losses.split([1, len(noise), len(noise)])
+        gradient = self.gradient(up - down, directions).mean(0)
+        # Not finite where a copy's is not: such a trajectory is of no more use, though it may be finite itself.
+        meta_loss = own.mean() + 0 * meta_losses.sum()
+        return losses[:, : trajectory.count], Estimate(meta_loss, gradient)
+
+    def gradient(self, differences: Tensor, directions: Tensor) -> Tensor:
+        """Each instance's, [B, W], of differences L(phi + sigma e) - L(phi - sigma e) [P, B] and d [P, B, W]."""
+        return torch.einsum("pb,pbw->bw", differences, directions) / (2 * self.sigma * len(directions))
+
+    def _window(self, trajectory: Trajectory, batches: Batch, length: int) -> Estimate:
+        return self.advance_(trajectory, batches, length)[1]
+
+
+@dataclass(frozen=True)
+class WithBackpropagation:
+    """Two gradients of one window: that of :class:`EvolutionStrategies`, and that of :class:`TruncatedBackpropagation`.
+
+    The copies and the unperturbed network, along which backpropagation runs, go on together. What is made of the two
+    gradients [2, W], in this order, :mod:`l2l_fast.meta.mixtures` says.
+
+    Args:
+        perturbed: the first; its rule, objective and weights are the other's too.
+        coordinates: as :class:`TruncatedBackpropagation` has it.
+    """
+
+    perturbed: EvolutionStrategies
+    coordinates: int | None = None
+    capturable = True
+
+    @property
+    def copies(self) -> int:
+        return self.perturbed.copies
+
+    def prepare(self, trajectory: Trajectory, length: int) -> Callable[[], Estimate]:
+        return partial(self._window, trajectory, self.perturbed.next(trajectory, length), length)
+
+    def _window(self, trajectory: Trajectory, batches: Batch, length: int) -> Estimate:
+        one = self.perturbed
+        record = Record(trajectory, one.rule, length)
+        losses, estimate = one.advance_(trajectory, batches, length, record)
+        weights = _first(one.weights, length)
+        other = backpropagated(trajectory, one.rule, record, losses, one.objective, weights, self.coordinates)
+        return Estimate(estimate.meta_loss, torch.stack([estimate.gradient, other.gradient]))
+
+
+def estimator(options: TrainerOptions, rule: Rule, trains: Tensor | None = None) -> Estimator:
+    """The one that options ask for, of trajectories that the network itself leads; ``trains`` [W] says what trains."""
     weights = options.loss_weights
     if weights is not None:
         weights = torch.tensor(weights, dtype=rule.weights.dtype, device=rule.weights.device)
     if options.second_derivatives:
         return SecondDerivatives(rule, options.objective, weights)
-    return TruncatedBackpropagation(rule, options.objective, weights, options.coordinates)
+    if options.estimator == "backpropagation":
+        return TruncatedBackpropagation(rule, options.objective, weights, options.coordinates)
+    perturbed = EvolutionStrategies(
+        rule, options.objective, weights, options.perturbations, options.sigma, options.estimator.startswith("pes"),
+        trains,
+    )  # fmt: skip
+    return WithBackpropagation(perturbed, options.coordinates) if options.mixes else perturbed
 
 
 def _first(weights: Tensor | None, length: int) -> Tensor | None:

@@ -30,6 +30,7 @@ from l2l_fast.schedule import warm_cosine
 
 SCHEDULES = ("constant", "cosine")
 META_OPTIMIZERS = ("adam", "soap")
+ESTIMATORS = ("backpropagation", "es", "pes", "es+backpropagation", "pes+backpropagation")
 MAX_SCALING = 10.0  # factors from 5e-5 to 2e4; far beyond it, losses and gradients leave float32
 
 MakeOptimizer = Callable[[list], torch.optim.Optimizer]
@@ -102,6 +103,12 @@ RATES = Kind(
     ),
     "a positive number, or two with the lower first",
     lambda value: float(value) if is_number(value) else tuple(map(float, value)),
+)
+EVEN = Kind(lambda value: is_whole(value, 2) and value % 2 == 0, "an even int of at least 2")
+PERTURBED_SHARE = Kind(
+    lambda value: value == "variance" if isinstance(value, str) else is_number(value) and 0 <= value <= 1,
+    'in [0, 1], or "variance"',
+    lambda value: value if isinstance(value, str) else float(value),
 )
 FUNCTION = Kind(callable, "a function that makes an optimizer")
 DEVICE = Kind(lambda value: True, "a device", usable_device)
@@ -194,6 +201,22 @@ class TrainerOptions:
         """keep the gradients' dependence on theta; needs twice differentiable tasks, every coordinate. Slower to learn
         at first, and what moves a network on that first-order training has brought to rest.""",
     )  # fmt: skip
+    estimator: str = option(
+        "backpropagation", _one_of(ESTIMATORS),
+        """of the meta-gradient: "backpropagation", truncated; "es", antithetic evolution strategies, of each window by
+        itself; "pes", persistent ones, whose copies of the network go on from window to window, without bias by
+        truncation (:class:`~l2l_fast.meta.estimators.EvolutionStrategies`); or one of them mixed with backpropagation,
+        "es+backpropagation" or "pes+backpropagation".""",
+    )  # fmt: skip
+    perturbations: int = option(
+        16, EVEN, "perturbed copies of the network for each instance, in pairs, with an estimator that has them."
+    )
+    sigma: float = option(0.01, POSITIVE, "standard deviation of the perturbations.")
+    perturbed_share: float | str = option(
+        0.5, PERTURBED_SHARE,
+        """of the perturbed gradient where it is mixed with backpropagation's; "variance" weighs the two by the inverse
+        of their variances, each weight by itself.""",
+    )  # fmt: skip
     validate_every: int = option(
         100, COUNT, "meta-steps between validations; the weights with the best score are kept."
     )
@@ -223,7 +246,13 @@ class TrainerOptions:
             value, kind = getattr(self, one.name), one.metadata["kind"]
             require(kind.good(value), one.name, value, kind.allowed)
             self._keep(one.name, kind.convert(value))
-        second = self.second_derivatives
+        for one in fields(self):
+            given = one.name in self.unheeded and getattr(self, one.name) != one.default
+            require(not given, one.name, getattr(self, one.name), f"left out with estimator={self.estimator!r}")
+        second, alone = self.second_derivatives, self.estimator == "backpropagation"
+        require(alone or not second, "second_derivatives", second, f"False with estimator={self.estimator!r}")
+        sampled = alone or self.mixes or self.coordinates is None
+        require(sampled, "coordinates", self.coordinates, f"None with estimator={self.estimator!r}")
         require(not (second and self.coordinates), "coordinates", self.coordinates, "None with second_derivatives")
         require(not (second and any(self.imitation)), "imitation", self.imitation, "0 with second_derivatives=True")
         length = self.loss_weights is None or len(self.loss_weights) == self.unroll
@@ -231,6 +260,17 @@ class TrainerOptions:
         on_gpu = self.device.type == "cuda"
         require(on_gpu or not self.graphs, "graphs", self.graphs, f"False or None on {self.device}")
         self._keep("graphs", on_gpu if self.graphs is None else self.graphs)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether there are two estimates of the meta-gradient."""
+        return self.estimator.endswith("+backpropagation")
+
+    @property
+    def unheeded(self) -> list[str]:
+        """Options that the estimator does not ask for."""
+        perturbed = [] if self.estimator != "backpropagation" else ["perturbations", "sigma"]
+        return perturbed + ([] if self.mixes else ["perturbed_share"])
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

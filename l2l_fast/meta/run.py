@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,8 @@ class Run:
         # What earlier versions had none of is named where it is used, so that their checkpoints go on.
         if settings["lr_schedule"] == "constant":
             del settings["lr_schedule"]
+        for name in options.unheeded + ["estimator"] * (options.estimator == "backpropagation"):
+            del settings[name]
         settings |= {name: getattr(network, name) for name in ("input_rms", "orthogonalize") if getattr(network, name)}
         settings |= {"linear_path": True} if linear_path else {}
         settings["frozen"], settings["ranks"] = self.update.frozen, ranks.world()
@@ -93,6 +96,7 @@ class Run:
                 "averaged": self.weights.averaged,
                 "meta_optimizer": self.update.optimizer.state_dict(),
                 "horizon": self.options.horizon.state_dict(),
+                "mixture": self.update.mixture and self.update.mixture.state_dict(),
                 "streams": every_rank,
                 "history": vars(self.history),
             }
@@ -108,6 +112,7 @@ class Run:
         if saved is None:
             return
         before, refusal = (self.update.optimizer.state_dict(), horizon.state_dict()), None
+        mixed = self.update.mixture and copy.deepcopy(self.update.mixture.state_dict())
         try:
             weights = [saved[name] for name in ("weights", "averaged", "best")]
             for flat in weights:
@@ -115,10 +120,14 @@ class Run:
             numbers, history = (saved["meta_step"], saved["started"]), History(**saved["history"])
             streams = self.streams.restored(saved["streams"][ranks.rank()])
             horizon.load_state_dict(saved["horizon"])
+            if self.update.mixture is not None:
+                self.update.mixture.load_state_dict(saved["mixture"])
             self.update.load_state_dict(saved["meta_optimizer"])
         except Exception as error:
             self.update.load_state_dict(before[0])
             horizon.load_state_dict(before[1])
+            if mixed is not None:
+                self.update.mixture.load_state_dict(mixed)
             refusal = ValueError(
                 f"{folder.path} is damaged ({type(error).__name__}: {error}): give another checkpoint folder"
             )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 # The first word of every seed sequence, so that no two purposes share random numbers.
-INSTANCE, SCALING, TRAJECTORY, VALIDATION, RATE = range(5)
+INSTANCE, SCALING, TRAJECTORY, VALIDATION, RATE, PERTURBATION = range(6)
 
 
 def seed(*words: int) -> int:

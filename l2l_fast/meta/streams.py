@@ -34,12 +34,13 @@ class TrajectoryPool:
 
     def start(
         self, kind: tuple, instances: Instances, scaling: Tensor | None = None,
-        schedule: Callable[[int], float] | None = None,
+        schedule: Callable[[int], float] | None = None, copies: int = 1,
     ) -> Trajectory:  # fmt: skip
         """A trajectory at its start; ``kind`` tells trajectories apart that must not share memory."""
-        ended = self._ended[kind, tuple(instances.shapes.items())]
+        ended = self._ended[kind, copies, tuple(instances.shapes.items())]
         if not ended:
-            return Trajectory(instances, self.rule.config, self.rule.weights.dtype, scaling, self.window, schedule)
+            dtype = self.rule.weights.dtype
+            return Trajectory(instances, self.rule.config, dtype, scaling, self.window, schedule, copies)
         trajectory = ended.pop()
         trajectory.place(instances, scaling, schedule)
         self.graphs((trajectory, 0), trajectory.evaluate_start_)
@@ -48,7 +49,7 @@ class TrajectoryPool:
     def leave(self, kind: tuple, trajectory: Trajectory) -> None:
         """Keep an ended trajectory's memory for the next of its kind."""
         if self.graphs.capture is not None:
-            self._ended[kind, tuple(trajectory.instances.shapes.items())].append(trajectory)
+            self._ended[kind, trajectory.copies, tuple(trajectory.instances.shapes.items())].append(trajectory)
 
 
 @dataclass(eq=False)
@@ -84,13 +85,18 @@ class Stream:
 class Streams:
     """``parallel`` slots in which trajectories run.
 
+    Args:
+        tasks, options: of the trainer.
+        pool: starts trajectories.
+        copies: of every instance that trajectories have which the network itself leads.
+
     Attributes:
         running: the stream in each slot, None where the next meta-step starts one.
         started: how many have been started in the run.
     """
 
-    def __init__(self, tasks: Sequence[Task], options: TrainerOptions, pool: TrajectoryPool) -> None:
-        self.tasks, self.options, self.pool = tasks, options, pool
+    def __init__(self, tasks: Sequence[Task], options: TrainerOptions, pool: TrajectoryPool, copies: int = 1) -> None:
+        self.tasks, self.options, self.pool, self.copies = tasks, options, pool, copies
         self.running: list[Stream | None] = [None] * options.parallel
         self.started = 0
         self._drawn: tuple | None = None  # the number of a trajectory to come, and what :meth:`_draw` gives for it
@@ -121,7 +127,8 @@ class Streams:
             self._drawn = number, *self._draw(number, task_index)
         (_, instances, scaling), self._drawn = self._drawn, None
         schedule = self.options.rates(horizon, number)
-        trajectory = self.pool.start(("training", task_index), instances, scaling, schedule)
+        copies = 1 if led else self.copies
+        trajectory = self.pool.start(("training", task_index), instances, scaling, schedule, copies)
         return Stream(number, task_index, horizon, trajectory, self._teacher(trajectory) if led else None)
 
     def _teacher(self, trajectory: Trajectory) -> torch.optim.Optimizer:
@@ -170,10 +177,10 @@ class Streams:
             raise
 
     def _restore(self, entry: dict) -> Stream:
-        stream = self.make(entry["number"], entry["task_index"], entry["horizon"], led=False)
+        led = entry["teacher"] is not None
+        stream = self.make(entry["number"], entry["task_index"], entry["horizon"], led)
         stream.trajectory.load_state_dict(entry["trajectory"])
-        if entry["teacher"] is not None:
-            stream.teacher = self._teacher(stream.trajectory)
+        if led:
             stream.teacher.load_state_dict(entry["teacher"])
         return stream
 

@@ -19,6 +19,7 @@ from l2l_fast.meta.display import progress_bar, tensorboard
 from l2l_fast.meta.estimators import Estimate, Imitation, estimator
 from l2l_fast.meta.graphs import CudaCapture, Graphs
 from l2l_fast.meta.interrupt import DeferredInterrupt
+from l2l_fast.meta.mixtures import mixture
 from l2l_fast.meta.options import TrainerOptions, documented, takes
 from l2l_fast.meta.run import History, Run, meta_optimizer_maker
 from l2l_fast.meta.streams import Stream, Streams, TrajectoryPool
@@ -34,7 +35,7 @@ from l2l_fast.tasks import get as get_task
 
 @documented
 class MetaTrainer:
-    r"""Trains a network by truncated backpropagation through time of the optimizer's own trajectories.
+    r"""Trains a network along the optimizer's own trajectories, by truncated backpropagation through time or by ES.
 
     phi <- phi - meta_optimizer(d/dphi sum_{t in window} w[t] f_t(theta[t])),   theta[t+1] = theta[t] + u[t](phi)
 
@@ -95,7 +96,9 @@ class MetaTrainer:
 
         with plain(self.device):  # tensors that were made for inference alone could not be trained with
             make = meta_optimizer_maker(options)
-            self.update = MetaUpdate(network, make, options.clip, options.parallel, options.clip_windows)
+            self.update = MetaUpdate(
+                network, make, options.clip, options.parallel, options.clip_windows, partial(mixture, options)
+            )
             self.meta_optimizer, self.parameters = self.update.optimizer, self.update.parameters
             rated = all("lr" in group for group in self.meta_optimizer.param_groups)
             require(rated or (options.schedule == "constant" and not options.warmup), "schedule", options.schedule,
@@ -105,10 +108,11 @@ class MetaTrainer:
                 network.config, self.update.weights, 1.0 if scheduled else options.lr, options.weight_decay,
                 network.update_rms, network.input_rms, network.orthogonalize,
             )  # fmt: skip
-            self.estimator = estimator(options, self.rule)
+            self.estimator = estimator(options, self.rule, self.update.trains)
             self.graphs, self._eager = Graphs(CudaCapture(self.device) if options.graphs else None), Graphs()
             pool = TrajectoryPool(self.rule, options.unroll, self.graphs)
-            self.streams, self.validation = Streams(self.tasks, options, pool), Validation(self.tasks, options, pool)
+            self.streams = Streams(self.tasks, options, pool, self.estimator.copies)
+            self.validation = Validation(self.tasks, options, pool)
             self.weights = RunWeights(network)
             self.run = Run(self.tasks, options, self.update, self.weights, self.streams)
             self._meta_loss = self.update.weights.new_zeros(())  # of the window just run
@@ -278,7 +282,7 @@ class MetaTrainer:
         for slot in range(self.options.parallel):
             self._window(self.streams.in_slot(slot, fraction))
             update.results[slot].copy_(self._meta_loss)
-        ranks.average_(update.gradient, update.results[:-1])
+        ranks.average_(update.gathered, update.results[:-1])
         # A meta-optimizer of one's own may have a rate of its own.
         if self.options.schedule != "constant" or self.options.warmup:
             update.set_lr(self._rate(fraction))

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from l2l_fast import normalize, ops
-from l2l_fast.config import Config
+from l2l_fast.config import Config, num_weights
 from l2l_fast.meta.sampling import sample_coordinates
 from l2l_fast.tasks import Instances
 from l2l_fast.tasks.base import Batch, send
@@ -63,6 +63,10 @@ class Trajectory:
     Its tensors keep their places in memory: a window changes them in place, and so does :meth:`place`. What is captured
     of one window (:mod:`l2l_fast.meta.graphs`) so serves every later one, of this trajectory and of those that follow.
 
+    With ``copies`` every instance goes its way C times over on the same batches, each time with weights of its own, and
+    the tensors have C * B rows: the trajectory's own B first, which the unperturbed network leads, then P = (C - 1) / 2
+    copies with a perturbation added and P with it subtracted.
+
     Args:
         instances: the B optimizees.
         config: what the network computes.
@@ -70,19 +74,28 @@ class Trajectory:
         scaling: optional [B, N] factors c: the optimizer sees theta / c and minimises f(c * theta) (Lv et al. 2017).
         window: the most steps that one window will have; a longer one makes the batches' place anew.
         schedule: of the step, counted from 0, what the rule's ``lr`` is multiplied by there; None: 1.
+        copies: C, odd.
+
+    Attributes:
+        noise: the window's perturbations in units of their standard deviation, [P, B, W].
+        accumulated: the sum of those since the start, [P, B, W].
     """
 
     def __init__(
         self, instances: Instances, config: Config, dtype=torch.float32, scaling: Tensor | None = None, window: int = 1,
-        schedule: Callable[[int], float] | None = None,
+        schedule: Callable[[int], float] | None = None, copies: int = 1,
     ) -> None:  # fmt: skip
-        self.theta = torch.empty_like(instances.start(), dtype=dtype)
+        start = instances.start()
+        self.count, self.copies = len(start), copies  # B, C
+        self.theta = start.new_empty(copies * len(start), start.shape[1], dtype=dtype)
         self.shapes = list(instances.shapes.values())  # of an instance's tensors
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.square = self.theta.new_zeros(len(self.theta), len(self.sizes))  # with input_rms
         self.rates = self.theta.new_ones(window)  # the schedule's in the window
-        self.scaling = None if scaling is None else torch.empty_like(scaling)
-        self.state = ops.new_state(self.theta, config, dtype)
+        self.scaling = None if scaling is None else scaling.new_empty(self.theta.shape)
+        self.state = ops.new_state(self.theta, config, dtype, several=copies > 1)
+        self.noise = self.theta.new_zeros(copies // 2, self.count, num_weights(config) if copies > 1 else 0)
+        self.accumulated = torch.zeros_like(self.noise)
         self.step = torch.zeros(
             (), dtype=torch.float32, device=self.theta.device
         )  # steps_done, where the kernels read it
@@ -98,11 +111,12 @@ class Trajectory:
     ) -> None:
         """Put another start here, of as many instances with the same shapes; :meth:`evaluate_start_` comes next."""
         self.instances, self.steps_done, self.schedule = instances, 0, schedule
-        self.theta.copy_(instances.start())
+        self.by_copy(self.theta).copy_(instances.start())
         self.theta.grad = None  # a teacher's
         if scaling is not None:
-            self.theta.div_(scaling)
-            self.scaling.copy_(scaling)
+            self.by_copy(self.scaling).copy_(scaling)
+            self.theta.div_(self.scaling)
+        self.accumulated.zero_()
         self.state.zero_()
         self.square.zero_()
         self.step.zero_()
@@ -132,6 +146,16 @@ class Trajectory:
         if not self.instances.task.resample:  # they are what they were
             return tree_map(lambda leaf: leaf[0].expand(length, *leaf.shape[1:]), self._batches)
         return self._hold(self.instances.draws(length), length)
+
+    def by_copy(self, rows: Tensor) -> Tensor:
+        """Rows [C * B, ...] as [C, B, ...]."""
+        return rows.view(self.copies, self.count, *rows.shape[1:])
+
+    def spread_(self) -> None:
+        """Put every copy where the trajectory itself is."""
+        for rows in (self.theta, self.grad, self.state, self.square):
+            rows = rows.unflatten(0, (self.copies, self.count))
+            rows[1:] = rows[0]
 
     def rate(self, step: int) -> float:
         """What the rule's ``lr`` is multiplied by in a step, counted from 0."""
@@ -173,6 +197,7 @@ class Trajectory:
 
     def state_dict(self) -> dict:
         names = ("scaling", "theta", "state", "square", "steps_done", "losses", "grad", "first_losses")
+        names += ("accumulated",) if self.copies > 1 else ()
         return {**{name: getattr(self, name) for name in names}, "instances": self.instances.state_dict()}
 
     def load_state_dict(self, saved: dict) -> None:
@@ -202,15 +227,23 @@ def loss_weights(
     Returns:
         the 0-dim meta-loss and dL/df, [T, B].
     """
+    terms, derivatives = loss_terms(objective, losses, first_losses, weights)
+    return terms.sum(), derivatives
+
+
+def loss_terms(
+    objective: str, losses: Tensor, first_losses: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What every loss adds to the meta-loss of :func:`loss_weights`, and the derivatives, [T, B] each."""
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {objective!r}")
     weights = torch.ones_like(losses) if weights is None else weights.to(losses)[:, None].expand_as(losses)
     weights = weights / losses.shape[1]
     if objective == "log":
-        return (weights * (losses + EPSILON).log()).sum(), weights / (losses + EPSILON)
+        return weights * (losses + EPSILON).log(), weights / (losses + EPSILON)
     if objective == "relative":
         weights = weights / (first_losses + EPSILON)
-    return (weights * losses).sum(), weights
+    return weights * losses, weights
 
 
 def suffix_sums(
@@ -238,20 +271,40 @@ def suffix_sums(
 
 
 class Record:
-    """What :func:`advance_` leaves of a window for the gradient: what the network saw and gave, [T, B, N] each.
+    """What :func:`advance_` leaves of a window for the gradient, of the trajectory's own B rows.
+
+    Args:
+        trajectory: where the window begins.
+        rule: the optimizer.
+        length: T.
 
     Attributes:
-        inputs: with ``input_rms``, what it saw of the gradients; else None.
+        first_state, first_step: the state [B * N, S] before the first step, and its number.
+        grads: at theta[0] .. theta[T], [T + 1, B, N].
+        inputs: with ``input_rms``, what the network saw of the gradients, [T, B, N]; else None.
         raw: with ``update_rms``, d, what it gave; else None.
         joined: with ``orthogonalize``, d after the momentum was added, before it is scaled; else None.
     """
 
-    def __init__(self, rule: Rule, like: Tensor) -> None:
+    def __init__(self, trajectory: Trajectory, rule: Rule, length: int) -> None:
+        own = slice(trajectory.count)
+        theta, state = trajectory.theta[own], trajectory.state[own]
+        first_state = ops.new_state(theta, rule.config, state.dtype).copy_(state)
+        self.first_state, self.first_step = first_state.view(theta.numel(), -1), trajectory.step + 1
+        self.grads = theta.new_empty(length + 1, *theta.shape)
+        self.grads[0] = trajectory.grad[own]
+
         def kept(flag: bool) -> Tensor | None:
-            return torch.empty_like(like) if flag else None
+            return torch.empty_like(self.grads[1:]) if flag else None
 
         self.inputs, self.raw = kept(rule.input_rms is not None), kept(rule.update_rms is not None)
         self.joined = kept(rule.orthogonalize)
+
+    def keep(self, name: str, t: int, rows: Tensor) -> None:
+        """Of all rows, in step t, the trajectory's own, if there is a place for them."""
+        place = getattr(self, name)
+        if place is not None:
+            place[t] = rows[: place.shape[1]]
 
 
 @torch.no_grad()
@@ -264,11 +317,11 @@ def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor, 
         trajectory: moved on in place.
         rule: the optimizer.
         batches: of T steps, from ``trajectory.next(T)``.
-        grads: [T, B, N], takes the gradients at theta[1] .. theta[T].
-        record: takes what the gradient needs.
+        grads: [T, C * B, N], takes the gradients at theta[1] .. theta[T]; all may have one place.
+        record: takes what the gradient needs; of a trajectory without copies, ``grads`` are its own.
 
     Returns:
-        losses [T, B].
+        losses [T, C * B].
     """
     evaluate, grad, losses, theta = trajectory.evaluator(), trajectory.grad, [], trajectory.theta
     rates = (rule.lr * trajectory.rates).to(rule.weights.dtype)
@@ -287,13 +340,14 @@ def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor, 
                 moves -= torch.where(normalize.is_held(d), 0.0, lr * rule.weight_decay * theta)
             theta += moves
             if record is not None:
-                record.raw[t] = d
-                if record.joined is not None:
-                    record.joined[t] = joined
-        if record is not None and record.inputs is not None:
-            record.inputs[t] = x
+                record.keep("raw", t, d)
+                record.keep("joined", t, joined)
+        if record is not None:
+            record.keep("inputs", t, x)
         grad = grads[t]
         losses.append(evaluate(at(batches, t), grad))
+        if record is not None and trajectory.copies > 1:
+            record.keep("grads", t + 1, grad)
     trajectory.grad.copy_(grad)
     trajectory.losses.copy_(losses[-1])
     return torch.stack(losses)
@@ -305,7 +359,7 @@ def _joined(trajectory: Trajectory, d: Tensor, x: Tensor, rule: Rule) -> Tensor:
 
 
 def _step_(trajectory: Trajectory, theta: Tensor, grad: Tensor, rule: Rule, lr: Tensor, weight_decay: float) -> None:
-    """One step of the network, of ``theta`` and the trajectory's state."""
+    """One step of the network, or of each row's own, of ``theta`` and the trajectory's state."""
     ops.lstm_step_(
         [theta], [grad], [trajectory.state], rule.weights, lr, [trajectory.step], rule.config,
         weight_decay=weight_decay,
@@ -336,13 +390,33 @@ def window_(
         coordinates: how many, of B * N, are drawn to stand for all in the gradient; None for all of them. See
             :func:`~l2l_fast.meta.sampling.sample_coordinates`.
     """
-    size, first_state = trajectory.theta.numel(), trajectory.state.clone(memory_format=torch.preserve_format)
-    first_step = trajectory.step + 1
-    grads = trajectory.grad.new_empty(length + 1, *trajectory.grad.shape)
-    grads[0] = trajectory.grad
-    record = Record(rule, grads[1:])
-    losses = advance_(trajectory, rule, batches, grads[1:], record)
-    meta_loss, d_losses = loss_weights(objective, losses, trajectory.first_losses, weights)
+    record = Record(trajectory, rule, length)
+    losses = advance_(trajectory, rule, batches, record.grads[1:], record)
+    return backpropagated(trajectory, rule, record, losses, objective, weights, coordinates)
+
+
+@torch.no_grad()
+def backpropagated(
+    trajectory: Trajectory,
+    rule: Rule,
+    record: Record,
+    losses: Tensor,
+    objective: str,
+    weights: Tensor | None,
+    coordinates: int | None,
+) -> Estimate:
+    """The gradient of a window that has been gone through, of the trajectory's own rows.
+
+    Args:
+        trajectory: after the window.
+        rule: the optimizer, with the weights [W] that have led these rows.
+        record: what the window has left.
+        losses: f_t at t = 1 .. T, [T, B].
+        objective, weights, coordinates: as :func:`window_` has them.
+    """
+    length, size, grads = len(losses), record.grads[0].numel(), record.grads
+    first_losses = trajectory.first_losses[: trajectory.count]
+    meta_loss, d_losses = loss_weights(objective, losses, first_losses, weights)
     d_updates = suffix_sums(grads[1:], d_losses, rule.lr * trajectory.rates[:length], rule.weight_decay)
     if rule.update_rms is not None:
         joined = record.joined if rule.orthogonalize else record.raw
@@ -351,12 +425,14 @@ def window_(
         d_updates = normalize.join_rows_backward(d_updates, record.raw, trajectory.shapes)
     inputs = grads[:length] if record.inputs is None else record.inputs
     d_updates, inputs = d_updates.view(length, size), inputs.view(length, size)
-    states = first_state.view(size, -1)
+    states = record.first_state
     if coordinates is not None and coordinates < size:
         chosen, factors = sample_coordinates(d_updates, coordinates, trajectory.shift)
         d_updates, inputs = d_updates[:, chosen] * factors, inputs[:, chosen]
         states = states.T[:, chosen].T  # along the rows, which are contiguous
-    *_, d_weights = ops.lstm_unroll_backward(d_updates, None, inputs, states, rule.weights, rule.config, first_step)
+    *_, d_weights = ops.lstm_unroll_backward(
+        d_updates, None, inputs, states, rule.weights, rule.config, record.first_step
+    )
     return Estimate(meta_loss, d_weights)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from l2l_fast.checks import require
 from l2l_fast.config import split_weights, weight_shapes
+from l2l_fast.meta.mixtures import Mixture
 from l2l_fast.networks import CoordinatewiseLSTM
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -26,10 +27,15 @@ class MetaUpdate:
         clip: largest norm of the gradient, or None.
         windows: how many a meta-step averages over.
         clip_windows: largest norm of one window's gradient, or None.
+        make_mixture: of an estimator that gives two gradients, [2, W]: what makes one of them, from the weights; it may
+            give None, for one gradient alone.
 
     Attributes:
         weights: the network's, flat, as of the last :meth:`begin`, [W].
-        gradient: the mean over the windows, [W].
+        gathered: the mean over the windows, [W], or [2, W] with a mixture.
+        gradient: the one that the meta-optimizer has, [W].
+        mixture: what was made, or None.
+        trains: [W], which weights are not frozen; None if none is.
         results: the windows' meta-losses and the norm of the gradient before clipping, [windows + 1].
         skips: whether the meta-optimizer itself, told by ``found_inf``, leaves the weights alone where a result is
             not finite, as torch's fused ones do. Otherwise the caller has to look before :meth:`step`.
@@ -47,6 +53,7 @@ class MetaUpdate:
         clip: float | None,
         windows: int,
         clip_windows: float | None = None,
+        make_mixture: Callable[[Tensor], Mixture | None] = lambda weights: None,
     ) -> None:
         self.network, self.clip, self.windows, self.clip_windows = network, clip, windows, clip_windows
         self._all = _parameters(network)
@@ -54,11 +61,14 @@ class MetaUpdate:
         self.parameters = [parameter for name, parameter in self._all.items() if name not in self.frozen]
         require(bool(self.parameters), "network", "one whose parameters all are frozen", "one with something to train")
         self.weights = network.flat_weights().detach()
-        self._trains = None  # [W], where there is a choice
+        self.trains = None
         if self.frozen:
             flags = [torch.full_like(one.detach(), one.requires_grad, dtype=torch.bool) for one in self._all.values()]
-            self._trains = torch.cat([flag.view(-1) for flag in flags])
-        self.gradient = torch.zeros_like(self.weights)
+            self.trains = torch.cat([flag.view(-1) for flag in flags])
+        self.gathered = self.gradient = torch.zeros_like(self.weights)
+        self.mixture = make_mixture(self.weights)
+        if self.mixture is not None:
+            self.gathered = self.weights.new_zeros(2, len(self.weights))
         self.results = self.weights.new_zeros(windows + 1)
         self.found_inf = torch.zeros((), dtype=torch.float32, device=self.weights.device)
         self.optimizer = optimizer = make_optimizer(self.parameters)
@@ -96,16 +106,17 @@ class MetaUpdate:
     def begin(self) -> None:
         """Of a meta-step: the weights as the network has them by now, and no gradient yet."""
         self.weights.copy_(self.network.flat_weights())
-        self.gradient.zero_()
+        self.gathered.zero_()
 
     @torch.no_grad()
     def add(self, d_weights: Tensor) -> None:
-        """One window's gradient to the mean over them."""
-        if self._trains is not None:
-            d_weights = torch.where(self._trains, d_weights, 0.0)
+        """One window's gradient, or two of it, to the mean over them. For a mixture, one counts as both."""
+        if self.trains is not None:
+            d_weights = torch.where(self.trains, d_weights, 0.0)
         if self.clip_windows is not None:
-            d_weights = d_weights * _share(d_weights.norm(), self.clip_windows)
-        self.gradient += d_weights / self.windows
+            norms = torch.linalg.vector_norm(d_weights, dim=-1, keepdim=True)
+            d_weights = d_weights * _share(norms, self.clip_windows)
+        self.gathered += d_weights / self.windows
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -116,7 +127,9 @@ class MetaUpdate:
 
     @torch.no_grad()
     def measure(self) -> None:
-        """The gradient's norm, and the gradient clipped by it."""
+        """The gradient, its norm, and the gradient clipped by it."""
+        if self.mixture is not None:
+            self.gradient.copy_(self.mixture(self.gathered))
         norm = self.gradient.norm()
         self.results[-1].copy_(norm)
         if self.clip is not None:

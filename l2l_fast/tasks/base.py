@@ -198,17 +198,24 @@ class Instances:
         losses[i] = f(params[i]; batch[i])
 
         Args:
-            params: by name, [B, *shape], on this device.
-            batch: one step's, leaves [B, ...], as :meth:`draw` gives it.
+            params: by name, [B, *shape], on this device; or [C * B, *shape], C copies of all instances in turn.
+            batch: one step's, leaves [B, ...], as :meth:`draw` gives it; every copy has the same.
 
         Returns:
-            [B]; differentiable in ``params``.
+            [B], or [C * B]; differentiable in ``params``.
 
         Raises:
             RuntimeError: if B > 1 and the task's loss is not made for ``torch.vmap``, and the task does not say so.
         """
-        if len(self.generators) > 1:
-            return batched(self.task, self.task.loss)(params, batch)
+        task, count = self.task, len(self.generators)
+        copies = len(next(iter(params.values()))) // count
+        if copies > 1 and count > 1:
+            params = {name: param.view(copies, count, *param.shape[1:]) for name, param in params.items()}
+            return batched(task, batched(task, task.loss), (0, None))(params, batch).flatten()
+        if copies > 1:
+            return batched(task, task.loss, (0, None))(params, tree_map(lambda leaf: leaf.squeeze(0), batch))
+        if count > 1:
+            return batched(task, task.loss)(params, batch)
         # One instance by itself: the batching rules would take as long as a small network.
         params = {name: param.squeeze(0) for name, param in params.items()}
         return self.task.loss(params, tree_map(lambda leaf: leaf.squeeze(0), batch)).unsqueeze(0)

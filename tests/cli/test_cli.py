@@ -79,6 +79,20 @@ def test_meta_train_then_compare(run, tmp_path):
     assert json.loads(text)["best_baseline"] == "adam"
 
 
+def test_meta_train_by_evolution_strategies(run, tmp_path):
+    arguments = ("meta-train", "quadratic", "--meta-steps", 2, "--instances", 2, "--horizon", "20", "--out", tmp_path)
+    options = ("--estimator", "pes+backpropagation", "--perturbations", 4, "--sigma", 0.02)
+    code, text, _ = run(*arguments, *options, "--perturbed-share", "variance")
+    assert code == 0
+    assert "2 meta-steps" in text
+    code, _, err = run(*arguments, *options, "--perturbed-share", "half")
+    assert code == 2
+    assert "give a number from 0 to 1, or variance" in err
+    code, _, err = run(*arguments, "--estimator", "bptt")
+    assert code != 0
+    assert "estimator must be one of" in err
+
+
 def test_meta_train_by_a_recipe(run, tmp_path):
     recipe = {"tasks": [{"name": "digits-mlp", "init_scale": [0.01, 0.1]}], "network": {"hidden_size": 3},
               "training": {"horizon": "5:10", "unroll": 5, "meta_optimizer": "soap", "average": 0.5,

@@ -23,7 +23,7 @@ struct Made {
     for (int64_t n : sizes) count *= n;
     const Scalar step = {nullptr, Number::int64};
     tensor = {int(sizes.size()), sizes.data(), count, {address(0), DType::float16, param.data()},
-              {address(0), DType::bfloat16, grad.data()}, {address(0), DType::bfloat16, state.data()}, 1 << 10, step};
+              {address(0), DType::bfloat16, grad.data()}, {address(0), DType::bfloat16, state.data()}, 1 << 10, step, 0};
   }
   Made(Made&&) = default;
 };
@@ -51,7 +51,7 @@ void dense_group(const std::vector<int64_t>& counts, int width) {
   const Entries found = entries(arguments(tensors));
   expect(found.strided.empty(), "stride one is dense");
   std::set<int64_t> seen;
-  for_each_table(found.dense, width, [&](const auto& table) {
+  for_each_table(found.dense, 1, width, [&](const auto& table) {
     expect(sizeof table <= 32 << 10 && table.count > 0, "a table fits a kernel's parameters");
     for (int64_t t = 0; t < table.tiles; ++t) {
       const Tile tile = find_tile(table, t, width);
@@ -64,12 +64,40 @@ void dense_group(const std::vector<int64_t>& counts, int width) {
   expect(int64_t(seen.size()) == expected && expected == base, "every coordinate is met");
 }
 
+// The same tensors for each of several networks: every tile knows its network, and the networks are alike.
+void several(int64_t tensors, int networks) {
+  std::vector<DenseEntry> all;
+  for (int k = 0; k < networks; ++k)
+    for (int64_t i = 0; i < tensors; ++i) {
+      DenseEntry entry{};
+      entry.param = address(1000 * (k * tensors + i));
+      entry.count = 1 + i % 5 * 40;
+      all.push_back(entry);
+    }
+  std::set<int64_t> seen;
+  for_each_table(all, networks, 32, [&](const auto& table) {
+    expect(table.count > 0 && table.tiles == table.tiles_each * table.networks, "networks are alike");
+    for (int64_t t = 0; t < table.tiles; ++t) {
+      const Tile tile = find_tile(table, t, 32);
+      const int64_t at = element(table.entries[tile.entry].param);
+      expect(at / 1000 / tensors == table.network(t), "a tile's network");
+      for (int i = 0; i < tile.count; ++i) expect(seen.insert(at + tile.first + i).second, "met once");
+    }
+  });
+  int64_t expected = 0;
+  for (const DenseEntry& entry : all) expected += entry.count;
+  expect(int64_t(seen.size()) == expected, "every coordinate is met");
+  // What cannot be taken of one network is left of all.
+  const auto taken = take(all, networks, [&](const DenseEntry& entry) { return element(entry.param) != 1000 * tensors; });
+  expect(int64_t(all.size()) == networks && int64_t(taken.size()) == networks * (tensors - 1), "alike after take");
+}
+
 void huge() {
   const int64_t count = (int64_t(1) << 40) + 17;
   std::vector<Made> made;
   for (int64_t n : {int64_t(5), count, int64_t(33)}) made.push_back(dense(n));
   const Entries found = entries(arguments({made[0].tensor, made[1].tensor, made[2].tensor}));
-  for_each_table(found.dense, 32, [&](const auto& table) {
+  for_each_table(found.dense, 1, 32, [&](const auto& table) {
     const int64_t last = (count + 31) / 32;
     Tile tile = find_tile(table, last, 32);
     expect(tile.entry == 1 && tile.first == count - 17 && tile.count == 17, "the last tile of a huge tensor");
@@ -107,8 +135,8 @@ void strided(const Made& made) {
       }
     }
   };
-  for_each_table(all.dense, 32, collect);
-  for_each_table(all.strided, 32, collect);
+  for_each_table(all.dense, 1, 32, collect);
+  for_each_table(all.strided, 1, 32, collect);
   expect(found == expected, "the places are those of the strides");
 }
 
@@ -125,6 +153,8 @@ int main() {
     dense_group(many, width);
   }
   huge();
+  for (int64_t tensors : {1, 3, 40, 700})
+    for (int networks : {2, 17, 100}) several(tensors, networks);
   strided(Made({}, {}, {}, {}));
   strided(Made({1, 1}, {7, 9}, {0, 0}, {5, 5}));
   strided(Made({50}, {2}, {1}, {1}));

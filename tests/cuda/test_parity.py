@@ -126,6 +126,41 @@ def test_step_with_every_option(device, config):
     )
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("networks", [1, 3, 60])
+@pytest.mark.parametrize("size", [3, 32, 70])
+@both_networks
+def test_step_of_several_networks(device, config, size, networks, state_dtype):
+    """Each with its own weights; 60 of 70 coordinates are more tiles than teams take."""
+    weights = torch.stack([make_weights(config, seed) for seed in range(networks)])
+    params = [torch.randn(networks, size), torch.randn(networks, 2, 5)]
+    states = [ops.new_state(param, config, state_dtype, several=True) for param in params]
+    for state in states:
+        for k in range(networks):
+            flat = make_state(state[k][..., 0].numel(), config, seed=k, dtype=state_dtype)
+            state[k] = flat.view(state[k].shape)
+    grads = [make_grads(*param.shape) for param in params]
+    found = check_rounded_step_of(device, params, grads, states, config, weights)
+    alone = []
+    for k in range(networks):
+        parts = [[tensor[k] for tensor in tensors] for tensors in (params, grads, states)]
+        alone.append(step_both(device, *parts, config, weights=weights[k])[0])
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if state_dtype is torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+    for k in range(networks):
+        for part in (0, 1):
+            for several, one in zip(found[part], alone[k][part], strict=True):
+                torch.testing.assert_close(several[k], one, **tolerance)
+
+
+def check_rounded_step_of(device, params, grads, states, config, weights):
+    """check_rounded_step of tensors of several networks, for coordinates in a row."""
+    found, expected = step_both(device, params, grads, states, config, weights=weights)
+    for actual, wanted in zip(found[0], expected[0], strict=True):
+        loose = states[0].dtype is torch.bfloat16
+        close(actual, wanted, atol=1e-3 * 0.7 * config.output_scale if loose else 2e-6)
+    return found
+
+
 @pytest.mark.parametrize("grad_like_param", [True, False])
 @pytest.mark.parametrize("canonical", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)

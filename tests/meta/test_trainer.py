@@ -434,18 +434,19 @@ def test_the_largest_scaling_skips_no_meta_step():
 
 _RANK = """
 import sys, torch, torch.distributed as dist, l2l_fast as l2l
-rank, world, instances, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+rank, world, instances = map(int, sys.argv[1:4])
+folder, options = sys.argv[4], eval(sys.argv[5])
+options |= dict(horizon=12, unroll=5, validate_every=3, clip=None, progress=False)
 if world > 1:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
 torch.manual_seed(0)
 network = l2l.CoordinatewiseLSTM("moments", 4, 1)
 network.bias_hh_l0.requires_grad_(False)
-trainer = l2l.MetaTrainer(network, "quadratic", instances=instances, horizon=12, unroll=5, validate_every=3,
-                          clip=None, progress=False, checkpoint=f"{folder}/checkpoint" if world > 1 else None)
+checkpoint = f"{folder}/checkpoint" if world > 1 else None
+trainer = l2l.MetaTrainer(network, "quadratic", instances=instances, checkpoint=checkpoint, **options)
 trainer.fit(7)
 if world > 1:  # and a resumed run on the same ranks goes on
-    trainer = l2l.MetaTrainer(network, "quadratic", instances=instances, horizon=12, unroll=5, validate_every=3,
-                              clip=None, progress=False, checkpoint=f"{folder}/checkpoint")
+    trainer = l2l.MetaTrainer(network, "quadratic", instances=instances, checkpoint=checkpoint, **options)
 trainer.fit(9)
 torch.save(trainer.weights.current, f"{folder}/weights-{world}-{rank}")
 if world > 1:
@@ -453,9 +454,14 @@ if world > 1:
 """
 
 
-def test_two_ranks_equal_one_with_twice_the_instances(tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"estimator": "pes"}, {"estimator": "es+backpropagation", "perturbed_share": "variance"}],
+    ids=lambda options: options.get("estimator", "backpropagation"),
+)
+def test_two_ranks_equal_one_with_twice_the_instances(tmp_path, options):
     def run(rank, world, instances):
-        arguments = [sys.executable, "-c", _RANK, str(rank), str(world), str(instances), str(tmp_path)]
+        arguments = [sys.executable, "-c", _RANK, str(rank), str(world), str(instances), str(tmp_path), repr(options)]
         return subprocess.Popen(arguments)
 
     processes = [run(0, 2, 3), run(1, 2, 3), run(0, 1, 6)]
