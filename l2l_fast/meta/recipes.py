@@ -23,6 +23,7 @@ import torch
 
 from l2l_fast.checkpoint import WEIGHTS, shipped
 from l2l_fast.files import write_text
+from l2l_fast.meta import ranks
 from l2l_fast.meta.curricula import parse_horizon
 from l2l_fast.meta.run import History
 from l2l_fast.meta.trainer import MetaTrainer
@@ -231,6 +232,8 @@ def train(
 ) -> Trained:
     """Train a network by a recipe, stage after stage, each from the network of the one before.
 
+    Of several ranks, as ``torchrun`` starts them, the first one writes into ``folder``, which all must share.
+
     Args:
         recipe: its name or path, as :func:`read` takes it, or the recipe itself, whose tasks may then be tasks of your
             own in place of names with options.
@@ -244,7 +247,7 @@ def train(
         device: where to train.
         tensorboard: write logs for it below ``folder``.
         progress: show a progress bar (needs rich).
-        on_step: called with the meta-steps done and those of all stages, after each.
+        on_step: called with the meta-steps done and those of all stages, after each; on every rank.
         on_stage: called with each stage that has ended, early or not.
         **training: options of :class:`~l2l_fast.MetaTrainer` in place of the recipe's, in every stage.
 
@@ -274,7 +277,7 @@ def train(
     elif not isinstance(network, CoordinatewiseLSTM):
         network = CoordinatewiseLSTM.from_pretrained(network)
     folders, total, before = _stage_folders(folder, len(parts)), sum(part["meta_steps"] for part in parts), 0
-    deadline = time.monotonic() + max_seconds
+    deadline, leads = time.monotonic() + max_seconds, ranks.rank() == 0
     for number, (part, (_, tasks, options), place) in enumerate(zip(parts, prepared, folders, strict=True), 1):
         kept = {} if place is None else {"checkpoint": place / "checkpoint"}
         if tensorboard and place is not None:
@@ -288,9 +291,9 @@ def train(
             trainer.fit(steps, max_seconds=left, on_step=counted)
         finally:
             # A checkpoint that was refused has a network of its own there; an exception leaves the best so far.
-            if trainer.meta_step and place is not None:
+            if trainer.meta_step and place is not None and leads:
                 network.save_pretrained(place / "network")
-        if place is not None:
+        if place is not None and leads:
             write_text(place / "history.json", json_text(dataclasses.asdict(trainer.history)) + "\n")
         done = Trained(network, trainer, place, number, len(parts), trainer.meta_step >= steps)
         if on_stage:

@@ -40,9 +40,10 @@ from l2l_fast.writing import json_text
 OF_THE_NETWORK = tuple(inspect.signature(CoordinatewiseLSTM).parameters)
 # A sweep says itself how far its trajectories go, where it keeps them and from which seed they are drawn.
 OF_THE_TRAINER = tuple(
-    entry.name for entry in dataclasses.fields(TrainerOptions)
-    if entry.name not in ("horizon", "checkpoint", "checkpoint_every", "log_dir", "seed", "device", "graphs", "progress")
-)  # fmt: skip
+    entry.name
+    for entry in dataclasses.fields(TrainerOptions)
+    if entry.metadata["decides"] and entry.name not in ("horizon", "seed")
+)
 TRIALS = 20  # of a search, unless it says how many
 CHECKPOINT_EVERY = 50  # meta-steps that a killed worker costs at most
 
