@@ -80,8 +80,8 @@ def meta_train(
     last into stage-1 and so on below it. Run the same command again to go on after an interruption. What is not given
     follows the recipe, or what is known to suit the kind of task.
 
-    Under torchrun every process has --instances of its own and gradients are averaged; --out is a folder that all share.
-    When a process dies, torchrun --max-restarts starts all again, and they go on from the last checkpoint.
+    Under torchrun every process has --instances of its own, and gradients are averaged; --out is a folder that all
+    share. When a process dies, torchrun --max-restarts starts all again, and they go on from the last checkpoint.
 
     \b
     Examples:

@@ -11,7 +11,7 @@ import typer
 from l2l_fast.cli.options import Data, Device, Json, Out, Seed, note, out_folder, parse_rates, progress_bars, report
 from l2l_fast.studies import Range, Sweep
 from l2l_fast.studies import sweep as run_sweep
-from l2l_fast.studies.queue import require_optuna, shown
+from l2l_fast.studies.queue import require_optuna, require_url, shown
 
 RATES = "0.1,0.03,0.01,0.003,0.001"
 
@@ -70,6 +70,8 @@ def sweep(
         l2l-fast sweep quadratic --storage postgresql+psycopg://user@host/studies --out /shared/sweep
     """
     require_optuna().logging.set_verbosity(require_optuna().logging.WARNING)
+    if storage:
+        require_url(storage)
     options = _options(meta_lr, vary or [])
     search = any(isinstance(values, Range) for values in options.values())
     if trials and not search:

@@ -163,9 +163,7 @@ class Contest:
         """A baseline's best rates, by horizon."""
         if baseline.name not in self._tuned:
             shared = {"seeds": self.tuning, "device": self.device, "store": self.store}
-            self._tuned[baseline.name] = stored_tuning(
-                self.task, baseline, self.horizons, progress=progress, **shared
-            )
+            self._tuned[baseline.name] = stored_tuning(self.task, baseline, self.horizons, progress=progress, **shared)
         return self._tuned[baseline.name]
 
     def lanes(self, progress: Progress | None = None) -> dict[object, Lane]:
@@ -192,8 +190,7 @@ class Contest:
         # What a step costs does not depend on the rate.
         makers = {name: lane.make for name, lane in learned.items()}
         makers |= {
-            baseline.name: partial(baseline.factory, lr=tuned[baseline.name][longest].lr)
-            for baseline in self.baselines
+            baseline.name: partial(baseline.factory, lr=tuned[baseline.name][longest].lr) for baseline in self.baselines
         }
         with plain(self.device):
             seconds, rates = _seconds_and_rates(self.task, makers, self.test[0], self.device, progress)

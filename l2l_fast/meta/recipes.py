@@ -32,6 +32,7 @@ from l2l_fast.tasks import MetaTraining, Quadratic, Task
 from l2l_fast.tasks import get as get_task
 from l2l_fast.writing import json_text
 
+FINISHED = "finished"  # a file beside the network of a recipe that was trained to its end
 MAY_DIFFER = ("tasks", "training", "meta_steps")  # between a recipe's stages
 _KINDS = {  # of a recipe's values: (whether one is good, what it must do)
     "like": (lambda value: isinstance(value, str), "be another recipe's name, or a path that ends in .json"),
@@ -315,34 +316,22 @@ def train_once(
     on_step: Callable[[int, int], None] | None,
 ) -> Path:
     """The folder of a recipe's network, trained below ``folder`` unless it is there; a killed training goes on."""
-    recipe = read(name)
-    decides = json.dumps([stages(recipe, meta_steps), dataset, seed], sort_keys=True)
-    folder = folder / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
-    if not (folder / "finished").exists():
+    recipe, folder = read(name), _folder_of(name, dataset, folder, meta_steps, seed)
+    if not (folder / FINISHED).exists():
         shared = {"meta_steps": meta_steps, "seed": seed, "device": device, "on_step": on_step}
         train(recipe, folder, dataset=dataset, progress=False, **shared)
-        write_text(folder / "finished", "")
+        write_text(folder / FINISHED, "")
     return folder / "network"
 
 
-def train_at_rate(
-    task: Task,
-    rate: float,
-    meta_steps: int,
-    horizon: int,
-    *,
-    seed: int,
-    device: torch.device | str,
-    on_step: Callable[[int, int], None] | None = None,
-) -> Trained:
-    """A network of the task's recipe, trained at a meta learning rate that stays.
+def is_trained(name: str, dataset: str, folder: Path, *, meta_steps: int | None, seed: int) -> bool:
+    """Whether :func:`train_once` has nothing left to do."""
+    return (_folder_of(name, dataset, folder, meta_steps, seed) / FINISHED).exists()
 
-    At every rate the same seed starts from the same network and sees the same trajectories.
-    """
-    # Validated often: at a large rate the weights are good for moments only.
-    options = {"meta_lr": rate, "horizon": horizon, "schedule": "constant", "validate_every": 10}
-    shared = {"meta_steps": meta_steps, "seed": seed, "device": device, "on_step": on_step, "progress": False}
-    return train(for_tasks(task), **shared, **options)
+
+def _folder_of(name: str, dataset: str, folder: Path, meta_steps: int | None, seed: int) -> Path:
+    decides = json.dumps([stages(read(name), meta_steps), dataset, seed], sort_keys=True)
+    return folder / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
 
 
 # ---------------------------------------------------------------- parts

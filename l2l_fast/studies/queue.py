@@ -233,7 +233,7 @@ class Queue:
     def _open(self, url: str, grace: int):
         from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-        require(isinstance(url, str) and "://" in url, "storage", url, "a URL such as sqlite:///runs/study.db")
+        require_url(url)
         lite = url.startswith("sqlite")
         require(not lite or ":memory:" not in url, "storage", url, "a file: no other worker sees one in memory")
         options = {"connect_args": {"timeout": BUSY_SECONDS}} if lite else {"pool_pre_ping": True}
@@ -270,6 +270,11 @@ def require_optuna():
     except ImportError:
         raise ImportError("sweeps need Optuna: pip install 'l2l_fast[sweep]'") from None
     return optuna
+
+
+def require_url(url: str) -> None:
+    good = isinstance(url, str) and "://" in url
+    require(good, "storage", url, "a URL such as sqlite:///runs/study.db or postgresql+psycopg://host/name")
 
 
 def shown(url: str) -> str:

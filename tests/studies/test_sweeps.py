@@ -17,7 +17,7 @@ from l2l_fast.evaluate.compare import held_out_seeds, learned_lanes
 from l2l_fast.evaluate.trajectories import mean_loss, trajectories
 from l2l_fast.files import locked
 from l2l_fast.studies import Range, Sweep, sweep
-from l2l_fast.studies.sweep import Worker
+from l2l_fast.studies.sweeps import Worker
 
 optuna = pytest.importorskip("optuna", reason="sweeps need Optuna")
 TINY = {"meta_steps": 4, "horizon": 10, "seeds": 3}
@@ -64,7 +64,7 @@ def test_what_is_finished_is_not_run_again_and_more_values_join(tmp_path, monkey
 
 
 def test_a_trial_goes_on_from_its_own_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr("l2l_fast.studies.sweep.CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr("l2l_fast.studies.sweeps.CHECKPOINT_EVERY", 1)
     what = tiny(meta_lr=[0.1])
     whole = sweep(what, tmp_path / "whole")
     steps = []
@@ -107,6 +107,7 @@ def test_a_search_tries_as_many_points_as_it_is_asked_for(tmp_path):
         assert network.config.features == point.parameters["features"]
 
 
+@pytest.mark.filterwarnings("ignore:the network is as it was before training")
 def test_what_diverged_is_told_and_never_the_best(tmp_path):
     found = sweep(tiny(lr=[1.0, 1e30], meta_lr=[0.1]), tmp_path)
     assert [point.mean_loss < float("inf") for point in found.points] == [True, False]
@@ -149,8 +150,9 @@ def workers_of(queue):
 def test_four_workers_finish_twenty_trials_though_one_is_killed(storage, tmp_path):
     what = Sweep("quadratic", {"meta_lr": [0.1, 0.03, 0.01, 0.003, 0.001], "instances": [2]}, meta_seeds=4, **TINY)
     command = [
-        *COMMAND, "sweep", "quadratic", "--meta-lr", "0.1,0.03,0.01,0.003,0.001", "--vary", "instances=2", "--meta-seeds", 4,
-        "--meta-steps", 4, "--horizon", 10, "--seeds", 3, "--storage", storage, "--grace", 10, "--json", "--out", tmp_path,
+        *COMMAND, "sweep", "quadratic", "--meta-lr", "0.1,0.03,0.01,0.003,0.001", "--vary", "instances=2",
+        "--meta-seeds", 4, "--meta-steps", 4, "--horizon", 10, "--seeds", 3, "--storage", storage, "--grace", 10,
+        "--json", "--out", tmp_path,
     ]  # fmt: skip
     quiet = os.environ | {"OMP_NUM_THREADS": "1"}
     workers = [
