@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -66,6 +67,29 @@ def test_workers_that_race_run_every_slot_once(make, storage, tmp_path):
     assert sorted(lines(path)) == sorted(fixed(count))
     found = make(storage, "race", fixed(count)).results()
     assert {slot: result.value for slot, result in found.items()} == {f"x={k}": k / count for k in range(count)}
+
+
+def test_to_look_and_to_take_is_one_act(make, storage):
+    """A second worker comes between the first one's look at a trial and its taking it."""
+    from sqlalchemy import event
+
+    first, second = make(storage, "act", fixed(1)), make(storage, "act", fixed(1))
+    place, taken = first.storage.get_trial_id_from_study_id_trial_number(first._study_id, 0), []
+
+    def take(worker):
+        taken.append(worker.storage.set_trial_state_values(place, optuna.trial.TrialState.RUNNING))
+
+    other = threading.Thread(target=take, args=(second,))
+
+    @event.listens_for(first._engine, "before_cursor_execute")
+    def between(connection, cursor, statement, *rest):
+        if statement.startswith("UPDATE trials") and other.ident is None:
+            other.start()
+            other.join(0.5)
+
+    take(first)
+    other.join()
+    assert sorted(taken) == [False, True]
 
 
 def _killed_once(storage, name, path):
