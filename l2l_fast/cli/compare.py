@@ -15,13 +15,19 @@ from l2l_fast.tasks import get
 def compare(
     task: Annotated[str, typer.Argument(help="A task's name; see l2l-fast tasks.", show_default=False)],
     network: Annotated[
-        str, typer.Option(help="A network: shipped name, folder or hub id. It runs at its default lr, all along.")
+        str, typer.Option(help="A network: shipped name, folder or hub id. It runs at its default lr.")
     ] = "l2l-base-v1",
     horizon: Annotated[int, typer.Option(help="Steps a trajectory.", min=1)] = 100,
     seeds: Annotated[int, typer.Option(help="Held-out seeds.", min=1)] = 10,
     baselines: Annotated[
-        str, typer.Option(help="Which, separated by commas; also adam-fused, and NAME-linear, whose rate falls to 0.")
+        str, typer.Option(help="Which, separated by commas; also adam-fused, and NAME-linear and NAME-cosine.")
     ] = ",".join(evaluate.USUAL),
+    schedule: Annotated[
+        str, typer.Option(help="Of every rate: constant; linear, to 0; cosine, up over a twentieth and down to 0.")
+    ] = "constant",
+    tune_learned: Annotated[
+        bool, typer.Option("--tune-learned", help="Tune the network's rate as well, as the baselines' are.")
+    ] = False,
     device: Device = "cpu",
     seed: Seed = 0,
     out: Out = None,
@@ -37,13 +43,14 @@ def compare(
     Examples:
         l2l-fast compare quadratic --network runs/meta-train-quadratic/network
         l2l-fast compare mnist-mlp --network runs/mnist/network --horizon 200 --baselines adam,nesterov
+        l2l-fast compare deep-mlp --network l2l-base --schedule cosine --tune-learned --baselines adamw
     """
     problem, names = get(task), [name.strip() for name in baselines.split(",")]
     out = out_folder(out, f"compare-{task}")
     with progress_bars() as progress:
         comparison = evaluate.compare(
-            problem, network, horizon=horizon, seeds=seeds, baselines=names, seed=seed,
-            device=device, progress=progress,
+            problem, network, horizon=horizon, seeds=seeds, baselines=names, seed=seed, schedule=schedule,
+            tune_learned=tune_learned, device=device, progress=progress,
         )  # fmt: skip
     comparison.to_json(out / "comparison.json")
     comparison.plot(out / "comparison.png")

@@ -18,14 +18,15 @@ from l2l_fast.files import write_text
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.reproduce import FULL, QUICK, ROWS, Findings, Run, find
 from l2l_fast.reproduce.report import html, markdown
+from l2l_fast.reproduce.workloads import DEFAULT, Plan, rivals, table, write
 from l2l_fast.reproduce.workloads import QUICK as QUICK_WORKLOADS
-from l2l_fast.reproduce.workloads import Plan, table, write
 from l2l_fast.reproduce.workloads import run as run_workloads
 from l2l_fast.studies.queue import require_optuna
 from l2l_fast.tasks.classifier import DATASETS
 from l2l_fast.tasks.workloads import WORKLOADS
 
 Networks = Mapping[str, CoordinatewiseLSTM]
+RIVALS = tuple(rivals())
 
 
 def reproduce(
@@ -45,6 +46,16 @@ def reproduce(
     steps: Annotated[int | None, typer.Option(help="Of workloads: steps.", min=20, show_default="1000")] = None,
     workload: Annotated[
         list[str] | None, typer.Option(help=f"Of workloads, some: {', '.join(WORKLOADS)}.", show_default="all")
+    ] = None,
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of workloads, some: {'; '.join(RIVALS)}. AdamW is always there.", show_default="the usual"),
+    ] = None,
+    rates_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of workloads: a workloads.json whose rates are taken in place of tuning.", dir_okay=False, exists=True
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Processes, one thread each; figures are the same.", min=1)] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Few seeds, short trainings: to try it.")] = False,
@@ -70,15 +81,26 @@ def reproduce(
         l2l-fast reproduce relu --network runs/base-0/network --network runs/base-1/network
         l2l-fast reproduce all --dataset mnist --jobs 8
         l2l-fast reproduce workloads --jobs 2
+        l2l-fast reproduce workloads --steps 3000 --rival AdamW --rival learned --out runs/3000
+        l2l-fast reproduce workloads --steps 10000 --rival learned --rates-from runs/3000/workloads.json
     """
     if row == "workloads":
         others = {"--quadratic-network": quadratic_network, "--small-network": small_network, "--seed": seed,
                   "--dataset": dataset != "digits", "--device": device != "cpu"}  # fmt: skip
         if given := [name for name, value in others.items() if value]:
             raise typer.BadParameter(f"{given[0]} does not go with the row workloads: leave it out")
-        _workloads(network, steps, workload, seeds, jobs, quick, out, as_json)
+        _workloads(network, steps, workload, rival, rates_from, seeds, jobs, quick, out, as_json)
         return
-    if given := [name for name, value in {"--steps": steps, "--workload": workload}.items() if value]:
+    if given := [
+        name
+        for name, value in {
+            "--steps": steps,
+            "--workload": workload,
+            "--rival": rival,
+            "--rates-from": rates_from,
+        }.items()
+        if value
+    ]:
         raise typer.BadParameter(f"{given[0]} goes with the row workloads")
     names = find(row)
     if "meta-lr" in names:  # said before hours of work, not after
@@ -116,14 +138,20 @@ def reproduce(
     report(_result(row, found), "\n\n\n".join(findings.table() for findings in found), as_json)
 
 
-def _workloads(network, steps, names, seeds, jobs, quick, out, as_json) -> None:
+def _workloads(network, steps, names, chosen_rivals, rates_from, seeds, jobs, quick, out, as_json) -> None:
     if network is not None and len(network) > 1:
         raise typer.BadParameter("--network of the row workloads is one")
     if unknown := [name for name in names or [] if name not in WORKLOADS]:
         raise typer.BadParameter(f"--workload {unknown[0]!r}: give one of {', '.join(WORKLOADS)}")
-    chosen = tuple(dict.fromkeys(names or (QUICK_WORKLOADS if quick else WORKLOADS)))
+    if unknown := [name for name in chosen_rivals or [] if name not in RIVALS]:
+        raise typer.BadParameter(f"--rival {unknown[0]!r}: give one of {', '.join(RIVALS)}")
     plan = Plan(
-        steps or (100 if quick else 1000), seeds or (2 if quick else 5), chosen, network[0] if network else "l2l-base"
+        steps or (100 if quick else 1000),
+        seeds or (2 if quick else 5),
+        tuple(dict.fromkeys(names or (QUICK_WORKLOADS if quick else WORKLOADS))),
+        network[0] if network else "l2l-base",
+        tuple(dict.fromkeys(chosen_rivals or DEFAULT)),
+        rates_from and str(rates_from),
     )
     CoordinatewiseLSTM.from_pretrained(plan.network)  # what is missing should be said before hours of work
     out = out_folder(out, "reproduce-workloads")

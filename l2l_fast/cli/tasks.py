@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from l2l_fast.cli.options import Json, report
-from l2l_fast.tasks import WORKLOADS, MetaTraining, Quadratic, Task, get, names
+from l2l_fast.tasks import SMALL, WORKLOADS, MetaTraining, Quadratic, Task, get, names
 
 
 def tasks(as_json: Json = False) -> None:
@@ -14,15 +14,21 @@ def tasks(as_json: Json = False) -> None:
         l2l-fast tasks
         l2l-fast tasks --json
     """
-    rows = {name: _purpose(name) if name in WORKLOADS else _describe(get(name)) for name in names()}
+    rows = {name: _purpose(name) or _describe(get(name)) for name in names()}
     width = max(map(len, rows))
     report(rows, "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items()), as_json)
 
 
-def _purpose(workload: str) -> str:
-    """Of a workload, which reads its data when it is made."""
-    first = (WORKLOADS[workload].__doc__ or "").splitlines()[0].rstrip(".")
-    return f"workload: {first[0].lower()}{first[1:]}"
+def _purpose(name: str) -> str | None:
+    """Of a task that reads its data when it is made, what its maker says."""
+    if name in WORKLOADS:
+        kind, make = "workload", WORKLOADS[name]
+    elif name in SMALL:
+        kind, make = "small", SMALL[name][0]
+    else:
+        return None
+    first = (make.__doc__ or "").splitlines()[0].rstrip(".").split(" (:")[0]
+    return f"{kind}: {first[0].lower()}{first[1:]}"
 
 
 def _describe(task: Task) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from l2l_fast.checks import usable_device, whole
 from l2l_fast.evaluate.trajectories import Lane, Progress, finite_or_inf, smoothed, trajectories
+from l2l_fast.schedule import warm_cosine
 from l2l_fast.tasks.base import Task
 
 EXTENSION = 4  # rates added at a time: a decade
@@ -20,19 +21,21 @@ Scores = dict[int, tuple[Tensor, Tensor]]  # exponent -> mean losses [B] and fin
 
 @dataclass(frozen=True)
 class Baseline:
-    """An elementwise optimizer whose learning rate is searched.
+    """An optimizer whose learning rate is searched.
 
     Args:
         name: the key in tables, JSON and ``--baselines``.
         label: how people write it.
         factory: (parameters, learning rate) -> ``torch.optim.Optimizer``.
         exponents: the grid's first and last quarter-decade k; its rates are 10^(k/4).
+        elementwise: whether each coordinate is treated by itself, see :class:`~l2l_fast.evaluate.trajectories.Lane`.
     """
 
     name: str
     label: str
     factory: Callable[[list[Tensor], float], torch.optim.Optimizer]
     exponents: tuple[int, int]
+    elementwise: bool = True
 
 
 # foreach is torch's default on CUDA and, with several parameters, the quicker one on the CPU too.
@@ -56,7 +59,11 @@ BASELINES: dict[str, Baseline] = {
 }
 # What people compare with unless they say otherwise: fused Adam takes the steps that Adam does, in less time.
 USUAL = ("sgd", "nesterov", "rmsprop", "adam", "adamw")
-LINEAR = "-linear"  # of a baseline's name: the same, with its rate falling to 0 over the horizon
+# Behind a baseline's name: the same, its rate going as this says; (T, updates done) -> share of the rate.
+SCHEDULES: dict[str, tuple[str, Callable[[int, int], float]]] = {
+    "linear": ("lr to 0", lambda horizon, done: max(0.0, 1 - done / horizon)),
+    "cosine": ("cosine", partial(warm_cosine, 1.0)),
+}
 
 
 @dataclass(frozen=True)
@@ -86,50 +93,67 @@ class Tuned:
     tied: bool = False  # as tunings kept before there was this field say
 
 
-def find_baseline(baseline: str | Baseline, horizons: Sequence[int] = ()) -> Baseline:
-    """The baseline of that name, NAME-linear being NAME with linear decay; a :class:`Baseline` is returned as it is.
+def find_baseline(baseline: str | Baseline, horizons: Sequence[int] = (), schedule: str = "constant") -> Baseline:
+    """The baseline of that name; a :class:`Baseline` is taken as it is.
 
     Args:
-        baseline: name or baseline.
-        horizons: what it is to run for; NAME-linear needs exactly one.
+        baseline: name or baseline; NAME-linear and NAME-cosine are NAME under that schedule.
+        horizons: what it is to run for; a schedule needs exactly one.
+        schedule: of a baseline whose name has none: "constant", "linear" or "cosine".
 
     Raises:
-        ValueError: no such name, or not one horizon for a rate that decays over it.
+        ValueError: no such name, or not one horizon for a rate that depends on it.
     """
-    if isinstance(baseline, Baseline):
+    if not isinstance(baseline, Baseline):
+        name, _, suffix = str(baseline).rpartition("-")
+        if suffix not in SCHEDULES:
+            name, suffix = baseline, schedule
+        if name not in BASELINES:
+            raise ValueError(
+                f"baselines must be among {', '.join(BASELINES)}, one of these with "
+                f"{' or '.join(f'-{suffix}' for suffix in SCHEDULES)} behind it, or a Baseline, got {baseline!r}"
+            )
+        baseline, schedule = BASELINES[name], suffix
+    if schedule == "constant":
         return baseline
-    name = baseline.removesuffix(LINEAR)
-    if name not in BASELINES:
-        raise ValueError(
-            f"baselines must be among {', '.join(BASELINES)}, one of these with {LINEAR} behind it, or a Baseline, "
-            f"got {baseline!r}"
-        )
-    if name == baseline:
-        return BASELINES[name]
     if len(horizons) != 1:
         raise ValueError(
-            f"{baseline} decays over the horizon, so its run for one says nothing of another: use one horizon, "
-            f"got {list(horizons)}"
+            f"{baseline.name}-{schedule} depends on the horizon, so its run for one says nothing of another: use one "
+            f"horizon, got {list(horizons)}"
         )
-    return decaying(BASELINES[name], horizons[0])
+    return scheduled(baseline, schedule, horizons[0])
 
 
-def decaying(baseline: Baseline, horizon: int) -> Baseline:
-    """The same optimizer with lr[t] = lr * (1 - t / horizon) at updates t = 0, 1, ...
+def scheduled(baseline: Baseline, schedule: str, horizon: int) -> Baseline:
+    """The same optimizer under a schedule.
+
+    "linear": lr[t] = lr * (1 - t / T) at updates t = 0, 1, ...;   "cosine": warm-up over T / 20, then a cosine to 0
+    (:func:`~l2l_fast.schedule.warm_cosine`)
+
+    Args:
+        baseline: whose rate is the highest.
+        schedule: a key of ``SCHEDULES``.
+        horizon: T.
 
     Example:
-        >>> from l2l_fast.evaluate.baselines import BASELINES, decaying
-        >>> decaying(BASELINES["adam"], 100).label
+        >>> from l2l_fast.evaluate.baselines import BASELINES, scheduled
+        >>> scheduled(BASELINES["adam"], "linear", 100).label
         'Adam, lr to 0'
     """
+    label = SCHEDULES[schedule][0]
 
     def make(params, lr):
-        optimizer = baseline.factory(params, lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: max(0.0, 1 - done / horizon))
-        optimizer.register_step_post_hook(lambda *_: schedule.step())
-        return optimizer
+        return under(schedule, horizon, baseline.factory(params, lr))
 
-    return Baseline(f"{baseline.name}{LINEAR}", f"{baseline.label}, lr to 0", make, baseline.exponents)
+    return replace(baseline, name=f"{baseline.name}-{schedule}", label=f"{baseline.label}, {label}", factory=make)
+
+
+def under(schedule: str, horizon: int, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer, whose rates go as the schedule says from now on."""
+    share = partial(SCHEDULES[schedule][1], horizon)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    return optimizer
 
 
 def tune(
@@ -199,7 +223,7 @@ def tune_horizons(
     longest = horizons[-1]
 
     def measure(exponents: Sequence[int], description: str) -> dict[int, Scores]:
-        lanes = [Lane(partial(baseline.factory, lr=10 ** (k / 4))) for k in exponents]
+        lanes = [Lane(partial(baseline.factory, lr=10 ** (k / 4)), baseline.elementwise) for k in exponents]
         on_step = progress and (lambda done: progress(description, done, longest))
         losses = trajectories(task, lanes, horizon=longest, seeds=seeds, device=device, on_step=on_step)
         return {

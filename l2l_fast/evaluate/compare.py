@@ -6,7 +6,9 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from l2l_fast.checks import is_whole, require, usable_device, whole
 from l2l_fast.environment import environment
-from l2l_fast.evaluate.baselines import BASELINES, USUAL, Baseline, Tuned, find_baseline
+from l2l_fast.evaluate.baselines import BASELINES, SCHEDULES, USUAL, Baseline, Tuned, find_baseline, under
 from l2l_fast.evaluate.comparison import Comparison, Result
 from l2l_fast.evaluate.store import Store, stored_trajectories, stored_tuning
 from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress, final_loss, mean_loss, smoothed
@@ -41,6 +43,8 @@ def compare(
     baselines: Sequence[str | Baseline] = USUAL,
     tuning_seeds: int = 10,
     seed: int = 0,
+    schedule: str = "constant",
+    tune_learned: bool = False,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Comparison:
@@ -62,10 +66,14 @@ def compare(
             must work without a closure.
         horizon: number of updates.
         seeds: number of held-out instances.
-        baselines: what to compare with: names, ``-linear`` behind one for a rate that falls to 0 over the horizon, or a
+        baselines: what to compare with: names, ``-linear`` or ``-cosine`` behind one for that schedule, or a
             :class:`Baseline` of your own.
-        tuning_seeds: number of instances to tune baselines on.
+        tuning_seeds: number of instances to tune on.
         seed: shifts both sets of instances, 0 to 9999.
+        schedule: of every rate, the learned optimizers' included: "constant"; "linear", to 0 over the horizon; or
+            "cosine", up over its first twentieth and then down to 0. A baseline with one in its name keeps that.
+        tune_learned: whether the rates of the learned optimizers, which must be networks, are tuned like the
+            baselines', over three decades around their ``default_lr``; otherwise they run at that.
         device: where to run.
         progress: called as progress(description, done, total) while a stage runs; each stage has its own description.
 
@@ -80,6 +88,7 @@ def compare(
         ['LSTM', 'adam']
     """
     options = {"seeds": seeds, "baselines": baselines, "tuning_seeds": tuning_seeds, "seed": seed}
+    options |= {"schedule": schedule, "tune_learned": tune_learned}
     return compare_horizons(task, optimizers, (horizon,), **options, device=device, progress=progress)[horizon]
 
 
@@ -92,6 +101,8 @@ def compare_horizons(
     baselines: Sequence[str | Baseline] = USUAL,
     tuning_seeds: int = 10,
     seed: int = 0,
+    schedule: str = "constant",
+    tune_learned: bool = False,
     state_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -116,7 +127,7 @@ def compare_horizons(
     """
     contest = Contest(
         task, optimizers, horizons, seeds=seeds, baselines=baselines, tuning_seeds=tuning_seeds, seed=seed,
-        state_dtype=state_dtype, device=device, store=store,
+        schedule=schedule, tune_learned=tune_learned, state_dtype=state_dtype, device=device, store=store,
     )  # fmt: skip
     return contest.result(progress)
 
@@ -129,14 +140,14 @@ class Contest:
     Attributes:
         task: on the half that optimizers are judged on.
         horizons: rising.
-        baselines: what is tuned.
+        baselines: what is tuned, the learned optimizers among them if their rates are.
         test, tuning: held-out seeds, and those that baselines are tuned on.
         device, store: where it runs, and what keeps its parts.
     """
 
     def __init__(
         self, task, optimizers, horizons, *, seeds=10, baselines=USUAL, tuning_seeds=10, seed=0,
-        state_dtype=torch.float32, device="cpu", store=None,
+        schedule="constant", tune_learned=False, state_dtype=torch.float32, device="cpu", store=None,
     ) -> None:  # fmt: skip
         self.store, self.device = store or Store(None), usable_device(device)
         self.horizons = sorted({whole("horizon", horizon, 1) for horizon in horizons})
@@ -144,17 +155,22 @@ class Contest:
         if max(seeds, tuning_seeds) > _SEEDS_EACH:
             raise ValueError(f"seeds and tuning_seeds must be at most {_SEEDS_EACH}, got {max(seeds, tuning_seeds)}")
         require(is_whole(seed, 0) and seed <= 9999, "seed", seed, "an int from 0 to 9999")
-        self._learned = learned_lanes(optimizers, state_dtype)
+        allowed = ("constant", *SCHEDULES)
+        require(isinstance(schedule, str) and schedule in allowed, "schedule", schedule, f"one of {allowed}")
+        learned = learned_lanes(optimizers, state_dtype, schedule, self.horizons)
         baselines = [baselines] if isinstance(baselines, str | Baseline) else baselines
         require(isinstance(baselines, Iterable), "baselines", baselines, "a sequence of names")
-        self.baselines = [find_baseline(baseline, self.horizons) for baseline in baselines]
+        self.baselines = [find_baseline(baseline, self.horizons, schedule) for baseline in baselines]
         if not self.baselines:
             raise ValueError(f"baselines must name at least one of {', '.join(BASELINES)}, got none")
-        names = [*self._learned, *(baseline.name for baseline in self.baselines)]
+        names = [*learned, *(baseline.name for baseline in self.baselines)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"optimizers and baselines must have different names, got {', '.join(twice)} twice; rename one"
             )
+        if tune_learned:
+            self.baselines = [*_tunable(optimizers, state_dtype, schedule, self.horizons), *self.baselines]
+        self._names, self._fixed = list(learned), {} if tune_learned else learned
         self.task, self._tuned = held_out(task), {}
         first = _FIRST_TUNING_SEED + seed * _SEEDS_EACH
         self.tuning, self.test = range(first, first + tuning_seeds), held_out_seeds(seed, seeds)
@@ -167,8 +183,8 @@ class Contest:
         return self._tuned[baseline.name]
 
     def lanes(self, progress: Progress | None = None) -> dict[object, Lane]:
-        """What is run: each learned optimizer by its name, each baseline by its name and one of its best rates."""
-        lanes: dict[object, Lane] = dict(self._learned)
+        """What is run: an optimizer that is not tuned by its name, a baseline by its name and one of its best rates."""
+        lanes: dict[object, Lane] = dict(self._fixed)
         for baseline in self.baselines:
             for best in self.tuned(baseline, progress).values():
                 for rate in (best.lr, best.lr_final):
@@ -185,10 +201,10 @@ class Contest:
 
     def result(self, progress: Progress | None = None) -> dict[int, Comparison]:
         """By horizon, what was found."""
-        learned, longest = self._learned, self.horizons[-1]
+        fixed, longest = self._fixed, self.horizons[-1]
         losses, tuned = self.losses(self.lanes(progress), progress), self._tuned
         # What a step costs does not depend on the rate.
-        makers = {name: lane.make for name, lane in learned.items()}
+        makers = {name: lane.make for name, lane in fixed.items()}
         makers |= {
             baseline.name: partial(baseline.factory, lr=tuned[baseline.name][longest].lr) for baseline in self.baselines
         }
@@ -199,7 +215,7 @@ class Contest:
         for horizon in self.horizons:
             begun = {name: found[:, : horizon + 1] for name, found in losses.items()}
             results = {}
-            for name in learned:
+            for name in fixed:
                 rate = rates[name]
                 results[name] = _result(
                     name, begun[name], begun[name], horizon, lr=rate, lr_final=rate, seconds=seconds[name]
@@ -211,7 +227,7 @@ class Contest:
                     lr=best.lr, lr_final=best.lr_final, seconds=seconds[name], on_edge=best.on_edge, tied=best.tied,
                 )  # fmt: skip
             comparisons[horizon] = Comparison(
-                self.task.name, horizon, len(self.test), list(learned), results, environment(self.device)
+                self.task.name, horizon, len(self.test), self._names, results, environment(self.device)
             )
         return comparisons
 
@@ -225,13 +241,36 @@ def held_out_seeds(seed: int, count: int) -> range:
 # ---------------------------------------------------------------- arguments
 
 
-def learned_lanes(optimizers, state_dtype: torch.dtype = torch.float32) -> dict[str, Lane]:
-    """Lanes by name, of all that :func:`compare` takes as ``optimizers``."""
+def learned_lanes(
+    optimizers, state_dtype: torch.dtype = torch.float32, schedule: str = "constant", horizons: Sequence[int] = ()
+) -> dict[str, Lane]:
+    """Lanes by name, of all that :func:`compare` takes as ``optimizers``, at their own rates."""
+    lanes = {}
+    for name, optimizer in _by_name(optimizers).items():
+        if _is_network(optimizer):
+            network = _network(optimizer)
+            made = _learned(name, network, state_dtype)
+            make, identity = partial(made.factory, lr=None), _identity(network, state_dtype)
+        elif callable(optimizer):
+            made, make, identity = None, optimizer, None
+        else:
+            raise ValueError(
+                "optimizers must be a network, its name or folder, a callable (parameters -> optimizer) or a "
+                f"dictionary of these, got {type(optimizer).__name__}"
+            )
+        if schedule != "constant":
+            make = _scheduled(make, schedule, _only(horizons, schedule))
+            identity = identity and identity | {"schedule": [schedule, *horizons]}
+        lanes[name] = Lane(make, elementwise=made is not None and made.elementwise, identity=identity)
+    return lanes
+
+
+def _by_name(optimizers) -> dict[str, object]:
     if not isinstance(optimizers, Mapping):
         optimizers = {_name(optimizers): optimizers}
     if not optimizers:
         raise ValueError("optimizers must hold at least one network or callable, got none")
-    return {str(name): _lane(optimizer, state_dtype) for name, optimizer in optimizers.items()}
+    return {str(name): optimizer for name, optimizer in optimizers.items()}
 
 
 def _name(optimizer) -> str:
@@ -240,29 +279,61 @@ def _name(optimizer) -> str:
     return "LSTM" if isinstance(optimizer, torch.nn.Module) else getattr(optimizer, "__name__", "learned")
 
 
-def _lane(optimizer, state_dtype: torch.dtype) -> Lane:
-    if isinstance(optimizer, (str, PathLike, torch.nn.Module)):
-        network = optimizer  # found here and now: a wrong name should not cost the time of the tuning
-        if not isinstance(optimizer, torch.nn.Module):
-            network = CoordinatewiseLSTM.from_pretrained(optimizer)
-        with torch.no_grad():
-            weights = network.flat_weights().double().cpu().numpy()
-        digest = hashlib.sha256(network.rule.encode() + weights.tobytes()).hexdigest()
-        identity = {"network": digest} | ({} if state_dtype == torch.float32 else {"state_dtype": str(state_dtype)})
-        return Lane(lambda params: LSTMOptimizer(params, network=network, state_dtype=state_dtype), identity=identity)
-    if not callable(optimizer):
-        raise ValueError(
-            "optimizers must be a network, its name or folder, a callable (parameters -> optimizer) or a dictionary of "
-            f"these, got {type(optimizer).__name__}"
-        )
-    return Lane(optimizer, elementwise=False)
+def _is_network(optimizer) -> bool:
+    return isinstance(optimizer, (str, PathLike, torch.nn.Module))
+
+
+def _network(optimizer) -> torch.nn.Module:
+    """Found here and now: a wrong name should not cost the time of the tuning."""
+    return optimizer if isinstance(optimizer, torch.nn.Module) else CoordinatewiseLSTM.from_pretrained(optimizer)
+
+
+def _identity(network: torch.nn.Module, state_dtype: torch.dtype) -> dict[str, object]:
+    with torch.no_grad():
+        weights = network.flat_weights().double().cpu().numpy()
+    digest = hashlib.sha256(network.rule.encode() + weights.tobytes()).hexdigest()
+    return {"network": digest} | ({} if state_dtype == torch.float32 else {"state_dtype": str(state_dtype)})
+
+
+def _learned(name: str, network: torch.nn.Module, state_dtype: torch.dtype) -> Baseline:
+    """A network as an optimizer whose rate can be searched; lr=None is its own."""
+
+    def make(params: list[Tensor], lr: float | None) -> torch.optim.Optimizer:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "lr=.* moves every tensor")  # a search finds out by itself
+            return LSTMOptimizer(params, network=network, lr=lr, state_dtype=state_dtype)
+
+    middle = round(4 * math.log10(network.default_lr))
+    # What looks at whole tensors must not be given several stacked into one.
+    elementwise = network.update_rms is None and network.input_rms is None and not network.orthogonalize
+    return Baseline(name, name, make, (middle - 6, middle + 6), elementwise)
+
+
+def _tunable(optimizers, state_dtype: torch.dtype, schedule: str, horizons: Sequence[int]) -> list[Baseline]:
+    found = []
+    for name, optimizer in _by_name(optimizers).items():
+        require(_is_network(optimizer), "optimizers", optimizer, "networks, or their names, with tune_learned=True")
+        made = _learned(name, _network(optimizer), state_dtype)
+        if schedule != "constant":
+            made = replace(made, factory=_scheduled(made.factory, schedule, _only(horizons, schedule)))
+        found.append(made)
+    return found
+
+
+def _scheduled(make: Callable, schedule: str, horizon: int) -> Callable:
+    return lambda params, **rate: under(schedule, horizon, make(params, **rate))
+
+
+def _only(horizons: Sequence[int], schedule: str) -> int:
+    if len(horizons) != 1:
+        raise ValueError(f"schedule={schedule!r} depends on the horizon: use one horizon, got {list(horizons)}")
+    return horizons[0]
 
 
 def _baseline_lane(baseline: Baseline, rate: float) -> Lane:
     known = BASELINES.get(baseline.name) is baseline
-    return Lane(
-        partial(baseline.factory, lr=rate), identity={"baseline": baseline.name, "rate": rate} if known else None
-    )
+    identity = {"baseline": baseline.name, "rate": rate} if known else None
+    return Lane(partial(baseline.factory, lr=rate), baseline.elementwise, identity)
 
 
 def held_out(task: Task | str) -> Task:

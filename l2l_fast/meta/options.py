@@ -26,6 +26,7 @@ from l2l_fast.meta import seeds
 from l2l_fast.meta.curricula import Horizon
 from l2l_fast.meta.unroll import OBJECTIVES
 from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.schedule import warm_cosine
 
 SCHEDULES = ("constant", "cosine")
 META_OPTIMIZERS = ("adam", "soap")
@@ -264,22 +265,6 @@ class TrainerOptions:
     def deciding(self) -> dict:
         """Those that a run's numbers depend on, by name."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["decides"]}
-
-
-def warm_cosine(peak: float, horizon: int, step: int) -> float:
-    """A rate that comes up linearly over the first twentieth of the steps, and goes down to 0 along a cosine.
-
-    peak * (t + 1) / w for t < w,   then peak * (1 + cos(pi (t - w) / (T - w))) / 2,   w = T / 20
-
-    Args:
-        peak: the highest rate.
-        horizon: T.
-        step: t, counted from 0.
-    """
-    warm = max(1, round(0.05 * horizon))
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, horizon - warm)))
 
 
 # ---------------------------------------------------------------- on a function that takes them

@@ -91,7 +91,6 @@ def _spread(pieces: list[Piece], run: Run, progress) -> None:
 
 
 def _measure(piece: Piece) -> None:
-    torch.set_num_threads(1)
     if piece.recipe is not None:
         train_recipe(piece.recipe, piece.run)
     elif piece.baseline is not None:

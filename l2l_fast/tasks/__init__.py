@@ -8,9 +8,12 @@ from l2l_fast.tasks.meta_training import MetaTraining
 from l2l_fast.tasks.module import ModuleTask
 from l2l_fast.tasks.quadratic import Quadratic
 from l2l_fast.tasks.registry import TABLE, get, names
+from l2l_fast.tasks.small import SMALL
 from l2l_fast.tasks.workloads import WORKLOADS
 
-__all__ = ["WORKLOADS", "Classifier", "Instances", "MetaTraining", "ModuleTask", "Quadratic", "Task", "get", "names"]
+__all__ = [
+    "SMALL", "WORKLOADS", "Classifier", "Instances", "MetaTraining", "ModuleTask", "Quadratic", "Task", "get", "names",
+]  # fmt: skip
 
 _VARIATIONS = {
     "mlp": {},  # the deck's: one hidden layer of 20 sigmoid units
@@ -31,3 +34,5 @@ TABLE |= {
 }
 # What people train, small: modules with data of their own.
 TABLE |= {name: (make, {}) for name, make in WORKLOADS.items()}
+# What a rule for them is meta-trained on.
+TABLE |= SMALL

@@ -44,15 +44,19 @@ def text(length: int = LENGTH) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], 
     return *halves, len(alphabet)
 
 
-@functools.cache
 def images(data: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
+    """Those that the workloads have: of the half that no shipped network was trained on, MNIST in 14x14."""
+    return pooled(data, 2 if data == "mnist" else 1, "meta-test")
+
+
+@functools.cache
+def pooled(data: str, pool: int, half: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
     """Images [M, 1, side, side] with mean 0 and variance 1 over all pixels, classes [M]; held-out ones; the side."""
     if data not in ("mnist", "digits"):
         raise ValueError(f"data must be 'mnist' or 'digits', got {data!r}")
-    # The half that the shipped networks were not trained on.
-    dataset: Dataset = halves(mnist() if data == "mnist" else digits())["meta-test"]
+    dataset: Dataset = halves(mnist() if data == "mnist" else digits())[half]
     pixels = dataset.inputs.reshape(len(dataset), 1, *dataset.inputs.shape[-2:])
-    pixels = F.avg_pool2d(pixels, 2) if data == "mnist" else pixels
+    pixels = F.avg_pool2d(pixels, pool) if pool > 1 else pixels
     cut = len(dataset) * 5 // 6
     pixels = (pixels - pixels[:cut].mean()) / pixels[:cut].std()
     return (pixels[:cut], dataset.targets[:cut]), (pixels[cut:], dataset.targets[cut:]), pixels.shape[-1]

@@ -180,7 +180,7 @@ def test_a_linear_decay_is_tuned_and_compared_at_one_horizon():
     found = compare(task, "l2l-quadratic", horizon=20, seeds=2, tuning_seeds=2, baselines=["sgd", "sgd-linear"])
     assert found.baselines == ["sgd", "sgd-linear"]
     assert found.optimizers["sgd-linear"].label == "SGD, lr to 0"
-    with pytest.raises(ValueError, match=r"sgd-linear decays over the horizon.*use one horizon, got \[10, 20\]"):
+    with pytest.raises(ValueError, match=r"sgd-linear depends on the horizon.*use one horizon, got \[10, 20\]"):
         compare_horizons(task, "l2l-quadratic", (10, 20), seeds=2, baselines=["sgd-linear"])
     with pytest.raises(ValueError, match=r"baselines must be among .* got 'lion-linear'"):
         tune(task, "lion-linear")

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import l2l_fast as l2l
-from l2l_fast.evaluate import BASELINES, USUAL, Comparison, Result, compare
+from l2l_fast.evaluate import BASELINES, USUAL, Comparison, Result, compare, compare_horizons
+from l2l_fast.evaluate.compare import held_out_seeds
 from l2l_fast.evaluate.trajectories import Lane, trajectories
+from l2l_fast.schedule import warm_cosine
 from l2l_fast.tasks import Quadratic
 
 TASK = Quadratic(dimension=4)
@@ -298,3 +300,55 @@ def test_errors_are_those_of_paired_seeds():
     assert "mean loss 0.50 ± 0.000 of rival's" in found.table()
     mine.seed_means[0] = math.inf
     assert found.errors("mine")["ratio_mean"] is None
+
+
+def own_loop(network, lr, seed, horizon, decay):
+    """Losses after 1 .. T steps of the optimizer on parameters of their own shapes, of a task by its name."""
+    task = l2l.tasks.get("digits-mlp", hidden=(4,)).with_half("meta-test")
+    instances = l2l.tasks.Instances(task, [seed])
+    params = {name: value[0].clone().requires_grad_() for name, value in instances.unflatten(instances.start()).items()}
+    optimizer = l2l.LSTMOptimizer(params.values(), network, lr)
+    losses = []
+    for step in range(horizon + 1):
+        optimizer.param_groups[0]["lr"] = lr * decay(step)
+        loss = task.loss(params, instances.draw()[0])
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses[1:]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_rule_of_whole_tensors_sees_each_instances_own(schedule):
+    """Stacked into one tensor, instances would share a root mean square, and no tensor would be a matrix."""
+    task = l2l.tasks.get("digits-mlp", hidden=(4,))
+    found = compare(
+        task, "l2l-base", horizon=20, seeds=2, baselines=["sgd"], tuning_seeds=1, schedule=schedule, seed=3
+    )  # fmt: skip
+    decay = {"constant": lambda t: 1.0, "cosine": lambda t: warm_cosine(1.0, 20, t)}[schedule]
+    lr = found.optimizers["l2l-base"].lr if schedule == "constant" else 1e-3
+    losses = [own_loop("l2l-base", lr, seed, 20, decay) for seed in held_out_seeds(3, 2)]
+    assert found.optimizers["l2l-base"].seed_means == pytest.approx([sum(own) / 20 for own in losses], rel=1e-5)
+
+
+def test_a_learned_rate_is_tuned_like_the_others():
+    options = {"horizon": 10, "seeds": 2, "tuning_seeds": 2, "baselines": ["adamw"], "schedule": "cosine"}
+    task = l2l.tasks.get("digits-mlp", hidden=(4,))
+    as_it_comes = compare(task, "l2l-base", **options).optimizers["l2l-base"]
+    found = compare(task, "l2l-base", **options, tune_learned=True)
+    tuned = found.optimizers["l2l-base"]
+    assert found.learned == ["l2l-base"]
+    assert found.baselines == ["adamw-cosine"]
+    assert tuned.lr > 1e-3  # ten steps want larger ones than a thousand do
+    assert tuned.mean_loss < as_it_comes.mean_loss
+
+
+def test_schedules_and_tuning_that_cannot_be_are_refused():
+    task, adam = Quadratic(dimension=4), {"mine": lambda params: torch.optim.Adam(params)}
+    with pytest.raises(ValueError, match=r"schedule must be one of .*cosine"):
+        compare(task, "l2l-quadratic", horizon=5, schedule="step")
+    with pytest.raises(ValueError, match="depends on the horizon: use one horizon"):
+        compare_horizons(task, "l2l-quadratic", (5, 10), schedule="cosine")
+    with pytest.raises(ValueError, match="optimizers must be networks, or their names, with tune_learned=True"):
+        compare(task, adam, horizon=5, tune_learned=True)

@@ -1,5 +1,6 @@
 """The report of eight workloads: its runs, what it keeps, and what it says of them."""
 
+import dataclasses
 import json
 import math
 
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer
-from l2l_fast.meta.options import warm_cosine
 from l2l_fast.reproduce import workloads
 from l2l_fast.reproduce.workloads import Muon, Plan, geometric_mean, ratios, rivals, run, share_of_steps, table
+from l2l_fast.schedule import warm_cosine
 
 TINY = Plan(steps=40, seeds=2, workloads=("tabular-regression",))
 
@@ -195,3 +196,29 @@ def test_a_table_fits_and_names_every_row():
     assert lines[0] == "| 40 steps | AdamW | learned | learned, at AdamW's rate |"
     assert lines[2] == "| one | .01: 1.500 / 1.000, 2.000 | .01: .750 / .500, 1.000 | .01: .750 / .500, 1.000 |"
     assert lines[-1] == "| in AdamW's, geometric mean | 1.00 / 1.00 / 1.00 | 0.50 / 0.50 / 0.50 | 0.50 / 0.50 / 0.50 |"
+
+
+def test_long_runs_are_held_to_bars_of_their_own():
+    rows = {"AdamW": 1.0, "learned": 0.96, "learned, at AdamW's rate": 1.1}
+    (at_3000,) = workloads.bars(made_up(**rows), 3000)
+    assert (round(at_3000.found, 6), at_3000.most, at_3000.met) == (0.96, 0.95, False)
+    found = made_up(**rows)
+    found["two"]["learned"]["seeds"][1]["last"] = None  # as a run that diverged is read
+    diverged, higher = workloads.bars(found, 10_000)
+    assert (diverged.found, diverged.met) == (1, False)
+    assert (higher.found, higher.met) == (1.0, False)
+
+
+def test_rates_of_another_report_take_the_place_of_tuning(tmp_path):
+    plan = Plan(steps=20, seeds=1, workloads=("tabular-regression",), rivals=("learned",))
+    report = {"found": {"tabular-regression": {"AdamW": {"lr": 0.004}, "learned": {"lr": 0.005}}}}
+    (tmp_path / "other.json").write_text(json.dumps(report))
+    found = run(dataclasses.replace(plan, rates_from=str(tmp_path / "other.json")), tmp_path / "out")
+    rows = found["found"]["tabular-regression"]
+    assert {name: row["lr"] for name, row in rows.items()} == {
+        "AdamW": 0.004, "learned": 0.005, "learned, at AdamW's rate": 0.004,
+    }  # fmt: skip
+    assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == 3
+    more = dataclasses.replace(plan, rivals=("Muon",), rates_from=str(tmp_path / "other.json"))
+    with pytest.raises(ValueError, match=r"rates_from must have all that is asked for: .*other.json has no 'Muon'"):
+        run(more, tmp_path / "out")

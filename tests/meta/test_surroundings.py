@@ -10,8 +10,9 @@ from test_unroll import ThreeTensors, assert_same, make, unroll
 
 from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, MetaTrainer, normalize, reference
 from l2l_fast.meta.estimators import Imitation
-from l2l_fast.meta.options import TrainerOptions, warm_cosine
+from l2l_fast.meta.options import TrainerOptions
 from l2l_fast.meta.unroll import Trajectory, loss_weights, suffix_sums
+from l2l_fast.schedule import warm_cosine
 from l2l_fast.tasks import Instances
 
 SURROUNDINGS = {

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from l2l_fast import tasks
-from l2l_fast.tasks import workloads
+from l2l_fast.tasks import SMALL, small, workloads
 from l2l_fast.tasks.workloads import WORKLOADS
 
+SMALL_NAMES = [name for name in SMALL if not name.startswith("mnist")]
 OF_IMAGES = ("vision-transformer", "cnn-batchnorm", "autoencoder", "wide-mlp", "deep-mlp")
 
 
@@ -14,7 +15,7 @@ def make(name):
     return tasks.get(name, **{"data": "digits"} if name in OF_IMAGES else {})
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", [*WORKLOADS, *SMALL_NAMES])
 def test_a_module_learns_in_a_loop_of_its_own(name):
     task, generator = make(name), torch.Generator().manual_seed(1)
     module = task.module(generator)
@@ -30,7 +31,7 @@ def test_a_module_learns_in_a_loop_of_its_own(name):
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", [*WORKLOADS, *SMALL_NAMES])
 def test_a_module_is_the_start_of_its_seed(name):
     task = make(name)
     params = task.init(torch.Generator().manual_seed(2))
@@ -83,3 +84,29 @@ def test_friedmans_function_has_the_noise_that_it_says():
 def test_other_data_are_refused(name):
     with pytest.raises(ValueError, match="data must be 'mnist' or 'digits', got 'cifar'"):
         tasks.get(name, data="cifar")
+
+
+def test_small_tasks_and_workloads_share_no_images_and_no_text():
+    """What a rule is meta-trained on says nothing of what it is judged on."""
+    of_one, of_other = (
+        {tuple(row) for part in workloads.pooled("digits", 1, half)[:2] for row in part[0].flatten(1).round().tolist()}
+        for half in ("meta-train", "meta-test")
+    )
+    assert len(of_one & of_other) < 0.02 * len(of_one)  # rounded, since each half has its own mean
+    ids, characters = small.source()
+    assert 50 < characters < 120
+    assert len(ids) > 200_000
+
+
+def test_a_teacher_is_noisy_as_asked_and_has_variance_one():
+    x, y = small.teacher(6, 2, 4000, 0.0, 3)
+    _, noisy = small.teacher(6, 2, 4000, 1.0, 3)
+    assert x.shape == (4000, 6)
+    assert y.std(0) == pytest.approx(torch.ones(2).numpy(), rel=1e-3)
+    assert torch.corrcoef(torch.stack([y[:, 0], noisy[:, 0]]))[0, 1] == pytest.approx(0.5**0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["digits-small-mlp", "small-regression", "small-text-mlp"])
+def test_an_activation_that_there_is_not(name):
+    with pytest.raises(ValueError, match=r"activation must be one of .*relu"):
+        tasks.get(name, activation="swish")
