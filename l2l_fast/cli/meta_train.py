@@ -14,7 +14,7 @@ import typer
 
 from l2l_fast.cli.options import HORIZONS, Data, Device, Json, Out, Seed, curriculum, note, out_folder, report
 from l2l_fast.evaluate import plot_curves
-from l2l_fast.meta import Trained, train
+from l2l_fast.meta import Trained, ranks, train
 from l2l_fast.meta.recipes import for_tasks, read
 from l2l_fast.tasks import Task, get
 
@@ -77,6 +77,7 @@ def meta_train(
         str | None, Choice(help="Of es or pes beside backpropagation: 0 to 1, or variance.", show_default="0.5")
     ] = None,
     init_scale: Annotated[str | None, Choice(help="Start std of classifiers: 0.01, or LOW:HIGH.")] = None,
+    checkpoint_every: Annotated[int | None, Choice(help="Meta-steps between checkpoints.", show_default="100")] = None,
     tensorboard: Annotated[bool, Choice("--tensorboard", help="Write logs for TensorBoard.")] = False,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -90,12 +91,16 @@ def meta_train(
     last into stage-1 and so on below it. Run the same command again to go on after an interruption. What is not given
     follows the recipe, or what is known to suit the kind of task.
 
+    Under torchrun every process has --instances of its own, and gradients are averaged; --out is a folder that all
+    share. When a process dies, torchrun --max-restarts starts all again, and they go on from the last checkpoint.
+
     \b
     Examples:
         l2l-fast meta-train quadratic
         l2l-fast meta-train --recipe l2l-base-v1 --seed 1 --out runs/base-1
         l2l-fast meta-train mnist-mlp --meta-steps 4000 --seed 1 --out runs/mnist
         l2l-fast meta-train digits-mlp digits-mlp-2layer --horizon 50:300 --init-scale 0.003:0.3
+        torchrun --nproc-per-node 4 --max-restarts 3 --no-python l2l-fast meta-train mnist-mlp --out runs/mnist
     """
     if bool(tasks) == bool(recipe):
         raise typer.BadParameter("give one or several TASKs, or --recipe NAME")
@@ -116,15 +121,20 @@ def meta_train(
         objective=objective, meta_optimizer=meta_optimizer, average=average, scaling=scaling, imitation=imitation,
         lr=lr, second_derivatives=second_derivatives, horizon=curriculum(horizon), estimator=estimator,
         perturbations=perturbations, sigma=sigma, perturbed_share=_perturbed_share(perturbed_share),
+        checkpoint_every=checkpoint_every,
     )  # fmt: skip
     if second_derivatives or estimator in ("es", "pes"):
         changed["coordinates"] = None  # a sample of them carries no second derivatives, and es runs nothing backward
     out = out_folder(out, f"meta-train-{title}")
     begun = time.monotonic()
-    trained = train(
-        chosen, out, network=network, meta_steps=meta_steps, max_seconds=60 * max_minutes, seed=seed, device=device,
-        tensorboard=tensorboard, on_stage=partial(_record, title), **changed,
-    )  # fmt: skip
+    with ranks.joined(device) as own:
+        leads = ranks.rank() == 0
+        trained = train(
+            chosen, out, network=network, meta_steps=meta_steps, max_seconds=60 * max_minutes, seed=seed, device=own,
+            tensorboard=tensorboard, on_stage=partial(_record, title) if leads else None, **changed,
+        )  # fmt: skip
+    if not leads:
+        return
     trainer, history, folder = trained.trainer, trained.history, trained.folder
     names = [task.name for task in trainer.tasks]
     seconds = time.monotonic() - begun

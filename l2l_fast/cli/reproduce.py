@@ -21,6 +21,7 @@ from l2l_fast.reproduce.report import html, markdown
 from l2l_fast.reproduce.workloads import DEFAULT, Plan, rivals, table, write
 from l2l_fast.reproduce.workloads import QUICK as QUICK_WORKLOADS
 from l2l_fast.reproduce.workloads import run as run_workloads
+from l2l_fast.studies.queue import require_optuna
 from l2l_fast.tasks.classifier import DATASETS
 from l2l_fast.tasks.workloads import WORKLOADS
 
@@ -56,7 +57,7 @@ def reproduce(
             help="Of workloads: a workloads.json whose rates are taken in place of tuning.", dir_okay=False, exists=True
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Of workloads: processes, one thread each.", min=1)] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes, one thread each; figures are the same.", min=1)] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Few seeds, short trainings: to try it.")] = False,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -68,7 +69,8 @@ def reproduce(
 
     Each row writes its table, JSON and pictures into a subfolder of --out; "all" adds report.html, one page with
     everything inside, and results.md. What was measured is kept in --out: a run that was killed goes on with the same
-    command, and another network meets baselines that are tuned already.
+    command, and another network meets baselines that are tuned already. --jobs spreads tunings, trainings and lanes
+    over processes; figures are those of one.
 
     The row "workloads" is for l2l-base, in AdamW's place on eight small workloads: language models, image models,
     regression. Every optimizer has the same schedule and as many rates. It takes an hour or more, and is not among all.
@@ -77,7 +79,7 @@ def reproduce(
     Examples:
         l2l-fast reproduce quadratic --network runs/demo/network --quick
         l2l-fast reproduce relu --network runs/base-0/network --network runs/base-1/network
-        l2l-fast reproduce all --dataset mnist
+        l2l-fast reproduce all --dataset mnist --jobs 8
         l2l-fast reproduce workloads --jobs 2
         l2l-fast reproduce workloads --steps 3000 --rival AdamW --rival learned --out runs/3000
         l2l-fast reproduce workloads --steps 10000 --rival learned --rates-from runs/3000/workloads.json
@@ -96,12 +98,13 @@ def reproduce(
             "--workload": workload,
             "--rival": rival,
             "--rates-from": rates_from,
-            "--jobs": jobs > 1,
         }.items()
         if value
     ]:
         raise typer.BadParameter(f"{given[0]} goes with the row workloads")
     names = find(row)
+    if "meta-lr" in names:  # said before hours of work, not after
+        require_optuna().logging.set_verbosity(require_optuna().logging.WARNING)
     if dataset not in DATASETS:
         raise typer.BadParameter(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
     given = {"l2l-base-v1": network, "l2l-quadratic": quadratic_network, "l2l-small": small_network}
@@ -119,9 +122,11 @@ def reproduce(
              for word in (option, value)), "--dataset", dataset, *(["--seeds", str(seeds)] if seeds else []),
              *(["--quick"] if quick else []), *(["--seed", str(seed)] if seed else [])]  # fmt: skip
     run = Run(
-        out, dataset, settings, seed, device, lambda name: shlex.join(["l2l-fast", "reproduce", name, *words]), _bars
-    )
+        out, dataset, settings, seed, device, lambda name: shlex.join(["l2l-fast", "reproduce", name, *words]), _bars,
+        jobs,
+    )  # fmt: skip
 
+    l2l_fast.reproduce.prepare(names, run, networks, beside=extra)
     found = []
     for name in names:
         found.append(l2l_fast.reproduce.reproduce(name, run, networks[name], beside=extra))

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from l2l_fast.adaptive import AdaptiveMLP, CoordinatewiseMLP
 from l2l_fast.checks import is_whole, require, usable_device, whole
 from l2l_fast.environment import environment
-from l2l_fast.evaluate.baselines import BASELINES, SCHEDULES, USUAL, Baseline, find_baseline, under
+from l2l_fast.evaluate.baselines import BASELINES, SCHEDULES, USUAL, Baseline, Tuned, find_baseline, under
 from l2l_fast.evaluate.comparison import Comparison, Result
 from l2l_fast.evaluate.store import Store, stored_trajectories, stored_tuning
 from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress, final_loss, mean_loss, smoothed
@@ -127,65 +127,110 @@ def compare_horizons(
         >>> found[5].horizon, found[10].horizon
         (5, 10)
     """
-    store, device = store or Store(None), usable_device(device)
-    horizons = sorted({whole("horizon", horizon, 1) for horizon in horizons})
-    seeds, tuning_seeds = whole("seeds", seeds, 1), whole("tuning_seeds", tuning_seeds, 1)
-    if max(seeds, tuning_seeds) > _SEEDS_EACH:
-        raise ValueError(f"seeds and tuning_seeds must be at most {_SEEDS_EACH}, got {max(seeds, tuning_seeds)}")
-    require(is_whole(seed, 0) and seed <= 9999, "seed", seed, "an int from 0 to 9999")
-    allowed = ("constant", *SCHEDULES)
-    require(isinstance(schedule, str) and schedule in allowed, "schedule", schedule, f"one of {allowed}")
-    learned = learned_lanes(optimizers, state_dtype, schedule, horizons)
-    baselines = [baselines] if isinstance(baselines, str | Baseline) else baselines
-    require(isinstance(baselines, Iterable), "baselines", baselines, "a sequence of names")
-    baselines = [find_baseline(baseline, horizons, schedule) for baseline in baselines]
-    if not baselines:
-        raise ValueError(f"baselines must name at least one of {', '.join(BASELINES)}, got none")
-    names = [*learned, *(baseline.name for baseline in baselines)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"optimizers and baselines must have different names, got {', '.join(twice)} twice; rename one"
-        )
-    if tune_learned:
-        baselines = [*_tunable(optimizers, state_dtype, schedule, horizons), *baselines]
-    fixed = {} if tune_learned else learned
-    task = held_out(task)
+    contest = Contest(
+        task, optimizers, horizons, seeds=seeds, baselines=baselines, tuning_seeds=tuning_seeds, seed=seed,
+        schedule=schedule, tune_learned=tune_learned, state_dtype=state_dtype, device=device, store=store,
+    )  # fmt: skip
+    return contest.result(progress)
 
-    tuning = {"seeds": tuning_seeds_of(seed, tuning_seeds), "device": device, "progress": progress, "store": store}
-    tuned = {baseline.name: stored_tuning(task, baseline, horizons, **tuning) for baseline in baselines}
 
-    lanes = dict(fixed)
-    for baseline in baselines:
-        for best in tuned[baseline.name].values():
-            for rate in (best.lr, best.lr_final):
-                lanes[baseline.name, rate] = _baseline_lane(baseline, rate)
-    test, longest = held_out_seeds(seed, seeds), horizons[-1]
-    on_step = progress and (lambda done: progress("comparing", done, longest))
-    running = {"horizon": longest, "seeds": test, "device": device, "on_step": on_step, "store": store}
-    losses = dict(zip(lanes, stored_trajectories(task, lanes.values(), **running), strict=True))
-    # What a step costs does not depend on the rate.
-    makers = {name: lane.make for name, lane in fixed.items()}
-    makers |= {baseline.name: partial(baseline.factory, lr=tuned[baseline.name][longest].lr) for baseline in baselines}
-    with plain(device):
-        seconds, rates = _seconds_and_rates(task, makers, test[0], device, progress)
+class Contest:
+    """A comparison that is to be made. What takes long of it can be made ahead, in other processes, by its store.
 
-    comparisons = {}
-    for horizon in horizons:
-        begun = {name: found[:, : horizon + 1] for name, found in losses.items()}
-        results = {}
-        for name in fixed:
-            rate = rates[name]
-            results[name] = _result(
-                name, begun[name], begun[name], horizon, lr=rate, lr_final=rate, seconds=seconds[name]
+    The arguments are those of :func:`compare_horizons`.
+
+    Attributes:
+        task: on the half that optimizers are judged on.
+        horizons: rising.
+        baselines: what is tuned, the learned optimizers among them if their rates are.
+        test, tuning: held-out seeds, and those that baselines are tuned on.
+        device, store: where it runs, and what keeps its parts.
+    """
+
+    def __init__(
+        self, task, optimizers, horizons, *, seeds=10, baselines=USUAL, tuning_seeds=10, seed=0,
+        schedule="constant", tune_learned=False, state_dtype=torch.float32, device="cpu", store=None,
+    ) -> None:  # fmt: skip
+        self.store, self.device = store or Store(None), usable_device(device)
+        self.horizons = sorted({whole("horizon", horizon, 1) for horizon in horizons})
+        seeds, tuning_seeds = whole("seeds", seeds, 1), whole("tuning_seeds", tuning_seeds, 1)
+        if max(seeds, tuning_seeds) > _SEEDS_EACH:
+            raise ValueError(f"seeds and tuning_seeds must be at most {_SEEDS_EACH}, got {max(seeds, tuning_seeds)}")
+        require(is_whole(seed, 0) and seed <= 9999, "seed", seed, "an int from 0 to 9999")
+        allowed = ("constant", *SCHEDULES)
+        require(isinstance(schedule, str) and schedule in allowed, "schedule", schedule, f"one of {allowed}")
+        learned = learned_lanes(optimizers, state_dtype, schedule, self.horizons)
+        baselines = [baselines] if isinstance(baselines, str | Baseline) else baselines
+        require(isinstance(baselines, Iterable), "baselines", baselines, "a sequence of names")
+        self.baselines = [find_baseline(baseline, self.horizons, schedule) for baseline in baselines]
+        if not self.baselines:
+            raise ValueError(f"baselines must name at least one of {', '.join(BASELINES)}, got none")
+        names = [*learned, *(baseline.name for baseline in self.baselines)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"optimizers and baselines must have different names, got {', '.join(twice)} twice; rename one"
             )
-        for baseline in baselines:
-            name, best = baseline.name, tuned[baseline.name][horizon]
-            results[name] = _result(
-                baseline.label, begun[name, best.lr], begun[name, best.lr_final], horizon,
-                lr=best.lr, lr_final=best.lr_final, seconds=seconds[name], on_edge=best.on_edge, tied=best.tied,
-            )  # fmt: skip
-        comparisons[horizon] = Comparison(task.name, horizon, seeds, list(learned), results, environment(device))
-    return comparisons
+        if tune_learned:
+            self.baselines = [*_tunable(optimizers, state_dtype, schedule, self.horizons), *self.baselines]
+        self._names, self._fixed = list(learned), {} if tune_learned else learned
+        self.task, self._tuned = held_out(task), {}
+        self.tuning, self.test = tuning_seeds_of(seed, tuning_seeds), held_out_seeds(seed, seeds)
+
+    def tuned(self, baseline: Baseline, progress: Progress | None = None) -> dict[int, Tuned]:
+        """A baseline's best rates, by horizon."""
+        if baseline.name not in self._tuned:
+            shared = {"seeds": self.tuning, "device": self.device, "store": self.store}
+            self._tuned[baseline.name] = stored_tuning(self.task, baseline, self.horizons, progress=progress, **shared)
+        return self._tuned[baseline.name]
+
+    def lanes(self, progress: Progress | None = None) -> dict[object, Lane]:
+        """What is run: an optimizer that is not tuned by its name, a baseline by its name and one of its best rates."""
+        lanes: dict[object, Lane] = dict(self._fixed)
+        for baseline in self.baselines:
+            for best in self.tuned(baseline, progress).values():
+                for rate in (best.lr, best.lr_final):
+                    lanes[baseline.name, rate] = _baseline_lane(baseline, rate)
+        return lanes
+
+    def losses(self, lanes: Mapping[object, Lane], progress: Progress | None = None) -> dict[object, Tensor]:
+        """Of each lane [B, longest horizon + 1]."""
+        longest = self.horizons[-1]
+        on_step = progress and (lambda done: progress("comparing", done, longest))
+        running = {"horizon": longest, "seeds": self.test, "device": self.device, "store": self.store}
+        found = stored_trajectories(self.task, lanes.values(), on_step=on_step, **running)
+        return dict(zip(lanes, found, strict=True))
+
+    def result(self, progress: Progress | None = None) -> dict[int, Comparison]:
+        """By horizon, what was found."""
+        fixed, longest = self._fixed, self.horizons[-1]
+        losses, tuned = self.losses(self.lanes(progress), progress), self._tuned
+        # What a step costs does not depend on the rate.
+        makers = {name: lane.make for name, lane in fixed.items()}
+        makers |= {
+            baseline.name: partial(baseline.factory, lr=tuned[baseline.name][longest].lr) for baseline in self.baselines
+        }
+        with plain(self.device):
+            seconds, rates = _seconds_and_rates(self.task, makers, self.test[0], self.device, progress)
+
+        comparisons = {}
+        for horizon in self.horizons:
+            begun = {name: found[:, : horizon + 1] for name, found in losses.items()}
+            results = {}
+            for name in fixed:
+                rate = rates[name]
+                results[name] = _result(
+                    name, begun[name], begun[name], horizon, lr=rate, lr_final=rate, seconds=seconds[name]
+                )
+            for baseline in self.baselines:
+                name, best = baseline.name, tuned[baseline.name][horizon]
+                results[name] = _result(
+                    baseline.label, begun[name, best.lr], begun[name, best.lr_final], horizon,
+                    lr=best.lr, lr_final=best.lr_final, seconds=seconds[name], on_edge=best.on_edge, tied=best.tied,
+                )  # fmt: skip
+            comparisons[horizon] = Comparison(
+                self.task.name, horizon, len(self.test), self._names, results, environment(self.device)
+            )
+        return comparisons
 
 
 def held_out_seeds(seed: int, count: int) -> range:

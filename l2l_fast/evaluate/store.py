@@ -46,7 +46,7 @@ class Store:
 
     def get(self, **facts):
         """The value that was put under the same facts; None if there is none."""
-        path = self._path(facts)
+        path = self.path(**facts)
         if path is None or not path.exists():
             return None
         try:
@@ -56,7 +56,7 @@ class Store:
 
     def put(self, value, **facts) -> None:
         """Keep a tensor, or numbers and strings in lists and dictionaries."""
-        path = self._path(facts)
+        path = self.path(**facts)
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,10 +68,19 @@ class Store:
     def _key(self, facts) -> str:
         return json.dumps({"format_version": FORMAT_VERSION} | self.facts | facts, sort_keys=True)
 
-    def _path(self, facts) -> Path | None:
+    def path(self, **facts) -> Path | None:
+        """Where the value under these facts is kept, now or later."""
         if self.folder is None:
             return None
         return self.folder / f"{hashlib.sha256(self._key(facts).encode()).hexdigest()[:24]}.pt"
+
+
+def tuning_facts(baseline: Baseline, horizons: Sequence[int], seeds: range, device: torch.device | str) -> dict | None:
+    """What decides a tuning, beside the store's own facts; None for a baseline of one's own."""
+    if BASELINES.get(baseline.name) is not baseline:
+        return None
+    return {"tuning": baseline.name, "exponents": baseline.exponents, "horizons": sorted(horizons),
+            "seeds": [seeds.start, seeds.stop], "device": torch.device(device).type}  # fmt: skip
 
 
 def stored_tuning(
@@ -85,17 +94,21 @@ def stored_tuning(
     store: Store,
 ) -> dict[int, Tuned]:
     """:func:`tune_horizons`, from the store where it is there. Baselines of one's own are tuned every time."""
-    facts = {"tuning": baseline.name, "exponents": baseline.exponents, "horizons": sorted(horizons),
-             "seeds": [seeds.start, seeds.stop], "device": torch.device(device).type}  # fmt: skip
-    known = BASELINES.get(baseline.name) is baseline
-    found = store.get(**facts) if known else None
+    facts = tuning_facts(baseline, horizons, seeds, device)
+    found = store.get(**facts) if facts else None
     if found is not None:
         return {horizon: Tuned(baseline, **entry) for horizon, entry in found.items()}
     tuned = tune_horizons(task, baseline, horizons, seeds=seeds, device=device, progress=progress)
-    if known:
+    if facts:
         fields = [field.name for field in dataclasses.fields(Tuned) if field.name != "baseline"]
         store.put({h: {name: getattr(entry, name) for name in fields} for h, entry in tuned.items()}, **facts)
     return tuned
+
+
+def lane_facts(lane: Lane, horizon: int, seeds: range, device: torch.device | str) -> dict | None:
+    """What decides a lane's losses, beside the store's own facts; None for one that nobody can name."""
+    shared = {"horizon": horizon, "seeds": [seeds.start, seeds.stop], "device": torch.device(device).type}
+    return None if lane.identity is None else shared | dict(lane.identity)
 
 
 def stored_trajectories(
@@ -110,14 +123,14 @@ def stored_trajectories(
 ) -> list[Tensor]:
     """:func:`trajectories`, a [B, horizon + 1] for each lane; lanes that the store has are not run again."""
     lanes = list(lanes)
-    shared = {"horizon": horizon, "seeds": [seeds.start, seeds.stop], "device": torch.device(device).type}
-    losses = [None if lane.identity is None else store.get(**shared, **lane.identity) for lane in lanes]
+    facts = [lane_facts(lane, horizon, seeds, device) for lane in lanes]
+    losses = [None if fact is None else store.get(**fact) for fact in facts]
     missing = [k for k, found in enumerate(losses) if found is None]
     if missing:
         run = [lanes[k] for k in missing]
         new = trajectories(task, run, horizon=horizon, seeds=seeds, device=device, on_step=on_step)
         for k, found in zip(missing, new, strict=True):
             losses[k] = found
-            if lanes[k].identity is not None:
-                store.put(found.clone(), **shared, **lanes[k].identity)
+            if facts[k] is not None:
+                store.put(found.clone(), **facts[k])
     return losses

@@ -82,7 +82,7 @@ def trajectories(
         ]
         # Lanes outside, instances inside; a batch has no lane dimension, so all lanes share it.
         stacked_loss = batched(task, batched(task, task.loss), in_dims=(0, None))
-        together = max(1, STACKED_COORDINATES[theta.device.type != "cpu"] // start.numel())
+        together = _together(start)
         losses = theta.new_empty(horizon + 1, *theta.shape[:2])
         for step in range(horizon + 1):
             batch = instances.draw()
@@ -96,6 +96,16 @@ def trajectories(
                 with as_before():
                     on_step(step + 1)
         return losses.permute(1, 2, 0).cpu()
+
+
+def _together(start: Tensor) -> int:
+    return max(1, STACKED_COORDINATES[start.device.type != "cpu"] // start.numel())
+
+
+def lanes_together(task: Task, seeds: Sequence[int], device: torch.device | str) -> int:
+    """How many lanes :func:`trajectories` evaluates in one batch; any such number of them are run alone as together."""
+    with plain(device):
+        return _together(Instances(task, seeds, device).start())
 
 
 def smoothed(curves: Tensor, horizon: int) -> Tensor:

@@ -7,7 +7,8 @@ sent says from which device.
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, distributed
@@ -25,8 +26,31 @@ def require_group() -> None:
         raise RuntimeError(
             f"WORLD_SIZE is {size} and torch.distributed has no process group, so that every process would train the "
             "same run: call torch.distributed.init_process_group() before MetaTrainer, or start one process alone, "
-            "without torchrun or with WORLD_SIZE unset, as commands of l2l-fast must be"
+            "without torchrun or with WORLD_SIZE unset, as commands of l2l-fast but meta-train must be"
         )
+
+
+@contextmanager
+def joined(device: torch.device | str) -> Iterator[torch.device]:
+    """Be a rank of the group that torchrun has started this process for; without torchrun, nothing.
+
+    Args:
+        device: that was asked for; of "cuda" each rank has a GPU of its own, by its number on the machine.
+
+    Yields:
+        this rank's device.
+    """
+    device = torch.device(device)
+    if not (distributed.is_available() and distributed.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1"):
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    yield device
+    # After an error the group is left as it is: others may wait in it, and torchrun ends them.
+    distributed.destroy_process_group()
 
 
 def rank() -> int:

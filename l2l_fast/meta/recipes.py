@@ -23,6 +23,7 @@ import torch
 
 from l2l_fast.checkpoint import WEIGHTS, shipped
 from l2l_fast.files import write_text
+from l2l_fast.meta import ranks
 from l2l_fast.meta.curricula import parse_horizon
 from l2l_fast.meta.run import History
 from l2l_fast.meta.trainer import MetaTrainer
@@ -31,6 +32,7 @@ from l2l_fast.tasks import MetaTraining, Quadratic, Task
 from l2l_fast.tasks import get as get_task
 from l2l_fast.writing import json_text
 
+FINISHED = "finished"  # a file beside the network of a recipe that was trained to its end
 MAY_DIFFER = ("tasks", "training", "meta_steps")  # between a recipe's stages
 _KINDS = {  # of a recipe's values: (whether one is good, what it must do)
     "like": (lambda value: isinstance(value, str), "be another recipe's name, or a path that ends in .json"),
@@ -231,6 +233,8 @@ def train(
 ) -> Trained:
     """Train a network by a recipe, stage after stage, each from the network of the one before.
 
+    Of several ranks, as ``torchrun`` starts them, the first one writes into ``folder``, which all must share.
+
     Args:
         recipe: its name or path, as :func:`read` takes it, or the recipe itself, whose tasks may then be tasks of your
             own in place of names with options.
@@ -244,7 +248,7 @@ def train(
         device: where to train.
         tensorboard: write logs for it below ``folder``.
         progress: show a progress bar (needs rich).
-        on_step: called with the meta-steps done and those of all stages, after each.
+        on_step: called with the meta-steps done and those of all stages, after each; on every rank.
         on_stage: called with each stage that has ended, early or not.
         **training: options of :class:`~l2l_fast.MetaTrainer` in place of the recipe's, in every stage.
 
@@ -274,7 +278,7 @@ def train(
     elif not isinstance(network, CoordinatewiseLSTM):
         network = CoordinatewiseLSTM.from_pretrained(network)
     folders, total, before = _stage_folders(folder, len(parts)), sum(part["meta_steps"] for part in parts), 0
-    deadline = time.monotonic() + max_seconds
+    deadline, leads = time.monotonic() + max_seconds, ranks.rank() == 0
     for number, (part, (_, tasks, options), place) in enumerate(zip(parts, prepared, folders, strict=True), 1):
         kept = {} if place is None else {"checkpoint": place / "checkpoint"}
         if tensorboard and place is not None:
@@ -288,9 +292,9 @@ def train(
             trainer.fit(steps, max_seconds=left, on_step=counted)
         finally:
             # A checkpoint that was refused has a network of its own there; an exception leaves the best so far.
-            if trainer.meta_step and place is not None:
+            if trainer.meta_step and place is not None and leads:
                 network.save_pretrained(place / "network")
-        if place is not None:
+        if place is not None and leads:
             write_text(place / "history.json", json_text(dataclasses.asdict(trainer.history)) + "\n")
         done = Trained(network, trainer, place, number, len(parts), trainer.meta_step >= steps)
         if on_stage:
@@ -312,34 +316,22 @@ def train_once(
     on_step: Callable[[int, int], None] | None,
 ) -> Path:
     """The folder of a recipe's network, trained below ``folder`` unless it is there; a killed training goes on."""
-    recipe = read(name)
-    decides = json.dumps([stages(recipe, meta_steps), dataset, seed], sort_keys=True)
-    folder = folder / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
-    if not (folder / "finished").exists():
+    recipe, folder = read(name), _folder_of(name, dataset, folder, meta_steps, seed)
+    if not (folder / FINISHED).exists():
         shared = {"meta_steps": meta_steps, "seed": seed, "device": device, "on_step": on_step}
         train(recipe, folder, dataset=dataset, progress=False, **shared)
-        write_text(folder / "finished", "")
+        write_text(folder / FINISHED, "")
     return folder / "network"
 
 
-def train_at_rate(
-    task: Task,
-    rate: float,
-    meta_steps: int,
-    horizon: int,
-    *,
-    seed: int,
-    device: torch.device | str,
-    on_step: Callable[[int, int], None] | None = None,
-) -> Trained:
-    """A network of the task's recipe, trained at a meta learning rate that stays.
+def is_trained(name: str, dataset: str, folder: Path, *, meta_steps: int | None, seed: int) -> bool:
+    """Whether :func:`train_once` has nothing left to do."""
+    return (_folder_of(name, dataset, folder, meta_steps, seed) / FINISHED).exists()
 
-    At every rate the same seed starts from the same network and sees the same trajectories.
-    """
-    # Validated often: at a large rate the weights are good for moments only.
-    options = {"meta_lr": rate, "horizon": horizon, "schedule": "constant", "validate_every": 10}
-    shared = {"meta_steps": meta_steps, "seed": seed, "device": device, "on_step": on_step, "progress": False}
-    return train(for_tasks(task), **shared, **options)
+
+def _folder_of(name: str, dataset: str, folder: Path, meta_steps: int | None, seed: int) -> Path:
+    decides = json.dumps([stages(read(name), meta_steps), dataset, seed], sort_keys=True)
+    return folder / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
 
 
 # ---------------------------------------------------------------- parts

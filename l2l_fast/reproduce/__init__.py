@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from os import PathLike
 
 import torch
 
-from l2l_fast.meta.recipes import train_once
 from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.reproduce.ahead import measure_ahead, train_recipe
 from l2l_fast.reproduce.figures import Findings
 from l2l_fast.reproduce.kinds import judge
 from l2l_fast.reproduce.meta_lr import meta_lr
@@ -17,7 +17,7 @@ from l2l_fast.reproduce.proposal import proposal
 from l2l_fast.reproduce.rows import FULL, QUICK, ROWS, Settings, find
 from l2l_fast.reproduce.run import Run
 
-__all__ = ["FULL", "QUICK", "ROWS", "Findings", "Run", "Settings", "find", "reproduce"]
+__all__ = ["FULL", "QUICK", "ROWS", "Findings", "Run", "Settings", "find", "prepare", "reproduce"]
 
 
 Networks = Mapping[str, torch.nn.Module | str | PathLike]
@@ -51,9 +51,31 @@ def reproduce(name: str, run: Run, networks: Networks | None = None, *, beside: 
         return meta_lr(run)
     if row.kind == "proposal":
         return proposal(run)
+    if networks is None and row.network:
+        networks = {row.network: row.network}
+    prepare([name], run, {name: networks}, beside=beside)
     if networks is None:
-        networks = {row.network: row.network} if row.network else _trained(name, run, beside or {})
-    return judge(name, {label: _network(one) for label, one in networks.items()}, run)
+        networks = _trained(name, run, beside or {})
+    return judge(name, _loaded(networks), run)
+
+
+def prepare(
+    names: Iterable[str], run: Run, networks: Mapping[str, Networks | None], *, beside: Networks | None = None
+) -> None:
+    """Measure what several rows need in ``run.jobs`` processes, so that :func:`reproduce` finds it; one does nothing.
+
+    Args:
+        names: of the rows.
+        run: where and how much.
+        networks: by row, what is judged; None for rows that train their networks.
+        beside: what is judged beside the networks that rows train.
+    """
+    rows = {name: (ROWS[name], networks[name] and _loaded(networks[name])) for name in names}
+    measure_ahead(rows, run, lambda name: _loaded(_trained(name, run, beside or {})))
+
+
+def _loaded(networks: Networks) -> dict[str, CoordinatewiseLSTM]:
+    return {label: _network(one) for label, one in networks.items()}
 
 
 def _network(network: torch.nn.Module | str | PathLike) -> CoordinatewiseLSTM:
@@ -65,9 +87,5 @@ def _trained(name: str, run: Run, beside: Networks) -> Networks:
     networks = {}
     with run.bars(f"{name}: meta-training") as progress:
         for recipe in ROWS[name].recipes:
-            folder = train_once(
-                recipe, run.dataset, run.folder / "trained", meta_steps=run.settings.meta_steps, seed=run.seed,
-                device=run.device, on_step=progress and partial(progress, f"recipe {recipe}"),
-            )  # fmt: skip
-            networks[recipe] = folder
+            networks[recipe] = train_recipe(recipe, run, progress and partial(progress, f"recipe {recipe}"))
     return networks | {f"{label}, given" if label in networks else label: one for label, one in beside.items()}

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from l2l_fast.config import state_size
-from l2l_fast.evaluate.baselines import find_baseline
-from l2l_fast.evaluate.compare import compare_horizons, held_out, held_out_seeds, learned_lanes
+from l2l_fast.evaluate.compare import Contest, held_out, held_out_seeds, learned_lanes
 from l2l_fast.evaluate.comparison import Comparison
 from l2l_fast.evaluate.costs import measure_cost
 from l2l_fast.evaluate.pictures import plot_front, plot_start_scales
 from l2l_fast.evaluate.plots import plot_curves
 from l2l_fast.evaluate.store import stored_trajectories
-from l2l_fast.evaluate.trajectories import smoothed
+from l2l_fast.evaluate.trajectories import Lane, smoothed
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.reproduce.figures import Entry, Findings
-from l2l_fast.reproduce.rows import ROWS, Case
+from l2l_fast.reproduce.rows import ROWS, Case, Row
 from l2l_fast.reproduce.run import Run, write
 
 ADAM_BYTES = 8  # of state for each coordinate: two moments in float32
@@ -43,21 +42,34 @@ def judge(name: str, networks: Networks, run: Run) -> Findings:
     return findings
 
 
+def contest(case: Case, row: Row, networks: Networks, run: Run) -> Contest:
+    """What a case of a row of the kind "compare" compares."""
+    settings = run.settings
+    return Contest(
+        run.task(case), dict(networks), case.horizons, seeds=settings.seeds, tuning_seeds=settings.tuning_seeds,
+        baselines=row.baselines, seed=run.seed, state_dtype=getattr(torch, row.state_dtype), device=run.device,
+        store=run.store(case),
+    )  # fmt: skip
+
+
+def long_lanes(case: Case, networks: Networks, run: Run) -> tuple[dict[str, Lane], dict]:
+    """Lanes by name of a case of a row of the kind "long", and how they are run: arguments of stored_trajectories."""
+    shared = {"horizon": run.settings.long_horizon, "seeds": held_out_seeds(run.seed, run.settings.seeds)}
+    shared |= {"device": run.device, "store": run.store(case)}
+    return learned_lanes(dict(networks)), {"task": held_out(run.task(case))} | shared
+
+
 def _compare(case: Case, networks, run: Run, findings: Findings, folder: Path) -> dict[int, Comparison]:
-    label, settings, row = case.label(run.dataset), run.settings, ROWS[findings.row]
-    dtype = getattr(torch, row.state_dtype)
+    label, row = case.label(run.dataset), ROWS[findings.row]
     with run.bars(f"{findings.row}: {label}") as progress:
-        found = compare_horizons(
-            run.task(case), dict(networks), case.horizons, seeds=settings.seeds, tuning_seeds=settings.tuning_seeds,
-            baselines=[find_baseline(name) for name in row.baselines], seed=run.seed, state_dtype=dtype,
-            device=run.device, progress=progress, store=run.store(case),
-        )  # fmt: skip
+        found = contest(case, row, networks, run).result(progress)
     for horizon, comparison in found.items():
         comparison.task = label
         entry = Entry.of(comparison, f"{label}, {horizon} steps", dict(case.bars.get(horizon, {})))
         if "bytes" in entry.bars:
             for name, network in networks.items():
-                entry.figures[name]["bytes"] = state_size(network.config) * dtype.itemsize / ADAM_BYTES
+                size = state_size(network.config) * getattr(torch, row.state_dtype).itemsize
+                entry.figures[name]["bytes"] = size / ADAM_BYTES
         stem = f"{_file_name(label)}-{horizon}"
         entry.files = [f"{stem}.json", f"{stem}.png"]
         comparison.to_json(folder / f"{stem}.json")
@@ -94,10 +106,8 @@ def _long(case: Case, networks, run: Run, findings: Findings, folder: Path) -> N
     label, horizon = case.label(run.dataset), run.settings.long_horizon
     with run.bars(f"{findings.row}: {label}") as progress:
         on_step = progress and (lambda done: progress(f"{horizon} steps", done, horizon))
-        losses = stored_trajectories(
-            held_out(run.task(case)), learned_lanes(dict(networks)).values(), horizon=horizon, on_step=on_step,
-            seeds=held_out_seeds(run.seed, run.settings.seeds), device=run.device, store=run.store(case),
-        )  # fmt: skip
+        lanes, shared = long_lanes(case, networks, run)
+        losses = stored_trajectories(lanes=lanes.values(), on_step=on_step, **shared)
     curves = dict(zip(networks, losses, strict=True))
     for steps in sorted({min(EARLY[1], horizon), horizon}):
         figures = {name: stability(curve[:, : steps + 1]) for name, curve in curves.items()}

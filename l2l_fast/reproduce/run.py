@@ -18,6 +18,11 @@ from l2l_fast.tasks import Task
 from l2l_fast.tasks import get as get_task
 
 
+def no_bars(what: str) -> AbstractContextManager[Progress | None]:
+    """Shows nothing."""
+    return contextlib.nullcontext()
+
+
 @dataclass(frozen=True)
 class Run:
     """What all rows of one command share.
@@ -30,6 +35,7 @@ class Run:
         device: where to run.
         command: of a row's name, what a person types to run it again.
         bars: ``with bars(what) as progress`` shows the progress of one case.
+        jobs: processes, one thread each, that tunings, trainings and lanes are spread over; 1 is this one.
     """
 
     folder: Path
@@ -38,7 +44,8 @@ class Run:
     seed: int = 0
     device: str = "cpu"
     command: Callable[[str], str] = "l2l-fast reproduce {}".format
-    bars: Callable[[str], AbstractContextManager[Progress | None]] = lambda what: contextlib.nullcontext()
+    bars: Callable[[str], AbstractContextManager[Progress | None]] = no_bars
+    jobs: int = 1
 
     def task(self, case: Case) -> Task:
         """The case's task, on the half that optimizers learn on."""

@@ -13,11 +13,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +25,7 @@ from l2l_fast import normalize
 from l2l_fast.files import append_line, write_text
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.optim import LSTMOptimizer
+from l2l_fast.reproduce.processes import spread
 from l2l_fast.schedule import warm_cosine
 from l2l_fast.tasks.workloads import WORKLOADS
 from l2l_fast.writing import json_text
@@ -284,30 +282,24 @@ def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, i
     rates = {}
     if plan.rates_from is not None:
         rates, tuning = _rates_of(plan.rates_from, plan.workloads, chosen), []
-    with ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else nullcontext() as pool:
-        _fill(tuning, done, path, pool, progress and partial(progress, "tuning"))
-        best = {}
-        for one in tuning:
-            mean = done[one]["mean"]
-            key = one.workload, one.rival
-            if key not in best or (mean is not None and mean < best[key][0]):
-                best[key] = (math.inf if mean is None else mean), one.lr
-        rates |= {key: lr for key, (_, lr) in best.items()}
-        swaps = {(workload, rival): rates[workload, "AdamW"] for workload, rival in rates if rival in LEARNED}
-        shown = {
-            (workload, rival, lr): [
-                job(workload=workload, rival=rival, lr=lr, seed=SEED + seed, network=of(rival))
-                for seed in range(plan.seeds)
-            ]
-            for pairs in (rates, swaps) for (workload, rival), lr in pairs.items()
-        }  # fmt: skip
-        _fill(
-            [one for group in shown.values() for one in group],
-            done,
-            path,
-            pool,
-            progress and partial(progress, "seeds"),
-        )
+    _fill(tuning, done, path, jobs, progress and partial(progress, "tuning"))
+    best = {}
+    for one in tuning:
+        mean = done[one]["mean"]
+        key = one.workload, one.rival
+        if key not in best or (mean is not None and mean < best[key][0]):
+            best[key] = (math.inf if mean is None else mean), one.lr
+    rates |= {key: lr for key, (_, lr) in best.items()}
+    swaps = {(workload, rival): rates[workload, "AdamW"] for workload, rival in rates if rival in LEARNED}
+    shown = {
+        (workload, rival, lr): [
+            job(workload=workload, rival=rival, lr=lr, seed=SEED + seed, network=of(rival))
+            for seed in range(plan.seeds)
+        ]
+        for pairs in (rates, swaps) for (workload, rival), lr in pairs.items()
+    }  # fmt: skip
+    every = [one for group in shown.values() for one in group]
+    _fill(every, done, path, jobs, progress and partial(progress, "seeds"))
     found: dict = {}
     for names in (rates, swaps):
         for (workload, rival), lr in names.items():
@@ -330,10 +322,9 @@ def _rates_of(report: str, workloads: Sequence[str], chosen: Sequence[str]) -> d
         raise ValueError(f"rates_from must have all that is asked for: {report} has no {error.args[0]!r}") from None
 
 
-def _fill(wanted: Sequence[Job], done: dict, path: Path, pool, progress) -> None:
+def _fill(wanted: Sequence[Job], done: dict, path: Path, jobs: int, progress) -> None:
     missing = [job for job in dict.fromkeys(wanted) if job not in done]
-    results = pool.map(_do, missing) if pool else map(_do, missing)
-    for number, (job, found) in enumerate(zip(missing, results, strict=True)):
+    for number, (job, found) in enumerate(spread(_do, missing, jobs)):
         done[job] = json.loads(json_text(found))  # as it will be read
         append_line(path, json.dumps({"job": asdict(job), "found": done[job]}))
         if progress:

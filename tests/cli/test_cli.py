@@ -10,8 +10,8 @@ import torch
 
 import l2l_fast
 from l2l_fast import CoordinatewiseLSTM, MetaTrainer, files, tasks
-from l2l_fast.cli import sweep
 from l2l_fast.evaluate.compare import held_out_seeds
+from l2l_fast.studies import sweeps
 
 COMMANDS = ["demo", "meta-train", "compare", "sweep", "reproduce", "bench", "tasks", "info"]
 
@@ -281,19 +281,45 @@ def _strict(text):
 
 
 def test_sweep_names_the_best_rate(run, tmp_path):
-    code, text, _ = run("sweep", "quadratic", "--meta-lr", "0.01,0.0001", "--meta-steps", 20, "--horizon", 30)
+    pytest.importorskip("optuna", reason="sweeps need Optuna")
+    arguments = ("sweep", "quadratic", "--meta-lr", "0.01,0.0001", "--meta-steps", 20, "--horizon", 30)
+    code, text, err = run(*arguments)
     assert code == 0
     assert "0.01" in text.split("best")[0].splitlines()[-1]
+    assert "study quadratic-" in err
     found = json.loads((tmp_path / "runs" / "sweep-quadratic" / "sweep.json").read_text())
-    assert found["best"] == 0.01
-    assert len(found["meta_lrs"]["0.0001"]["curve"]) == 31
+    assert found["best"] == {"meta_lr": 0.01}
+    assert [len(point["curve"]) for point in found["points"]] == [31, 31]
+    assert CoordinatewiseLSTM.from_pretrained(found["best_network"].split(":", 1)[1]).config.hidden_size == 20
     assert (tmp_path / "runs" / "sweep-quadratic" / "sweep.png").stat().st_size > 5000
+    code, again, err = run(*arguments)  # nothing is trained again
+    assert (code, again) == (0, text)
+    assert "meta_lr=0.01" not in err
+
+
+def test_sweep_searches_a_range_among_other_options(run):
+    pytest.importorskip("optuna", reason="sweeps need Optuna")
+    arguments = ("--meta-lr", "0.001:0.1", "--vary", "unroll=2:4", "--vary", "features=identity,moments", "--trials", 3)
+    code, out, _ = run("sweep", "quadratic", *arguments, "--meta-steps", 2, "--horizon", 6, "--seeds", 2, "--json")
+    assert code == 0
+    points = [point["options"] for point in json.loads(out)["points"]]
+    assert len(points) == 3
+    assert all(0.001 <= point["meta_lr"] <= 0.1 and point["unroll"] in (2, 3, 4) for point in points)
+    assert {point["features"] for point in points} <= {"identity", "moments"}
+
+
+def test_sweep_without_optuna_says_what_to_install(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    for arguments in (("sweep", "quadratic"), ("reproduce", "meta-lr")):
+        code, out, err = run(*arguments)
+        assert (code, out, err) == (1, "", "l2l-fast: sweeps need Optuna: pip install 'l2l_fast[sweep]'\n")
 
 
 def test_the_seed_of_a_sweep_shifts_its_held_out_seeds(run, monkeypatch):
-    seen, measure = [], sweep.trajectories
+    pytest.importorskip("optuna", reason="sweeps need Optuna")
+    seen, measure = [], sweeps.trajectories
     spy = lambda *task, seeds, **options: seen.append(seeds) or measure(*task, seeds=seeds, **options)  # noqa: E731
-    monkeypatch.setattr(sweep, "trajectories", spy)
+    monkeypatch.setattr(sweeps, "trajectories", spy)
     for number in (0, 7):
         arguments = ("--meta-lr", "0.01", "--meta-steps", 1, "--horizon", 5, "--seeds", 3, "--seed", number)
         assert run("sweep", "quadratic", *arguments)[0] == 0
@@ -328,11 +354,21 @@ def test_demo_tells_the_whole_story(run, tmp_path):
         (["sweep", "quadratic", "--meta-lr", "a,b"], "--meta-lr 'a,b'"),
         (["sweep", "quadratic", "--meta-lr", "0.01,0.010"], "give different positive numbers"),
         (["sweep", "quadratic", "--meta-lr", "0.01,-1"], "give different positive numbers"),
+        (["sweep", "quadratic", "--meta-lr", "0.1:0.01"], "meta_lr must be a range LOW:HIGH of numbers"),
+        (["sweep", "quadratic", "--vary", "unroll"], "give NAME=A,B,C or NAME=LOW:HIGH"),
+        (["sweep", "quadratic", "--vary", "unrol=5"], "options must be named among"),
+        (["sweep", "quadratic", "--vary", "unroll=5,0"], "unroll must be an int of at least 1, got 0"),
+        (["sweep", "quadratic", "--vary", "unroll=5", "--vary", "unroll=6"], "unroll was given twice"),
+        (["sweep", "quadratic", "--trials", "3"], "--trials goes with a range LOW:HIGH"),
+        (["sweep", "quadratic", "--meta-lr", "0.01:0.1", "--meta-seeds", "2"], "--meta-seeds goes with lists"),
+        (["sweep", "quadratic", "--storage", "study.db"], "storage must be a URL such as sqlite:///runs/study.db"),
         (["dance"], "dance"),
         (["tasks", "--loud"], "--loud"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(run, network, tmp_path, arguments, words):
+    if arguments[0] == "sweep":
+        pytest.importorskip("optuna", reason="sweeps need Optuna")
     if "--network" not in arguments and arguments[0] == "compare" and len(arguments) > 1:
         network.save_pretrained(tmp_path / "network")
         arguments = [*arguments, "--network", "network"]
@@ -348,6 +384,8 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(run, network, tmp_path, ar
     "arguments", ["demo", "meta-train quadratic", "compare quadratic", "sweep quadratic", "reproduce mnist", "bench"]
 )
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(run, tmp_path, arguments):
+    if arguments.startswith("sweep"):
+        pytest.importorskip("optuna", reason="sweeps need Optuna")
     (tmp_path / "file").touch()
     code, out, err = run(*arguments.split(), "--out", "file/below")
     assert (code, out) == (2, "")

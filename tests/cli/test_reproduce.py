@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from l2l_fast.cli import reproduce as command
 from l2l_fast.meta.recipes import read, stages
@@ -55,6 +56,7 @@ def test_a_row_on_an_ascii_terminal(run, monkeypatch):
 
 
 def test_all_rows(run, tmp_path):
+    pytest.importorskip("optuna", reason="the row meta-lr needs Optuna")
     arguments = ("reproduce", "all", "--network", "mine/network", "--quadratic-network", "mine/network", "--quick")
     code, out, err = run(*arguments, "--out", "found", "--json")
     assert code == 0, err
@@ -73,6 +75,36 @@ def test_all_rows(run, tmp_path):
     assert "recipe" not in err
     figures = [json.loads(text)["ablation"]["entries"][0]["figures"]["base"]["ratio_mean"] for text in (out, again)]
     assert figures[0] == figures[1]
+
+
+def test_jobs_change_no_figure(run, tmp_path, monkeypatch):
+    """Nothing is left to this process that others can measure, and all that is kept is the same to the last bit."""
+    pytest.importorskip("optuna", reason="the row meta-lr needs Optuna")
+    arguments = ("reproduce", "all", "--network", "mine/network", "--quadratic-network", "mine/network", "--quick")
+    code, alone, err = run(*arguments, "--out", "alone", "--json")
+    assert code == 0, err
+    monkeypatch.setattr("l2l_fast.evaluate.store.trajectories", _interrupt)
+    monkeypatch.setattr("l2l_fast.evaluate.store.tune_horizons", _interrupt)
+    monkeypatch.setattr("l2l_fast.meta.recipes.train", _interrupt)
+    code, spread, err = run(*arguments, "--out", "spread", "--json", "--jobs", 2)
+    assert code == 0, err
+    assert "measured ahead by 2 processes" in err
+    kept = {path.name: torch.load(path)["value"] for path in (tmp_path / "alone" / "store").iterdir()}
+    for name, value in kept.items():
+        torch.testing.assert_close(
+            torch.load(tmp_path / "spread" / "store" / name)["value"], value, rtol=0, atol=0, equal_nan=True
+        )
+    assert len(kept) == len(list((tmp_path / "spread" / "store").iterdir()))
+    for name, row in json.loads(alone).items():
+        for entry, other in zip(row["entries"], json.loads(spread)[name]["entries"], strict=True):
+            for network, figures in entry["figures"].items():
+                timed = {"ratio_seconds", "nanoseconds"}
+                assert {metric: value for metric, value in figures.items() if metric not in timed} == {
+                    metric: value for metric, value in other["figures"][network].items() if metric not in timed
+                }
+    # Again: there is nothing to spread.
+    monkeypatch.setattr("l2l_fast.reproduce.ahead.spread", _interrupt)
+    assert run(*arguments, "--out", "spread", "--json", "--jobs", 2)[0] == 0
 
 
 def test_a_killed_run_goes_on(run, monkeypatch):
