@@ -220,7 +220,7 @@ def _is_matrix(shape: torch.Size) -> bool:
 
 def _orthogonal_units(updates: Sequence[Tensor], wholes: Sequence[Tensor]) -> list[Tensor]:
     """NS(update) / RMS of it for each: real, whole matrices of one shape together, a transposed one among them."""
-    found: list[Tensor | None] = [None] * len(updates)
+    found: dict[int, Tensor] = {}
     by_shape: dict[tuple[int, int], list[int]] = {}
     for place, (update, whole) in enumerate(zip(updates, wholes, strict=True)):
         if is_sharded(whole) or whole.is_complex() or not update.numel():
@@ -237,7 +237,7 @@ def _orthogonal_units(updates: Sequence[Tensor], wholes: Sequence[Tensor]) -> li
             units = unit(orthogonalize_each(stacked), (1, 2)).unbind()
             for place, o, lies in zip(some, units, lying, strict=True):
                 found[place] = (o if lies else o.mT).reshape(updates[place].shape)
-    return found
+    return [found[place] for place in range(len(updates))]
 
 
 def _orthogonal_unit(update: Tensor, whole: Tensor) -> Tensor:
