@@ -109,7 +109,7 @@ def test_a_search_tries_as_many_points_as_it_is_asked_for(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:the network is as it was before training")
 def test_what_diverged_is_told_and_never_the_best(tmp_path):
-    found = sweep(tiny(lr=[1.0, 1e30], meta_lr=[0.1]), tmp_path)
+    found = sweep(tiny(output_scale=[0.1, 1e30], meta_lr=[0.1]), tmp_path)
     assert [point.mean_loss < float("inf") for point in found.points] == [True, False]
     assert found.best is found.points[0]
     found.write(tmp_path)
