@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
@@ -30,6 +31,11 @@ def require_group() -> None:
         )
 
 
+# For another rank, after which torchrun starts all again. Ranks do equal work, so a long wait is for one that is gone;
+# and after a kill two have been seen to join each other for ever.
+PATIENCE = timedelta(minutes=2)
+
+
 @contextmanager
 def joined(device: torch.device | str) -> Iterator[torch.device]:
     """Be a rank of the group that torchrun has started this process for; without torchrun, nothing.
@@ -47,7 +53,7 @@ def joined(device: torch.device | str) -> Iterator[torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     yield device
     # After an error the group is left as it is: others may wait in it, and torchrun ends them.
     distributed.destroy_process_group()
