@@ -1,6 +1,6 @@
 """Judges rules for any network on four tasks that neither their meta-training nor the report of workloads has.
 
-    l2l-fast meta-train --recipe bench/general.json --network l2l-base --dataset mnist --out runs/general
+    l2l-fast meta-train --recipe bench/general.json --network l2l-base --out runs/general
     python bench/general.py AdamW Muon l2l-base runs/general/network
 
 A line for each optimizer: of every task, at two rates, the mean of the logarithm over two seeds of the mean, last and

@@ -134,7 +134,7 @@ class AdaptiveTrainer:
 
     # ------------------------------------------------------------ what Streams asks of a pool
 
-    def start(self, kind, instances, scaling=None, schedule=None) -> OnlineTrajectory:
+    def start(self, kind, instances, scaling=None, schedule=None, copies=1) -> OnlineTrajectory:
         """A trajectory at its start."""
         return OnlineTrajectory(instances, self.network, scaling, self.estimator.copies)
 

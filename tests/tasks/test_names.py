@@ -31,6 +31,11 @@ SIZES = {
     "tabular-regression": 4929,
     "wide-mlp": 105994,
     "deep-mlp": 21706,
+    "digits-small-mlp": 2410,
+    "mnist-small-mlp": 1930,
+    "small-regression": 1377,
+    "small-text-mlp": 9165,
+    "small-transformer": 6637,
 }
 OF_MNIST = ("mnist", "vision", "cnn", "autoencoder", "wide", "deep")
 MNIST = [pytest.param(name, marks=pytest.mark.mnist) for name in SIZES if name.startswith(OF_MNIST)]
