@@ -48,7 +48,8 @@ class CoordinatewiseMLP(nn.Module):
         self.hidden, self.head = nn.Module(), nn.Module()
         for name, shape in mlp.weight_shapes(self.hidden_size).items():
             layer, kind = name.split(".")
-            getattr(self, layer).register_parameter(kind, nn.Parameter(torch.empty(shape, dtype=torch.float32, device="cpu")))
+            parameter = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="cpu"))
+            getattr(self, layer).register_parameter(kind, parameter)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

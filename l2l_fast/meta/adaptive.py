@@ -48,6 +48,11 @@ class AdaptiveOptions(TrainerOptions):
     pairs: int = option(4, COUNT, "of perturbed copies, for the last two.")
     sigma: float = option(0.01, POSITIVE, "standard deviation of the perturbations.")
 
+    @property
+    def unheeded(self) -> list[str]:
+        """Options of the MetaTrainer's own estimators; ``sigma`` is of both."""
+        return ["perturbations", "perturbed_share"]
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for one in fields(self):
