@@ -42,11 +42,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tasks = {label: get(name, **options) for label, (name, options) in TASKS.items()}
-    workloads._task = tasks.__getitem__  # train knows workloads by name
     for name in arguments.optimizers:
         make, cells, whole = maker(name), [], torch.zeros(3)
-        for label in tasks:
-            runs = [[workloads.train(label, make, lr, seed, arguments.steps) for seed in SEEDS] for lr in RATES]
+        for label, task in tasks.items():
+            runs = [[workloads.train(task, make, lr, seed, arguments.steps) for seed in SEEDS] for lr in RATES]
             found = torch.tensor([[[run[metric] for metric in workloads.METRICS] for run in row] for row in runs])
             logs = found.log().mean(1)
             whole += logs.mean(0) / len(tasks)

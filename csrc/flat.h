@@ -9,6 +9,17 @@
 
 namespace l2l {
 
+// Strides of coordinates that lie one after another, in the order of the dimensions.
+inline std::vector<int64_t> in_a_row(int dims, const int64_t* sizes) {
+  std::vector<int64_t> strides(dims);
+  int64_t stride = 1;
+  for (int d = dims - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= sizes[d];
+  }
+  return strides;
+}
+
 // A tensor with its dimensions in the parameter's memory order, neighbours merged where all three tensors allow it, so
 // that tensors that share one dense memory order have one dimension.
 struct Flat {

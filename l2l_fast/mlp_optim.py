@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from l2l_fast import mlp
 from l2l_fast.adaptive import AdaptiveMLP, CoordinatewiseMLP
 from l2l_fast.checks import is_number, require
+from l2l_fast.networks import digest
 from l2l_fast.normalize import is_sharded
 from l2l_fast.optim import LSTMOptimizer
 
@@ -96,7 +96,7 @@ class MLPOptimizer(Optimizer):
         require(phi_optimizer is None or callable(phi_optimizer), "phi_optimizer", phi_optimizer,
                 "a function that makes an optimizer, or None")  # fmt: skip
         second = network.mlp if isinstance(network, AdaptiveMLP) else network
-        self._scale, self._digest = second.output_scale, _digest(network)
+        self._scale, self._digest = second.output_scale, digest(network)[:16]
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
         with torch.inference_mode(False), torch.no_grad():
             device = self.param_groups[0]["params"][0].device
@@ -289,10 +289,3 @@ def _check_options(options: dict) -> None:
         number = float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
         require(is_number(number) and 0 <= number < math.inf, name, value, "finite and not negative")
     require(options["maximize"] in (True, False), "maximize", options["maximize"], "True or False")
-
-
-def _digest(network: CoordinatewiseMLP | AdaptiveMLP) -> str:
-    """Tells a network from others."""
-    with torch.no_grad():
-        weights = network.flat_weights().detach().double().cpu().numpy()
-    return hashlib.sha256(network.rule.encode() + weights.tobytes()).hexdigest()[:16]

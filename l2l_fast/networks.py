@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from operator import attrgetter
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -296,3 +298,10 @@ class CoordinatewiseLSTM(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+@torch.no_grad()
+def digest(network: Any) -> str:
+    """What tells a network, of any kind that has a ``rule`` and flat weights, from all others; hexadecimal."""
+    weights = network.flat_weights().detach().double().cpu().numpy()
+    return hashlib.sha256(network.rule.encode() + weights.tobytes()).hexdigest()

@@ -154,11 +154,7 @@ void step_scaled(
   for (size_t i = 0; i < flats.size(); ++i) {
     onto.push_back(flats[i]);
     Flat& flat = onto.back();
-    int64_t stride = 1;
-    for (int d = flat.tensor.dims - 1; d >= 0; --d) {
-      flat.param[d] = stride;
-      stride *= flat.sizes[d];
-    }
+    flat.param = in_a_row(flat.tensor.dims, flat.sizes.data());
     flat.tensor.param = {
         updates.data() + starts[i], sizeof(T) == 8 ? DType::float64 : DType::float32, flat.param.data()};
     raw.push_back(flat.tensor);

@@ -54,9 +54,6 @@ struct Move {
   T rms, weight_decay;
 };
 
-L2L_DEVICE Offsets offsets_of(const DenseEntry&, int64_t coordinate) { return {coordinate, coordinate, coordinate}; }
-L2L_DEVICE Offsets offsets_of(const StridedEntry& entry, int64_t coordinate) { return entry.offsets(coordinate); }
-
 // theta <- theta + lr (rms u / RMS(u) - weight_decay theta). entry.grad: u; entry.step: the shares of its tensor's mean
 // square, entry.state_row of them.
 template <class T, class Entry, int bytes>
@@ -73,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
     // Not a comparison that NaN fails: a NaN in the weights must show. The smallest: reference.SMALLEST.
     const T factor = root < T(0x1p-126) ? T(0) : lr * move.rms / root;
     for (int i = threadIdx.x; i < chunk.count; i += blockDim.x) {
-      const Offsets at = offsets_of(tensor, chunk.first + i);
+      const Offsets at = tensor.offsets(chunk.first + i);
       const T u = static_cast<const T*>(tensor.grad)[at.grad];
       if (u == T(0) && std::signbit(u)) continue;  // held: its gradient is not finite
       const T theta = decay == T(0) ? T(0) : load<T>(tensor.param, tensor.param_dtype, at.param);
@@ -102,17 +99,6 @@ struct Layout {
   }
 };
 
-// A tensor whose coordinates, in the order of its dimensions, lie one after another.
-std::vector<int64_t> in_a_row(const StepTensor& tensor) {
-  std::vector<int64_t> strides(tensor.dims);
-  int64_t stride = 1;
-  for (int d = tensor.dims - 1; d >= 0; --d) {
-    strides[d] = stride;
-    stride *= tensor.sizes[d];
-  }
-  return strides;
-}
-
 template <class T>
 void step_scaled(const StepArguments& arguments, double rms, void* workspace, cudaStream_t stream) {
   constexpr DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
@@ -134,7 +120,7 @@ void step_scaled(const StepArguments& arguments, double rms, void* workspace, cu
     flats.emplace_back(arguments.tensors[i]);
     const StepTensor& tensor = flats.back().tensor;
     const int64_t count = tensor.count, chunks = chunks_of(count);
-    rows.push_back(in_a_row(tensor));
+    rows.push_back(in_a_row(tensor.dims, tensor.sizes));
     const Strided u = {scratch + coordinates, dtype, rows.back().data()};
     onto.push_back(tensor);
     onto.back().param = u;

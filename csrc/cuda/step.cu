@@ -20,9 +20,6 @@ struct StepCall {
   int64_t scratch;  // bytes of each block's
 };
 
-L2L_DEVICE Offsets offsets_of(const DenseEntry&, int64_t coordinate) { return {coordinate, coordinate, coordinate}; }
-L2L_DEVICE Offsets offsets_of(const StridedEntry& entry, int64_t coordinate) { return entry.offsets(coordinate); }
-
 template <class T, bool on_chip, class Entry, int bytes>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
     step_kernel(const __grid_constant__ StepCall<T> call, const __grid_constant__ Table<Entry, bytes> table) {
@@ -37,7 +34,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, on_chip>)
     cell.weights = call.cell.weights + table.network(t) * weights_each;
     const Entry& tensor = table.entries[tile.entry];
     const bool inside = device::lane() < tile.count;
-    const Offsets at = offsets_of(tensor, tile.first + (inside ? device::lane() : 0));
+    const Offsets at = tensor.offsets(tile.first + (inside ? device::lane() : 0));
     const T grad = inside ? load<T>(tensor.grad, tensor.grad_dtype, at.grad) : T(0);
     const Gradient<T> gradient(cell.net, call.maximize ? -grad : grad, tensor.state_dtype);
     load_rows(rows.state, state_rows, tensor.state, tensor.state_dtype, at.state, tensor.state_row, inside);

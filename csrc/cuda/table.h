@@ -8,6 +8,11 @@
 
 namespace l2l {
 
+// Elements from the first coordinate of a tensor to another one.
+struct Offsets {
+  int64_t param, grad, state;
+};
+
 // A parameter whose coordinates lie one after another, and those of its gradient and of each state row likewise.
 struct DenseEntry {
   void* param;
@@ -21,13 +26,9 @@ struct DenseEntry {
   Number step_kind;
 
   L2L_HOST_DEVICE Scalar step_number() const { return {step, step_kind}; }
+  L2L_HOST_DEVICE Offsets offsets(int64_t coordinate) const { return {coordinate, coordinate, coordinate}; }
 };
 static_assert(sizeof(DenseEntry) == 64, "kernel parameters are scarce");
-
-// Elements from the first coordinate of a tensor to another one.
-struct Offsets {
-  int64_t param, grad, state;
-};
 
 // One with up to kDims dimensions left. Its coordinates are numbered row-major over the sizes.
 struct StridedEntry : DenseEntry {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 import time
@@ -26,7 +25,7 @@ from l2l_fast.evaluate.store import Store, stored_trajectories, stored_tuning
 from l2l_fast.evaluate.trajectories import Lane, MakeOptimizer, Progress, final_loss, mean_loss, smoothed
 from l2l_fast.mlp_optim import MLPOptimizer
 from l2l_fast.modes import plain
-from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.networks import CoordinatewiseLSTM, digest
 from l2l_fast.optim import LSTMOptimizer
 from l2l_fast.tasks import get as get_task
 from l2l_fast.tasks.base import Instances, Task, half
@@ -159,6 +158,7 @@ class Contest:
         require(is_whole(seed, 0) and seed <= 9999, "seed", seed, "an int from 0 to 9999")
         allowed = ("constant", *SCHEDULES)
         require(isinstance(schedule, str) and schedule in allowed, "schedule", schedule, f"one of {allowed}")
+        optimizers = _by_name(optimizers)
         learned = learned_lanes(optimizers, state_dtype, schedule, self.horizons)
         baselines = [baselines] if isinstance(baselines, str | Baseline) else baselines
         require(isinstance(baselines, Iterable), "baselines", baselines, "a sequence of names")
@@ -254,10 +254,9 @@ def learned_lanes(
     """Lanes by name, of all that :func:`compare` takes as ``optimizers``, at their own rates."""
     lanes = {}
     for name, optimizer in _by_name(optimizers).items():
-        if _is_network(optimizer):
-            network = _network(optimizer)
-            made = _learned(name, network, state_dtype)
-            make, identity = partial(made.factory, lr=None), _identity(network, state_dtype)
+        if isinstance(optimizer, torch.nn.Module):
+            made = _learned(name, optimizer, state_dtype)
+            make, identity = partial(made.factory, lr=None), _identity(optimizer, state_dtype)
         elif callable(optimizer):
             made, make, identity = None, optimizer, None
         else:
@@ -273,11 +272,12 @@ def learned_lanes(
 
 
 def _by_name(optimizers) -> dict[str, object]:
+    """Networks and callables by name. Found here and now: a wrong name should not cost the time of the tuning."""
     if not isinstance(optimizers, Mapping):
         optimizers = {_name(optimizers): optimizers}
     if not optimizers:
         raise ValueError("optimizers must hold at least one network or callable, got none")
-    return {str(name): optimizer for name, optimizer in optimizers.items()}
+    return {str(name): _network(optimizer) for name, optimizer in optimizers.items()}
 
 
 def _name(optimizer) -> str:
@@ -286,20 +286,13 @@ def _name(optimizer) -> str:
     return "LSTM" if isinstance(optimizer, torch.nn.Module) else getattr(optimizer, "__name__", "learned")
 
 
-def _is_network(optimizer) -> bool:
-    return isinstance(optimizer, (str, PathLike, torch.nn.Module))
-
-
-def _network(optimizer) -> torch.nn.Module:
-    """Found here and now: a wrong name should not cost the time of the tuning."""
-    return optimizer if isinstance(optimizer, torch.nn.Module) else CoordinatewiseLSTM.from_pretrained(optimizer)
+def _network(optimizer):
+    """What a name or folder stands for; all else as it is."""
+    return CoordinatewiseLSTM.from_pretrained(optimizer) if isinstance(optimizer, str | PathLike) else optimizer
 
 
 def _identity(network: torch.nn.Module, state_dtype: torch.dtype) -> dict[str, object]:
-    with torch.no_grad():
-        weights = network.flat_weights().double().cpu().numpy()
-    digest = hashlib.sha256(network.rule.encode() + weights.tobytes()).hexdigest()
-    return {"network": digest} | ({} if state_dtype == torch.float32 else {"state_dtype": str(state_dtype)})
+    return {"network": digest(network)} | ({} if state_dtype == torch.float32 else {"state_dtype": str(state_dtype)})
 
 
 def _learned(name: str, network: torch.nn.Module, state_dtype: torch.dtype) -> Baseline:
@@ -327,8 +320,9 @@ def _mlp_optimizer(network: torch.nn.Module, params: list[Tensor], lr: float | N
 def _tunable(optimizers, state_dtype: torch.dtype, schedule: str, horizons: Sequence[int]) -> list[Baseline]:
     found = []
     for name, optimizer in _by_name(optimizers).items():
-        require(_is_network(optimizer), "optimizers", optimizer, "networks, or their names, with tune_learned=True")
-        made = _learned(name, _network(optimizer), state_dtype)
+        network = isinstance(optimizer, torch.nn.Module)
+        require(network, "optimizers", optimizer, "networks, or their names, with tune_learned=True")
+        made = _learned(name, optimizer, state_dtype)
         if schedule != "constant":
             made = replace(made, factory=_scheduled(made.factory, schedule, _only(horizons, schedule)))
         found.append(made)

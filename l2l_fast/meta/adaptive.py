@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from l2l_fast import mlp
 from l2l_fast.adaptive import AdaptiveMLP
 from l2l_fast.checks import is_number, is_whole, require
+from l2l_fast.config import weight_shapes
 from l2l_fast.meta import seeds
 from l2l_fast.meta.checkpoints import CheckpointFolder
 from l2l_fast.meta.display import progress_bar
 from l2l_fast.meta.identity import describe, describe_horizon
 from l2l_fast.meta.interrupt import DeferredInterrupt
 from l2l_fast.meta.online import OnlineBackpropagation, OnlineTrajectory, Perturbations, advance_
-from l2l_fast.meta.options import COUNT, POSITIVE, TrainerOptions, _one_of, option, takes
+from l2l_fast.meta.options import COUNT, POSITIVE, TrainerOptions, one_of, option, takes
 from l2l_fast.meta.run import History
-from l2l_fast.meta.streams import Streams, float32_instances
+from l2l_fast.meta.streams import Streams, float32_instances, task_list
 from l2l_fast.meta.weights import RunWeights
 from l2l_fast.modes import plain
 from l2l_fast.tasks import Task
-from l2l_fast.tasks import get as get_task
 
 GRADIENTS = ("backpropagation", "es", "pes")
 # What of the MetaTrainer's options has a meaning here.
@@ -41,7 +42,7 @@ class AdaptiveOptions(TrainerOptions):
     """Options of :class:`AdaptiveTrainer`: some of the :class:`~l2l_fast.meta.MetaTrainer`'s, and these."""
 
     gradient: str = option(
-        "backpropagation", _one_of(GRADIENTS),
+        "backpropagation", one_of(GRADIENTS),
         """"backpropagation" through each window; "pes", persistent evolution strategies, forward alone and without a
         bias of truncation; "es", the same within each window.""",
     )  # fmt: skip
@@ -106,12 +107,7 @@ class AdaptiveTrainer:
         require(isinstance(network, AdaptiveMLP), "network", type(network).__name__, "an AdaptiveMLP")
         dtype = network.mlp.head.weight.dtype
         require(dtype == torch.float32, "network", dtype, "of dtype float32, as network.float() makes it")
-        tasks = [tasks] if isinstance(tasks, str | Task) or not isinstance(tasks, Iterable) else list(tasks)
-        if not tasks:
-            raise ValueError("tasks must name at least one task")
-        self.tasks = [get_task(task) if isinstance(task, str) else task for task in tasks]
-        for task in self.tasks:
-            require(isinstance(task, Task), "tasks", task, "a task, its name, or a sequence of them")
+        self.tasks = task_list(tasks)
         self.options, self.device, self.network = options, options.device, network.to(options.device)
         self._folder = None if options.checkpoint is None else CheckpointFolder(options.checkpoint, self.device)
         self.estimator = (
@@ -130,11 +126,8 @@ class AdaptiveTrainer:
 
     def _ordered(self) -> list[torch.nn.Parameter]:
         """The parameters in the order of the flat weights."""
-        from l2l_fast.config import weight_shapes
-        from l2l_fast.mlp import weight_shapes as mlp_shapes
-
         network = self.network
-        first = [network.mlp.get_parameter(name) for name in mlp_shapes(network.mlp.hidden_size)]
+        first = [network.mlp.get_parameter(name) for name in mlp.weight_shapes(network.mlp.hidden_size)]
         return first + [network.lstm.get_parameter(name) for name in weight_shapes(network.lstm.config)]
 
     # ------------------------------------------------------------ what Streams asks of a pool
@@ -245,10 +238,7 @@ class AdaptiveTrainer:
         options = self.options
         if options.clip is not None:
             gradient = gradient * min(1.0, options.clip / max(norm, 1e-30))
-        rate = options.meta_lr * min(1.0, (self.meta_step + 1) / (options.warmup + 1))
-        if options.schedule == "cosine":
-            rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
-        self.meta_optimizer.param_groups[0]["lr"] = rate
+        self.meta_optimizer.param_groups[0]["lr"] = options.meta_rate(self.meta_step, fraction)
         self._flat.grad = gradient
         self.meta_optimizer.step()
         self.network.load_flat_weights_(self._flat.detach())

@@ -64,7 +64,7 @@ def _share(value: object) -> tuple:
     return tuple(value) if isinstance(value, Iterable) else (value, value)
 
 
-def _one_of(names: Sequence[str]) -> Kind:
+def one_of(names: Sequence[str]) -> Kind:
     return Kind(lambda value: isinstance(value, str) and value in names, f"one of {names}")
 
 
@@ -146,7 +146,7 @@ class TrainerOptions:
         the network's parameters, those that are not frozen.""",
     )  # fmt: skip
     schedule: str = option(
-        "constant", _one_of(SCHEDULES),
+        "constant", one_of(SCHEDULES),
         """of the meta learning rate over ``fit``'s steps: "constant", or "cosine" down to a hundredth.""",
     )  # fmt: skip
     warmup: int = option(
@@ -154,7 +154,7 @@ class TrainerOptions:
         """meta-steps over which the rate comes up linearly. A trained network that goes on with a new meta-optimizer
         needs them: the first updates follow a gradient or two, at full length.""",
     )  # fmt: skip
-    objective: str = option("sum", _one_of(OBJECTIVES), """"sum", "relative" (f_t / f_0) or "log".""")
+    objective: str = option("sum", one_of(OBJECTIVES), """"sum", "relative" (f_t / f_0) or "log".""")
     loss_weights: Sequence[float] | None = option(
         None, _or_none(WEIGHTS, "finite numbers"), "w, ``unroll`` numbers; ones if None."
     )
@@ -191,7 +191,7 @@ class TrainerOptions:
         for each trajectory, validation having their geometric mean; the network's ``default_lr`` if None.""",
     )  # fmt: skip
     lr_schedule: str = option(
-        "constant", _one_of(SCHEDULES),
+        "constant", one_of(SCHEDULES),
         """of ``lr`` along a trajectory: "constant", or "cosine", up over the first twentieth of its horizon and down to
         0 at the end.""",
     )  # fmt: skip
@@ -202,7 +202,7 @@ class TrainerOptions:
         at first, and what moves a network on that first-order training has brought to rest.""",
     )  # fmt: skip
     estimator: str = option(
-        "backpropagation", _one_of(ESTIMATORS),
+        "backpropagation", one_of(ESTIMATORS),
         """of the meta-gradient: "backpropagation", truncated; "es", antithetic evolution strategies, of each window by
         itself; "pes", persistent ones, whose copies of the network go on from window to window, without bias by
         truncation (:class:`~l2l_fast.meta.estimators.EvolutionStrategies`); or one of them mixed with backpropagation,
@@ -301,6 +301,13 @@ class TrainerOptions:
         if self.lr_schedule == "constant":
             return (lambda step: peak) if isinstance(self.lr, tuple) else None
         return partial(warm_cosine, peak, horizon)
+
+    def meta_rate(self, meta_step: int, fraction: float) -> float:
+        """The meta learning rate of a meta-step, counted from 0, when ``fraction`` of the training is done."""
+        rate = self.meta_lr * min(1.0, (meta_step + 1) / (self.warmup + 1))
+        if self.schedule == "cosine":
+            rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
+        return rate
 
     def deciding(self) -> dict:
         """Those that a run's numbers depend on, by name."""

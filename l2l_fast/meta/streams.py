@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from l2l_fast.checks import require
 from l2l_fast.meta import ranks, seeds
 from l2l_fast.meta.graphs import Graphs
 from l2l_fast.meta.options import MakeOptimizer, TrainerOptions
 from l2l_fast.meta.unroll import Rule, Trajectory
 from l2l_fast.tasks import Instances, Task
+from l2l_fast.tasks import get as get_task
 from l2l_fast.tasks.base import send
 
 
@@ -203,3 +205,18 @@ def float32_instances(task: Task, chosen: list[int], device: torch.device) -> In
             f"{instances.start().dtype}: name the dtype in its init, whatever torch's default is"
         )
     return instances
+
+
+def task_list(tasks: Task | str | Sequence[Task | str]) -> list[Task]:
+    """What a trainer mixes, of a task, its name, or a sequence of them.
+
+    Raises:
+        ValueError: none, or something else; the message says what.
+    """
+    tasks = [tasks] if isinstance(tasks, str | Task) or not isinstance(tasks, Iterable) else list(tasks)
+    if not tasks:
+        raise ValueError("tasks must name at least one task")
+    found = [get_task(task) if isinstance(task, str) else task for task in tasks]
+    for task in found:
+        require(isinstance(task, Task), "tasks", task, "a task, its name, or a sequence of them")
+    return found

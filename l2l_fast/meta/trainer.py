@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -22,7 +22,7 @@ from l2l_fast.meta.interrupt import DeferredInterrupt
 from l2l_fast.meta.mixtures import mixture
 from l2l_fast.meta.options import TrainerOptions, documented, takes
 from l2l_fast.meta.run import History, Run, meta_optimizer_maker
-from l2l_fast.meta.streams import Stream, Streams, TrajectoryPool
+from l2l_fast.meta.streams import Stream, Streams, TrajectoryPool, task_list
 from l2l_fast.meta.unroll import Rule
 from l2l_fast.meta.update import MetaUpdate
 from l2l_fast.meta.validation import Validation
@@ -30,7 +30,6 @@ from l2l_fast.meta.weights import RunWeights
 from l2l_fast.modes import plain
 from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.tasks import Task
-from l2l_fast.tasks import get as get_task
 
 
 @documented
@@ -83,12 +82,7 @@ class MetaTrainer:
         require(isinstance(network, CoordinatewiseLSTM), "network", type(network), "a CoordinatewiseLSTM")
         dtype = network.head.weight.dtype
         require(dtype == torch.float32, "network", dtype, "of dtype float32, as network.float() makes it")
-        tasks = [tasks] if isinstance(tasks, str | Task) or not isinstance(tasks, Iterable) else list(tasks)
-        if not tasks:
-            raise ValueError("tasks must name at least one task")
-        self.tasks = [get_task(task) if isinstance(task, str) else task for task in tasks]
-        for task in self.tasks:
-            require(isinstance(task, Task), "tasks", task, "a task, its name, or a sequence of them")
+        self.tasks = task_list(tasks)
         self.options = options = options.of(network)
         ranks.require_group()
         self.network, self.device = network.to(options.device), options.device
@@ -285,19 +279,12 @@ class MetaTrainer:
         ranks.average_(update.gathered, update.results[:-1])
         # A meta-optimizer of one's own may have a rate of its own.
         if self.options.schedule != "constant" or self.options.warmup:
-            update.set_lr(self._rate(fraction))
+            update.set_lr(self.options.meta_rate(self.meta_step, fraction))
         if update.skips:
             run = self.graphs if update.capturable else self._eager
             run("update", update.measure_and_step)
         else:
             update.measure()
-
-    def _rate(self, fraction: float) -> float:
-        """The meta learning rate of this meta-step."""
-        rate = self.options.meta_lr * min(1.0, (self.meta_step + 1) / (self.options.warmup + 1))
-        if self.options.schedule == "cosine":
-            rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
-        return rate
 
     def _window(self, stream: Stream) -> None:
         """Adds one window's share to the gradient, and leaves its meta-loss in its place."""

@@ -27,6 +27,7 @@ from l2l_fast.networks import CoordinatewiseLSTM
 from l2l_fast.optim import LSTMOptimizer
 from l2l_fast.reproduce.processes import spread
 from l2l_fast.schedule import warm_cosine
+from l2l_fast.tasks import ModuleTask
 from l2l_fast.tasks.workloads import WORKLOADS
 from l2l_fast.writing import json_text
 
@@ -135,11 +136,11 @@ def _task(workload: str):
     return WORKLOADS[workload]()
 
 
-def train(workload: str, make: Callable, lr: float, seed: int, steps: int) -> dict:
+def train(workload: str | ModuleTask, make: Callable, lr: float, seed: int, steps: int) -> dict:
     """One training run.
 
     Args:
-        workload: a key of ``WORKLOADS``.
+        workload: a key of ``WORKLOADS``, or a task of one's own.
         make: makes the optimizer from a list of parameters and ``lr``.
         lr: the peak of the schedule.
         seed: of the start and the minibatches.
@@ -149,7 +150,8 @@ def train(workload: str, make: Callable, lr: float, seed: int, steps: int) -> di
         ``mean``, over all steps, ``last``, over the last twentieth, ``validation``, ``seconds`` (those of validation
         left out), and by twentieths of the steps the training losses ``curve`` and the validation losses ``held_out``.
     """
-    task, generator = _task(workload), torch.Generator().manual_seed(seed)
+    task = _task(workload) if isinstance(workload, str) else workload
+    generator = torch.Generator().manual_seed(seed)
     model = task.module(generator)
     optimizer = make(list(model.parameters()), lr)
     losses, held_out, seconds = [], [], 0.0
@@ -277,11 +279,8 @@ def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, i
 
     tuning = [
         job(workload=workload, rival=rival, lr=lr, seed=TUNING_SEED, network=of(rival))
-        for workload in plan.workloads for rival in chosen for lr in table[rival].rates
+        for workload in plan.workloads for rival in chosen for lr in table[rival].rates if plan.rates_from is None
     ]  # fmt: skip
-    rates = {}
-    if plan.rates_from is not None:
-        rates, tuning = _rates_of(plan.rates_from, plan.workloads, chosen), []
     _fill(tuning, done, path, jobs, progress and partial(progress, "tuning"))
     best = {}
     for one in tuning:
@@ -289,7 +288,9 @@ def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, i
         key = one.workload, one.rival
         if key not in best or (mean is not None and mean < best[key][0]):
             best[key] = (math.inf if mean is None else mean), one.lr
-    rates |= {key: lr for key, (_, lr) in best.items()}
+    rates = {key: lr for key, (_, lr) in best.items()}
+    if plan.rates_from is not None:
+        rates = _rates_of(plan.rates_from, plan.workloads, chosen)
     swaps = {(workload, rival): rates[workload, "AdamW"] for workload, rival in rates if rival in LEARNED}
     shown = {
         (workload, rival, lr): [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from l2l_fast.checks import require
 from l2l_fast.tasks.module import ModuleTask
-from l2l_fast.tasks.workloads import Attention, _places, _task, _tokens, pooled
+from l2l_fast.tasks.workloads import Attention, float32_task, places, pooled, token_loss
 
 LAYERS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "silu": nn.SiLU}
 
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
     def __init__(self, characters: int, length: int, width: int, heads: int) -> None:
         super().__init__()
-        self.embedding, self.place = nn.Embedding(characters, width), _places(length, width)
+        self.embedding, self.place = nn.Embedding(characters, width), places(length, width)
         self.block, self.norm = Attention(width, heads, causal=True), nn.LayerNorm(width)
         self.head = nn.Linear(width, characters)
 
@@ -125,7 +125,7 @@ def image_mlp(
     train, held_out, side = pooled(data, pool, "meta-train")
     flat = [(pixels.flatten(1), classes) for pixels, classes in (train, held_out)]
     make = functools.partial(layers, (side**2, *hidden, 10), activation, norm)
-    return _task(make, flat[0], F.cross_entropy, batch_size, name, flat[1])
+    return float32_task(make, flat[0], F.cross_entropy, batch_size, name, flat[1])
 
 
 def regression(
@@ -145,7 +145,7 @@ def regression(
     x, y = teacher(inputs, outputs, rows, noise, seed)
     cut = rows * 4 // 5
     make = functools.partial(layers, (inputs, *hidden, outputs), activation, norm)
-    return _task(make, (x[:cut], y[:cut]), F.mse_loss, batch_size, name, (x[cut:], y[cut:]))
+    return float32_task(make, (x[:cut], y[:cut]), F.mse_loss, batch_size, name, (x[cut:], y[cut:]))
 
 
 def text_mlp(
@@ -162,7 +162,7 @@ def text_mlp(
     train, held_out, characters = _windows(length + 1, 3)
     parts = [(part[:, :-1].contiguous(), part[:, -1].contiguous()) for part in (train, held_out)]
     make: Callable = functools.partial(Context, characters, length, width, hidden, activation, norm)
-    return _task(make, parts[0], F.cross_entropy, batch_size, name, parts[1])
+    return float32_task(make, parts[0], F.cross_entropy, batch_size, name, parts[1])
 
 
 def text_transformer(
@@ -171,7 +171,8 @@ def text_transformer(
     """The next character of source code, by one block of attention."""
     train, held_out, characters = _windows(length + 1, 5)
     parts = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in (train, held_out)]
-    return _task(lambda: Block(characters, length, width, heads), parts[0], _tokens, batch_size, name, parts[1])
+    make = functools.partial(Block, characters, length, width, heads)
+    return float32_task(make, parts[0], token_loss, batch_size, name, parts[1])
 
 
 SMALL: dict[str, tuple[Callable[..., ModuleTask], dict]] = {

@@ -80,7 +80,7 @@ def friedman(rows: int = 12_500) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, T
 # ---------------------------------------------------------------- modules
 
 
-def _places(count: int, width: int) -> nn.Parameter:
+def places(count: int, width: int) -> nn.Parameter:
     """What is added to each place in a sequence."""
     return nn.Parameter(0.02 * torch.randn(count, width, dtype=torch.float32, device="cpu"))
 
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
     def __init__(self, characters: int, width: int = 64, blocks: int = 2, length: int = LENGTH) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, width)
-        self.place = _places(length, width)
+        self.place = places(length, width)
         self.blocks = nn.Sequential(*(Attention(width, causal=True) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
 
@@ -128,7 +128,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, side: int, width: int = 32, blocks: int = 2) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, 2, stride=2)
-        self.place = _places((side // 2) ** 2, width)
+        self.place = places((side // 2) ** 2, width)
         self.blocks = nn.Sequential(*(Attention(width) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
@@ -169,7 +169,8 @@ def perceptron(*widths: int, flat: bool = True) -> nn.Module:
 # ---------------------------------------------------------------- tasks
 
 
-def _tokens(logits: Tensor, targets: Tensor) -> Tensor:
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of every place in a text: logits [B, L, characters], targets [B, L]."""
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
@@ -177,7 +178,9 @@ def _pixels(found: Tensor, wanted: Tensor) -> Tensor:
     return F.mse_loss(found, wanted.flatten(1))
 
 
-def _task(make: Callable[[], nn.Module], train, loss_fn, batch_size: int, name: str, held_out) -> ModuleTask:
+def float32_task(make: Callable[[], nn.Module], train, loss_fn, batch_size: int, name: str, held_out) -> ModuleTask:
+    """A task of modules that are float32 whatever torch's default is."""
+
     def in_float32() -> nn.Module:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
@@ -191,12 +194,12 @@ def _task(make: Callable[[], nn.Module], train, loss_fn, batch_size: int, name: 
 
 def _text_task(make: Callable[[int], nn.Module], name: str, batch_size: int = 16) -> ModuleTask:
     train, held_out, characters = text()
-    return _task(lambda: make(characters), train, _tokens, batch_size, name, held_out)
+    return float32_task(lambda: make(characters), train, token_loss, batch_size, name, held_out)
 
 
 def _image_task(make: Callable[[int], nn.Module], name: str, data: str, batch_size: int) -> ModuleTask:
     train, held_out, side = images(data)
-    return _task(lambda: make(side), train, F.cross_entropy, batch_size, name, held_out)
+    return float32_task(lambda: make(side), train, F.cross_entropy, batch_size, name, held_out)
 
 
 def transformer_lm(name: str = "transformer-lm", batch_size: int = 8) -> ModuleTask:
@@ -223,14 +226,14 @@ def autoencoder(name: str = "autoencoder", data: str = "mnist", batch_size: int 
     """Images by way of 16 numbers; squared error."""
     (train, _), (held_out, _), side = images(data)
     make = functools.partial(perceptron, side**2, 128, 16, 128, side**2)
-    return _task(make, (train, train), _pixels, batch_size, name, (held_out, held_out))
+    return float32_task(make, (train, train), _pixels, batch_size, name, (held_out, held_out))
 
 
 def tabular_regression(name: str = "tabular-regression", batch_size: int = 64) -> ModuleTask:
     """Friedman's function; squared error."""
     train, held_out = friedman()
     make = functools.partial(perceptron, 10, 64, 64, 1, flat=False)
-    return _task(make, train, F.mse_loss, batch_size, name, held_out)
+    return float32_task(make, train, F.mse_loss, batch_size, name, held_out)
 
 
 def wide_mlp(name: str = "wide-mlp", data: str = "mnist", batch_size: int = 64) -> ModuleTask:
