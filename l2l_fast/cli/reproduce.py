@@ -144,7 +144,7 @@ def _workloads(network, steps, names, chosen_rivals, rates_from, seeds, jobs, qu
     if unknown := [name for name in names or [] if name not in WORKLOADS]:
         raise typer.BadParameter(f"--workload {unknown[0]!r}: give one of {', '.join(WORKLOADS)}")
     if unknown := [name for name in chosen_rivals or [] if name not in RIVALS]:
-        raise typer.BadParameter(f"--rival {unknown[0]!r}: give one of {', '.join(RIVALS)}")
+        raise typer.BadParameter(f"--rival {unknown[0]!r}: give one of {'; '.join(RIVALS)}")
     plan = Plan(
         steps or (100 if quick else 1000),
         seeds or (2 if quick else 5),

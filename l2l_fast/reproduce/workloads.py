@@ -316,11 +316,13 @@ def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, i
 
 
 def _rates_of(report: str, workloads: Sequence[str], chosen: Sequence[str]) -> dict[tuple[str, str], float]:
-    found = json.loads(Path(report).read_text(encoding="utf-8"))["found"]
     try:
-        return {(workload, rival): found[workload][rival]["lr"] for workload in workloads for rival in chosen}
+        found = json.loads(Path(report).read_text(encoding="utf-8"))["found"]
+        return {(workload, rival): float(found[workload][rival]["lr"]) for workload in workloads for rival in chosen}
     except KeyError as error:
         raise ValueError(f"rates_from must have all that is asked for: {report} has no {error.args[0]!r}") from None
+    except (ValueError, TypeError):
+        raise ValueError(f"rates_from must be a workloads.json of this command, which {report} is not") from None
 
 
 def _fill(wanted: Sequence[Job], done: dict, path: Path, jobs: int, progress) -> None:

@@ -222,3 +222,7 @@ def test_rates_of_another_report_take_the_place_of_tuning(tmp_path):
     more = dataclasses.replace(plan, rivals=("Muon",), rates_from=str(tmp_path / "other.json"))
     with pytest.raises(ValueError, match=r"rates_from must have all that is asked for: .*other.json has no 'Muon'"):
         run(more, tmp_path / "out")
+    for text in ("{", '{"found": {"tabular-regression": {"AdamW": 3}}}'):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=r"rates_from must be a workloads.json of this command, which"):
+            run(more, tmp_path / "out")
