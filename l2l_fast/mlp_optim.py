@@ -248,8 +248,10 @@ class MLPOptimizer(Optimizer):
             if inner is not None:
                 inner.load_state_dict(before)
             raise
+        params = [param for group in self.param_groups for param in group["params"]]
+        numbers = {param: number for number, param in enumerate(params)}  # as state_dicts have them
         for param, state in self.state.items():  # torch casts to the parameter's dtype, and shares what it need not
-            saved = state_dict["state"][self._number(param)]
+            saved = state_dict["state"][numbers[param]]
             for name in (*MOMENTS, "grad"):
                 if name in saved:
                     state[name] = saved[name].detach().to(param.device, self.phi.dtype, copy=True).contiguous()
@@ -271,12 +273,6 @@ class MLPOptimizer(Optimizer):
                 good = isinstance(value, Tensor) and value.shape == param.shape
                 require(good, f"{name} of the state_dict", getattr(value, "shape", value), f"of shape {param.shape}")
             require("step" in state, "step of the state_dict", None, "a number of steps")
-
-    def _number(self, param: Tensor) -> int:
-        """Of a parameter in this optimizer's state_dicts."""
-        return next(
-            k for k, one in enumerate(p for group in self.param_groups for p in group["params"]) if one is param
-        )
 
     def __getstate__(self) -> dict:
         own = {name: getattr(self, name) for name in ("phi", "_phi_optimizer", "_scale", "_digest")}
