@@ -7,6 +7,8 @@ sent says from which device.
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -31,8 +33,7 @@ def require_group() -> None:
         )
 
 
-# For another rank, after which torchrun starts all again. Ranks do equal work, so a long wait is for one that is gone;
-# and after a kill two have been seen to join each other for ever.
+# For another rank, after which torchrun starts all again: ranks do equal work, so a long wait is for one that is gone.
 PATIENCE = timedelta(minutes=2)
 
 
@@ -53,10 +54,48 @@ def joined(device: torch.device | str) -> Iterator[torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    from torch.distributed.rendezvous import rendezvous  # not in a torch without torch.distributed
+
+    store, own, size = next(rendezvous("env://", timeout=PATIENCE))
+    store.set_timeout(PATIENCE)
+    backend, store = "nccl" if device.type == "cuda" else "gloo", _fresh(store, own, size)
+    distributed.init_process_group(backend, store=store, rank=own, world_size=size, timeout=PATIENCE)
     yield device
     # After an error the group is left as it is: others may wait in it, and torchrun ends them.
     distributed.destroy_process_group()
+
+
+def _fresh(store: distributed.Store, own: int, size: int) -> distributed.Store:
+    """A part of torchrun's store that no earlier start of these ranks has written to.
+
+    torchrun keeps one store over all restarts. Without this a rank may find there where one that was killed had
+    listened, and both wait for a connection that nobody makes. The first rank chooses a name that is new, and tells it
+    whoever asks until each of the others has confirmed it; questions of processes that are gone hold nobody up.
+
+    Args:
+        store: that all ranks share, and may have shared before.
+        own, size: this rank, and how many there are.
+
+    Raises:
+        RuntimeError: another rank does not come.
+    """
+    if own:
+        question = uuid.uuid4().hex
+        store.set(f"question/{own}", question)
+        name = store.get(f"answer/{question}").decode()
+        store.set(f"{name}/{own}", "")
+        return distributed.PrefixStore(name, store)
+    name, others = uuid.uuid4().hex, set(range(1, size))
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while others:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {sorted(others)} of {size} have not come: see what their logs say")
+        for other in others:
+            if store.check([f"question/{other}"]):
+                store.set(f"answer/{store.get(f'question/{other}').decode()}", name)
+        others = {other for other in others if not store.check([f"{name}/{other}"])}
+        time.sleep(0.01)
+    return distributed.PrefixStore(name, store)
 
 
 def rank() -> int:

@@ -1,6 +1,8 @@
 """What goes from rank to rank, by a group that carries the tensors of one kind of device alone, as NCCL does."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -80,3 +82,26 @@ def test_an_error_of_one_rank_is_raised_on_all(group, monkeypatch):
         ranks.raise_together(OSError(28, "No space left"), device)
     with pytest.raises(RuntimeError, match="another rank of this run has failed"):
         ranks.raise_together(None, device)
+
+
+def start(store, size):
+    """What each of some ranks that start together makes of a store."""
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda own: ranks._fresh(store, own, size), range(size)))
+
+
+def test_ranks_that_start_again_find_nothing_of_those_before():
+    """Gloo would connect to where a killed rank had listened."""
+    store = torch.distributed.HashStore()
+    for generation in range(3):
+        store.set("question/1", "of a process that was killed before it was answered")
+        parts = start(store, 3)
+        assert not any(part.check(["address"]) for part in parts)
+        parts[0].set("address", str(generation))
+        assert [part.get("address") for part in parts] == [str(generation).encode()] * 3
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr(ranks, "PATIENCE", timedelta(seconds=0.2))
+    with pytest.raises(RuntimeError, match=r"ranks \[1, 2\] of 3 have not come"):
+        ranks._fresh(torch.distributed.HashStore(), 0, 3)

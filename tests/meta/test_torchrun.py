@@ -16,8 +16,10 @@ from l2l_fast import CoordinatewiseLSTM
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 # The command itself; each meta-step that is begun leaves a line.
 COMMAND = """
-import os, sys
+import os, sys, time
 import l2l_fast
+if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and os.environ["RANK"] == "1":
+    time.sleep(3)  # until then torchrun's store has where the rank that was killed had listened
 from l2l_fast.cli import main
 step = l2l_fast.MetaTrainer.step
 def noting(trainer):
