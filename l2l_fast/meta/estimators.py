@@ -90,6 +90,8 @@ class TruncatedBackpropagation:
 class SecondDerivatives:
     """The gradient with the inner gradients' dependence on theta kept: the paper's slower option, all by autograd.
 
+    What ``orthogonalize`` adds depends on theta as well, by way of the momentum, and is differentiated with the rest.
+
     Args:
         rule, objective, weights: as :class:`TruncatedBackpropagation` has them.
     """
@@ -113,6 +115,9 @@ class SecondDerivatives:
                 step = trajectory.steps_done + t + 1
                 updates, state = ops.lstm_unroll(grad.reshape(1, -1), state, phi, rule.config, step)
                 updates = updates.view_as(theta)
+                if rule.orthogonalize:
+                    momentum = normalize.momentum(grad, state.view(*theta.shape, -1), rule.config, updates.dtype)
+                    updates = normalize.join_rows(updates, momentum, trajectory.shapes)
                 if rule.update_rms is not None:
                     updates = normalize.scale_rows(updates, trajectory.sizes, rule.update_rms)
                 lr = rule.lr * trajectory.rate(step - 1)

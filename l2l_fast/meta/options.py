@@ -281,8 +281,8 @@ class TrainerOptions:
         Raises:
             ValueError: the network's options and these do not go together.
         """
-        for name in ("second_derivatives", "imitation") if network.orthogonalize else ():
-            require(not np.any(getattr(self, name)), name, getattr(self, name), "off for a network with orthogonalize")
+        teaches = any(self.imitation)
+        require(not (teaches and network.orthogonalize), "imitation", self.imitation, "0 for a network with orthogonalize")
         second = self.second_derivatives and network.input_rms is not None
         require(not second, "second_derivatives", True, "False for a network with input_rms")
         return replace(self, lr=network.default_lr) if self.lr is None else self

@@ -9,7 +9,7 @@ import torch
 from test_unroll import ThreeTensors, assert_same, make, unroll
 
 from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer, MetaTrainer, normalize, reference
-from l2l_fast.meta.estimators import Imitation
+from l2l_fast.meta.estimators import Imitation, SecondDerivatives
 from l2l_fast.meta.options import TrainerOptions
 from l2l_fast.meta.unroll import Trajectory, loss_weights, suffix_sums
 from l2l_fast.schedule import warm_cosine
@@ -30,8 +30,8 @@ def start(options, schedule=None):
     return rule, Trajectory(Instances(ThreeTensors(), [1, 2, 3]), rule.config, torch.float64, schedule=schedule)
 
 
-def by_autograd(rule, trajectory, length, objective="sum"):
-    """Each instance and each tensor by itself, through the reference, with a graph through phi alone."""
+def by_autograd(rule, trajectory, length, objective="sum", second=False):
+    """Each instance and each tensor by itself, through the reference; ``second``: with a graph through the gradients."""
     phi, shapes, sizes = rule.weights.clone().requires_grad_(), trajectory.shapes, trajectory.sizes
     theta, grad, config = trajectory.theta, trajectory.grad, rule.config
     state = trajectory.state.reshape(theta.numel(), -1)
@@ -52,7 +52,8 @@ def by_autograd(rule, trajectory, length, objective="sum"):
         d, state = reference.lstm_unroll(seen.reshape(1, -1), state, phi, torch.tensor(number + 1.0), *config)
         d = d.view_as(theta)
         if rule.update_rms is not None:
-            momentum = (config.beta1 * state[:, 0].view_as(theta) + (1 - config.beta1) * seen).detach()
+            momentum = config.beta1 * state[:, 0].view_as(theta) + (1 - config.beta1) * seen
+            momentum = momentum if second else momentum.detach()
             rows = []
             for b in range(len(theta)):
                 found = []
@@ -65,7 +66,7 @@ def by_autograd(rule, trajectory, length, objective="sum"):
             d = torch.stack(rows)
         theta = theta - lr * rule.weight_decay * theta + lr * d
         loss, grad = trajectory.evaluate(theta, create_graph=True)
-        grad = grad.detach()
+        grad = grad if second else grad.detach()
         losses.append(loss)
     meta_loss, _ = loss_weights(objective, torch.stack(losses), trajectory.first_losses)
     return meta_loss, torch.autograd.grad(meta_loss, phi)[0]
@@ -86,6 +87,18 @@ def test_the_meta_gradient_is_autograds(options, schedule, length, objective):
         unroll(other, other_rule, 2)
         *_, gradient = unroll(other, other_rule, length, objective=objective)
         assert (gradient - expected[1]).norm() > 1e-3 * expected[1].norm()
+
+
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("options", ["plain", "orthogonalize"])
+def test_second_derivatives_are_autograds(options, schedule, length):
+    (rule, trajectory), (_, twin) = (start(SURROUNDINGS[options], SCHEDULES[schedule]) for _ in range(2))
+    for one in (trajectory, twin):
+        unroll(one, rule, 2)
+    expected = by_autograd(rule, twin, length, second=True)
+    assert_same(SecondDerivatives(rule).prepare(trajectory, length)(), expected)
+    assert trajectory.steps_done == 2 + length
 
 
 @pytest.mark.parametrize("options", SURROUNDINGS)
@@ -225,7 +238,6 @@ def test_a_checkpoint_of_another_rule_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("network", "options", "name"), [
-    ({"orthogonalize": True}, {"second_derivatives": True}, "second_derivatives"),
     ({"orthogonalize": True}, {"imitation": 0.5}, "imitation"),
     ({"input_rms": 0.1}, {"second_derivatives": True}, "second_derivatives"),
 ])  # fmt: skip
