@@ -85,7 +85,20 @@ def summary(result: dict) -> str:
         lines.append(cells)
     text = [_table(["case", "ours", "of ceiling", "FMA", *columns], lines)]
     text += ["", "A rival's column is its time over ours, measured in turn with ours: above 1 it is the slower.", ""]
+    text += [*_limits(rows), ""]
     return "\n".join([*text, *_findings(result["rows"]), "", _where(result["environment"])])
+
+
+def _limits(rows: list[dict]) -> Iterable[str]:
+    """What no kernel reaches on this machine: the multiply-adds alone, at the rate that registers allow."""
+    for row in rows:
+        if row["way"] in RIVALS["nn.LSTMCell"] and "times_ours" in row:
+            ours = next((each for each in rows if _case(each) == _case(row) and each["way"] == "ours"), {})
+            if "share_of_fma" in ours:
+                yield (
+                    f"- {_case(row)}: more than {row['times_ours'] / ours['share_of_fma']:.1f}x nn.LSTMCell is out of "
+                    "this machine's reach"
+                )
 
 
 def _findings(rows: list[dict]) -> Iterable[str]:
