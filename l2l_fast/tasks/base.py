@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from l2l_fast.modes import plain
+from l2l_fast.tasks.captured import Evaluation
 
 Params = dict[str, Tensor]
 Batch = Any  # a tensor, or a nested tuple, list or dictionary of tensors
@@ -166,6 +167,7 @@ class Instances:
         self.shapes = {name: param.shape for name, param in starts[0].items()}
         self._start = torch.stack([torch.cat([param.reshape(-1) for param in start.values()]) for start in starts])
         self._fixed = None if task.resample else self._draw(1)
+        self._evaluation = Evaluation(task)
 
     def start(self) -> Tensor:
         """Flat starting parameters [B, N], float32, N being the coordinates of one instance."""
@@ -240,11 +242,17 @@ class Instances:
         Raises:
             RuntimeError: if a loss does not depend on one of the parameters.
         """
+        with torch.no_grad():
+            losses, grads = self._evaluation(self._by_autograd, list(leaves.values()), batch)
+            torch.cat([grad.reshape(len(grad), -1) for grad in grads], dim=1, out=out)
+        return losses
+
+    def _by_autograd(self, points: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         with torch.enable_grad():
-            losses = self.losses(leaves, batch)
-            grads = torch.autograd.grad(losses, list(leaves.values()), torch.ones_like(losses))
-        torch.cat([grad.reshape(len(grad), -1) for grad in grads], dim=1, out=out)
-        return losses.detach()
+            leaves = [point.detach().requires_grad_() for point in points]
+            losses = self.losses(dict(zip(self.shapes, leaves, strict=True)), batch)
+            grads = torch.autograd.grad(losses, leaves, torch.ones_like(losses))
+        return losses.detach(), grads
 
     def evaluate(self, theta: Tensor, batch: Batch, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """Losses and their gradients at a point.
