@@ -31,7 +31,7 @@ def start(options, schedule=None):
 
 
 def by_autograd(rule, trajectory, length, objective="sum", second=False):
-    """Each instance and each tensor by itself, through the reference; ``second``: with a graph through the gradients."""
+    """Each instance and tensor by itself, through the reference; ``second``: with a graph through the gradients."""
     phi, shapes, sizes = rule.weights.clone().requires_grad_(), trajectory.shapes, trajectory.sizes
     theta, grad, config = trajectory.theta, trajectory.grad, rule.config
     state = trajectory.state.reshape(theta.numel(), -1)
