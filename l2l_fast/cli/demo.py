@@ -40,6 +40,9 @@ def demo(
     out = out_folder(out, "demo")
     note("1 of 3: an LSTM learns to minimise random quadratics")
     trained = train(recipes.DEMO, meta_steps=meta_steps, max_seconds=max_seconds, seed=seed, device=device)
+    if not trained.finished:
+        made = trained.trainer.meta_step
+        note(f"stopped after {max_seconds:.0f} s and {made} of {meta_steps} meta-updates: --max-seconds for more")
     network = trained.network
     network.save_pretrained(out / "network")
 

@@ -334,6 +334,14 @@ def test_demo_tells_the_whole_story(run, tmp_path):
     assert [line for line in err.splitlines() if " of 3:" in line].__len__() == 3
     written = {path.name for path in (tmp_path / "demo").iterdir()}
     assert written == {"network", "comparison.json", "comparison.png", "digits.png"}
+    assert "stopped after" not in err
+
+
+def test_demo_says_that_it_has_learned_less_than_it_was_to(run):
+    code, _, err = run("demo", "--meta-steps", 100_000, "--max-seconds", 1)
+    assert code == 0
+    assert "stopped after 1 s and " in err
+    assert " of 100000 meta-updates: --max-seconds for more" in err
 
 
 @pytest.mark.parametrize(
