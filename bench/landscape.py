@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--horizon", type=int, default=800)
     parser.add_argument("--rate", type=float, default=0.012)
     parser.add_argument("--shares", action="store_true", help="shares alone")
-    parser.add_argument("--quick", action="store_true", help="two tasks, two estimators, few steps")
+    parser.add_argument("--quick", action="store_true", help="two tasks, one estimator, few steps")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     network = l2l.CoordinatewiseLSTM.from_pretrained(arguments.network)

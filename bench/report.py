@@ -72,33 +72,30 @@ def result_name(result: dict) -> str:
 def summary(result: dict) -> str:
     """One line a case: our time, and each rival's time over ours."""
     rows = [row for row in result["rows"] if row["kind"] not in ("overhead", "memory")]
-    lines = []
+    lines, limits = [], []
     columns = {name: ways for name, ways in RIVALS.items() if any(row["way"] in ways for row in rows)}
     for case in _unique(_case(row) for row in rows):
         here = [row for row in rows if _case(row) == case]
         ours = next((row for row in here if row["way"] == "ours"), None)
         if ours is None:
             continue
+        limits += _limit(case, ours, here)
         cells = [case, seconds(ours["median"]), _share(ours), _fma(ours)]
         for names in columns.values():
             cells.append(next((_times(row["times_ours"]) for row in here if row["way"] in names), ""))
         lines.append(cells)
     text = [_table(["case", "ours", "of ceiling", "FMA", *columns], lines)]
     text += ["", "A rival's column is its time over ours, measured in turn with ours: above 1 it is the slower.", ""]
-    text += [*_limits(rows), ""]
+    text += [*limits, ""]
     return "\n".join([*text, *_findings(result["rows"]), "", _where(result["environment"])])
 
 
-def _limits(rows: list[dict]) -> Iterable[str]:
+def _limit(case: str, ours: dict, here: list[dict]) -> Iterable[str]:
     """What no kernel reaches on this machine: the multiply-adds alone, at the rate that registers allow."""
-    for row in rows:
-        if row["way"] in RIVALS["nn.LSTMCell"] and "times_ours" in row:
-            ours = next((each for each in rows if _case(each) == _case(row) and each["way"] == "ours"), {})
-            if "share_of_fma" in ours:
-                yield (
-                    f"- {_case(row)}: more than {row['times_ours'] / ours['share_of_fma']:.1f}x nn.LSTMCell is out of "
-                    "this machine's reach"
-                )
+    for row in here:
+        if row["way"] in RIVALS["nn.LSTMCell"] and "share_of_fma" in ours:
+            most = row["times_ours"] / ours["share_of_fma"]
+            yield f"- {case}: more than {most:.1f}x nn.LSTMCell is out of this machine's reach"
 
 
 def _findings(rows: list[dict]) -> Iterable[str]:

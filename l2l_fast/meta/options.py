@@ -281,10 +281,8 @@ class TrainerOptions:
         Raises:
             ValueError: the network's options and these do not go together.
         """
-        teaches = any(self.imitation)
-        require(
-            not (teaches and network.orthogonalize), "imitation", self.imitation, "0 for a network with orthogonalize"
-        )
+        imitates = any(self.imitation) and network.orthogonalize
+        require(not imitates, "imitation", self.imitation, "0 for a network with orthogonalize")
         second = self.second_derivatives and network.input_rms is not None
         require(not second, "second_derivatives", True, "False for a network with input_rms")
         return replace(self, lr=network.default_lr) if self.lr is None else self

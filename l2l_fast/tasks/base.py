@@ -247,11 +247,10 @@ class Instances:
             torch.cat([grad.reshape(len(grad), -1) for grad in grads], dim=1, out=out)
         return losses
 
-    def _by_autograd(self, points: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+    def _by_autograd(self, leaves: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         with torch.enable_grad():
-            leaves = [point.detach().requires_grad_() for point in points]
             losses = self.losses(dict(zip(self.shapes, leaves, strict=True)), batch)
-            grads = torch.autograd.grad(losses, leaves, torch.ones_like(losses))
+            grads = torch.autograd.grad(losses, list(leaves), torch.ones_like(losses))
         return losses.detach(), grads
 
     def evaluate(self, theta: Tensor, batch: Batch, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:

@@ -44,11 +44,10 @@ class Evaluation:
         >>> from l2l_fast.tasks.captured import Evaluation
         >>> class Bowl: ...
         >>> def eager(points, batch):
-        ...     leaf = points[0].detach().requires_grad_()
         ...     with torch.enable_grad():
-        ...         loss = (leaf - batch).square().sum(-1)
-        ...     return loss.detach(), torch.autograd.grad(loss.sum(), leaf)
-        >>> Evaluation(Bowl())(eager, [torch.ones(2, 3)], torch.zeros(3))
+        ...         loss = (points[0] - batch).square().sum(-1)
+        ...     return loss.detach(), torch.autograd.grad(loss.sum(), points)
+        >>> Evaluation(Bowl())(eager, [torch.ones(2, 3, requires_grad=True)], torch.zeros(3))
         (tensor([3., 3.]), (tensor([[2., 2., 2.],
                 [2., 2., 2.]]),))
     """
@@ -65,7 +64,7 @@ class Evaluation:
 
         Args:
             eager: (points, batch) -> (losses, gradients at the points), by autograd.
-            points: parameters of all instances, in turn.
+            points: parameters of all instances, in turn, each a leaf that requires its gradient.
             batch: tensors in nested structures.
         """
         leaves, structure = tree_flatten(batch)
@@ -94,7 +93,8 @@ def _capture(eager: Evaluate, count: int, structure, tensors: Sequence[Tensor]) 
     """The operators of ``eager``; None where it cannot be traced."""
 
     def function(*tensors: Tensor) -> list[Tensor]:
-        losses, grads = eager(tensors[:count], tree_unflatten(list(tensors[count:]), structure))
+        points = [tensor.detach().requires_grad_() for tensor in tensors[:count]]
+        losses, grads = eager(points, tree_unflatten(list(tensors[count:]), structure))
         return [losses, *grads]
 
     try:
