@@ -21,9 +21,10 @@ from torch import Tensor
 import l2l_fast as l2l
 from l2l_fast import normalize
 from l2l_fast.meta.estimators import SecondDerivatives, TruncatedBackpropagation
+from l2l_fast.meta.recipes import task_of
 from l2l_fast.meta.unroll import Rule, Trajectory, advance_
 from l2l_fast.schedule import warm_cosine
-from l2l_fast.tasks import Instances, Task, get
+from l2l_fast.tasks import Instances, Task
 
 LENGTHS = (0.02, 0.06, 0.2)  # of a step against a direction
 SHARES = (0.0, 0.15, 0.3, 0.5, 0.7, 1.0)
@@ -97,8 +98,7 @@ def main() -> None:
     network = l2l.CoordinatewiseLSTM.from_pretrained(arguments.network)
     weights = network.flat_weights().detach()
     told = json.loads(arguments.recipe.read_text())["tasks"]
-    chosen = [dict(told[number]) for number in arguments.tasks[: 2 if arguments.quick else None]]
-    tasks = [get(options.pop("name").format(dataset="mnist"), **options) for options in chosen]
+    tasks = [task_of(told[number], "mnist") for number in arguments.tasks[: 2 if arguments.quick else None]]
     horizon = 60 if arguments.quick else arguments.horizon
     judge = partial(losses, network=network, seeds=range(900, 904), rate=arguments.rate, horizon=horizon)
 

@@ -179,7 +179,7 @@ def prepare(stage: dict, dataset: str = "digits", seed: int = 0) -> tuple[Coordi
             '"tasks" of a recipe must be another recipe\'s name, or a list such as [{"name": "digits-mlp"}] '
             f"with the options of each; got {stage['tasks']!r}"
         )
-    tasks = [_task(task, dataset) for task in stage["tasks"]]
+    tasks = [task_of(task, dataset) for task in stage["tasks"]]
     training = dict(stage["training"])
     if "horizon" in training:
         training["horizon"] = parse_horizon(training["horizon"])
@@ -348,7 +348,7 @@ def _is_task(task: object) -> bool:
     return isinstance(task, Task) or (isinstance(task, dict) and isinstance(task.get("name"), str))
 
 
-def _task(task: Task | dict, dataset: str) -> Task:
+def task_of(task: Task | dict, dataset: str) -> Task:
     """A task of a recipe: itself, or by its name and options."""
     if isinstance(task, Task):
         return task
