@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "../csrc/cuda/boxes.cuh"
 #include "../csrc/element.h"
 #include "../csrc/lstm_step.h"
 #include "../csrc/lstm_unroll.h"
@@ -155,6 +156,67 @@ __global__ void __launch_bounds__(256) pattern(float4* state, Layout layout, int
   }
 }
 
+// The same by the copy engine: a box is a tile's 80 rows or half of them. A warp sends for the boxes of `together`
+// neighbouring tiles at once, while those that came before are written again from where they came.
+constexpr int kBoxRows = 40, kBoxFloats = kBoxRows * 32;
+
+template <int kWarps, int kTogether>
+__global__ void __launch_bounds__(kWarps * 32) box_pattern(const __grid_constant__ device::BoxMap map, int64_t tiles) {
+  constexpr int kBoxes = 2 * kTogether, kDepth = 2;
+  float* const boxes = reinterpret_cast<float*>(device::shared_memory());
+  const int warp = threadIdx.x / 32;
+  device::Arrival* const arrivals = reinterpret_cast<device::Arrival*>(boxes + kWarps * kDepth * kBoxes * kBoxFloats);
+  float* const mine = boxes + warp * kDepth * kBoxes * kBoxFloats;
+  device::Arrival* const arrived = arrivals + warp * kDepth * kBoxes;
+  const bool leader = device::lane() == 0;
+  if (leader)
+    for (int i = 0; i < kDepth * kBoxes; ++i) device::arrival_begin(arrived + i);
+  __syncwarp();
+  const int64_t groups = tiles / kTogether, stride = int64_t(gridDim.x) * kWarps;
+  auto send = [&](int64_t group, int place) {
+    if (group < groups && leader)
+      for (int i = 0; i < kBoxes; ++i)
+        device::box_load(
+            mine + (place * kBoxes + i) * kBoxFloats, map, (group * kTogether + i % kTogether) * 32,
+            i / kTogether * kBoxRows, kBoxFloats * 4, arrived + place * kBoxes + i);
+  };
+  int64_t group = warp * int64_t(gridDim.x) + blockIdx.x;
+  send(group, 0);
+  uint32_t parity = 0;
+  for (int place = 0; group < groups; group += stride) {
+    if (leader) device::box_stores_read();
+    send(group + stride, place ^ 1);
+    for (int i = 0; i < kBoxes; ++i) {
+      device::arrival_wait(arrived + place * kBoxes + i, parity);
+      mine[(place * kBoxes + i) * kBoxFloats + device::lane()] += 1;
+    }
+    device::boxes_written();
+    __syncwarp();
+    if (leader)
+      for (int i = 0; i < kBoxes; ++i)
+        device::box_store(
+            map, (group * kTogether + i % kTogether) * 32, i / kTogether * kBoxRows,
+            mine + (place * kBoxes + i) * kBoxFloats);
+    place ^= 1;
+    if (place == 0) parity ^= 1;
+  }
+  if (leader) device::box_stores_read();
+}
+
+template <int kWarps, int kTogether>
+void box_patterns(float* state, int64_t count, int64_t row) {
+  device::BoxMap map;
+  if (!device::has_boxes() || !device::map_boxes(map, state, 4, count, 2 * kBoxRows, row * 4, kBoxRows)) return;
+  const auto kernel = box_pattern<kWarps, kTogether>;
+  const size_t bytes = kWarps * 4 * kTogether * (kBoxFloats * 4 + 8);
+  const double us = microseconds([&] {
+    CHECK(device::launch(kernel, 132, kWarps * 32, bytes, nullptr, map, count / 32));
+  }, 5);
+  char name[80];
+  std::snprintf(name, sizeof name, "boxes of 40 rows, %d together, 1 x %d", kTogether, kWarps);
+  line("pattern", name, count, us, 4.0 * kBoxRows * 4 * count);
+}
+
 void patterns() {
   constexpr int kRows = 80;
   const int64_t count = 10'000'000, tiles = count / 32;  // whole lines of 128 bytes, of which a tile's row is one
@@ -177,6 +239,10 @@ void patterns() {
         std::snprintf(name, sizeof name, "%s, %d ahead, %d x 8", layout.name, ahead, blocks);
         line("pattern", name, count, us, 2.0 * kRows * 4 * count);
       }
+  box_patterns<10, 1>(state.as<float>(), count, 4 * (row + 8));
+  box_patterns<4, 1>(state.as<float>(), count, 4 * (row + 8));
+  box_patterns<5, 2>(state.as<float>(), count, 4 * (row + 8));
+  box_patterns<2, 4>(state.as<float>(), count, 4 * (row + 8));
   CHECK(cudaDeviceSynchronize());
 }
 
@@ -216,7 +282,7 @@ struct Group {
       tensors.push_back(
           {1, &size, size, {param.as<float>() + at, DType::float32, &stride},
            {grad.as<float>() + at, DType::float32, &stride},
-           {state.as<char>() + at * size_of(dtype), dtype, &stride}, row, step});
+           {state.as<char>() + at * size_of(dtype), dtype, &stride}, row, step, 0});
       at += lines(size);
     }
     CHECK(cudaDeviceSynchronize());
@@ -241,7 +307,7 @@ struct Group {
   }
   void step() const {
     lstm_step_cuda(
-        {net, weights.data, DType::float32, tensors.data(), int64_t(tensors.size()),
+        {net, weights.data, 1, DType::float32, tensors.data(), int64_t(tensors.size()),
          {numbers.as<float>(), Number::float32}, 0, false},
         nullptr, nullptr);
   }

@@ -132,9 +132,9 @@ L2L_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 
 // ---------------------------------------------------------------- launches
 
-// The block's dynamic shared memory, aligned to 16 bytes.
+// The block's dynamic shared memory, aligned to a line of 128 bytes.
 L2L_DEVICE unsigned char* shared_memory() {
-  extern __shared__ __align__(16) unsigned char l2l_shared[];
+  extern __shared__ __align__(128) unsigned char l2l_shared[];
   return l2l_shared;
 }
 

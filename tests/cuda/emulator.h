@@ -5,7 +5,7 @@
 // - blocks run one after the other in a shuffled order, and the threads of a block as fibers which run, in a newly
 //   shuffled order, until the next barrier: without a barrier some reader runs before its writer;
 // - shared memory is NaN when a block begins, and exactly as long as was asked for (seen by AddressSanitizer);
-// - asynchronous copies land only when they are waited for;
+// - asynchronous copies land only when they are waited for, boxes likewise, and boxes are stored only when that is;
 // - warp operations that not all 32 lanes reach together, and barriers that some thread never reaches, abort;
 // - the special functions are off by a pseudo-random error of the size that the hardware's may have.
 #pragma once
@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -78,6 +79,22 @@ struct Copy {
   int bytes, size;
 };
 
+// Rows of a tensor, and which box of them is where in shared memory.
+struct BoxMap {
+  char* data;
+  int element;
+  int64_t count, rows, pitch;
+  int box_rows;
+
+  int bytes() const { return 32 * box_rows * element; }
+};
+struct Box {
+  const BoxMap* map;
+  int64_t column;
+  int row;
+  char* shared;
+};
+
 struct Thread {
   ucontext_t context;
   dim3 index;
@@ -86,6 +103,8 @@ struct Thread {
   const void* waits_for = nullptr;  // what it waits at, for the message
   int64_t ticket = 0;               // it may go on when the barrier's generation has passed this
   std::vector<std::vector<Copy>> groups{1};
+  std::vector<Box> stores;        // that have not been waited for
+  int written = 0, stored = 0;    // boxes_written so far; and at its warp's last box_store
 };
 
 // A barrier: who arrives waits until all have.
@@ -108,6 +127,8 @@ struct Block {
   std::vector<Warp> warps;
   Barrier barrier;
   unsigned char* shared = nullptr;
+  std::map<const void*, std::pair<int64_t, std::vector<Box>>> arrivals;  // how many have come, and who is on the way
+  int64_t came = 0;                                                      // of all
   ucontext_t scheduler;
   Thread* running = nullptr;
   std::function<void()> body;
@@ -169,9 +190,11 @@ inline void run_block(size_t shared_bytes, const std::function<void()>& body) {
   Block fresh;
   block = &fresh;
   fresh.body = body;
-  const std::unique_ptr<unsigned char[]> shared(new unsigned char[shared_bytes + 16]);
-  std::memset(shared.get(), 0xff, shared_bytes + 16);
-  fresh.shared = shared.get() + (-reinterpret_cast<uintptr_t>(shared.get()) & 15);
+  void* shared = nullptr;
+  if (posix_memalign(&shared, 128, std::max<size_t>(shared_bytes, 1))) stop("no memory");
+  const std::unique_ptr<void, void (*)(void*)> owner(shared, std::free);
+  std::memset(shared, 0xff, shared_bytes);
+  fresh.shared = static_cast<unsigned char*>(shared);
   fresh.threads.resize(threads);
   fresh.warps.resize(threads / 32);
   for (Warp& warp : fresh.warps) warp.barrier.members = 32;
@@ -189,7 +212,7 @@ inline void run_block(size_t shared_bytes, const std::function<void()>& body) {
     makecontext(&thread.context, enter, 0);
   }
   auto progress = [&] {
-    int64_t sum = fresh.barrier.generation;
+    int64_t sum = fresh.barrier.generation + fresh.came;
     for (const Warp& warp : fresh.warps) sum += warp.barrier.generation;
     return sum;
   };
@@ -213,6 +236,8 @@ inline void run_block(size_t shared_bytes, const std::function<void()>& body) {
       stop("some threads of a block or warp never arrive where others wait");
     }
   }
+  for (const Thread& thread : fresh.threads)
+    if (!thread.stores.empty()) stop("a thread ends while shared memory is still read by its stores");
   block = nullptr;
 }
 
@@ -345,6 +370,93 @@ void copies_landed() {
     }
     groups.erase(groups.begin());
   }
+}
+
+using emulator::BoxMap;
+using Arrival = uint64_t;
+
+inline bool has_boxes() {
+  const char* boxes = std::getenv("L2L_EMULATED_BOXES");
+  return !boxes || std::strcmp(boxes, "0") != 0;
+}
+
+inline bool map_boxes(
+    BoxMap& map, void* data, int element_bytes, int64_t count, int64_t rows, int64_t pitch, int box_rows) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 || pitch % 16 || box_rows > 256)
+    emulator::stop("boxes of rows that the copy engine cannot take");
+  map = {static_cast<char*>(data), element_bytes, count, rows, pitch, box_rows};
+  return true;
+}
+
+inline void arrival_begin(Arrival* arrival) { emulator::block->arrivals[arrival] = {}; }
+
+inline void arrival_wait(Arrival* arrival, uint32_t parity) {
+  if (!emulator::block->arrivals.count(arrival)) emulator::stop("a wait for an arrival that has not begun");
+  auto& [came, under_way] = emulator::block->arrivals[arrival];
+  emulator::self().waits_for = "arrival_wait";
+  while ((came & 1) == parity) {
+    if (under_way.empty()) {
+      emulator::give_way();
+      continue;
+    }
+    const emulator::Box box = under_way.front();
+    const BoxMap& map = *box.map;
+    under_way.erase(under_way.begin());
+    for (int i = 0; i < map.box_rows * kWarp; ++i) {
+      const int64_t row = box.row + i / kWarp, column = box.column + i % kWarp;
+      char* const to = box.shared + i * map.element;
+      if (row < map.rows && column < map.count)
+        std::memcpy(to, map.data + row * map.pitch + column * map.element, map.element);
+      else
+        std::memset(to, 0, map.element);
+    }
+    ++came;
+    ++emulator::block->came;
+  }
+  emulator::self().waits_for = nullptr;
+}
+
+inline void check_box(const BoxMap& map, int row, const void* shared) {
+  if (reinterpret_cast<uintptr_t>(shared) % 128) emulator::stop("a box in shared memory is not aligned to 128 bytes");
+  if (row < 0 || row + map.box_rows > map.rows) emulator::stop("a box beyond a tensor's rows");
+}
+
+inline void box_load(void* shared, const BoxMap& map, int64_t column, int row, int bytes, Arrival* arrival) {
+  check_box(map, row, shared);
+  if (bytes != map.bytes()) emulator::stop("a box of another size than was said");
+  char* const to = static_cast<char*>(shared);
+  for (const emulator::Thread& thread : emulator::block->threads)
+    for (const emulator::Box& store : thread.stores)
+      if (to < store.shared + store.map->bytes() && store.shared < to + bytes)
+        emulator::stop("a box is sent for to where a store still reads");
+  std::memset(to, 0xff, bytes);
+  emulator::block->arrivals.at(arrival).second.push_back({&map, column, row, to});
+  ++emulator::block->came;
+}
+
+inline void boxes_written() { ++emulator::self().written; }
+
+inline void box_store(const BoxMap& map, int64_t column, int row, const void* shared) {
+  check_box(map, row, shared);
+  const int warp = emulator::self().number / kWarp;
+  for (int i = warp * kWarp; i < (warp + 1) * kWarp; ++i) {
+    emulator::Thread& thread = emulator::block->threads[i];
+    if (thread.written == thread.stored) emulator::stop("a box is stored that a lane may still be writing");
+    thread.stored = thread.written;
+  }
+  emulator::self().stores.push_back({&map, column, row, static_cast<char*>(const_cast<void*>(shared))});
+}
+
+inline void box_stores_read() {
+  for (const emulator::Box& box : emulator::self().stores)
+    for (int i = 0; i < box.map->box_rows * kWarp; ++i) {
+      const int64_t column = box.column + i % kWarp, row = box.row + i / kWarp;
+      if (column < box.map->count)
+        std::memcpy(
+            box.map->data + row * box.map->pitch + column * box.map->element, box.shared + i * box.map->element,
+            box.map->element);
+    }
+  emulator::self().stores.clear();
 }
 
 inline float fast_exp2(float x) { return emulator::off_by(std::exp2(emulator::flush(x)), 2); }
