@@ -2,7 +2,7 @@
 # Tests and times everything on a machine with an NVIDIA GPU, without a network, within seconds that are known before.
 #   usage: bench/gpu.sh OUT [A | B | rehearse | PART...]
 # A answers whether it works and what it is worth, B measures everything that has a bar (both: 330 s each, of which no
-# part takes more than its share; WHOLE=SECONDS says otherwise); without a plan both run. PARTs: kernels smoke first ncu tests meta (A), steps
+# part takes more than its share; WHOLE=SECONDS says otherwise); without a plan both run. PARTs: kernels smoke first ncu tests meta general (A), steps
 # compiled gradients memcheck racecheck sizes autotune (B). PYTHON (default python3) names an interpreter with a torch
 # for CUDA. PREBUILT (default build/gpu), which bench/gpu_build.sh fills, saves the compilation where its key fits.
 # It leaves in OUT: log.txt, sanitizer.txt, ncu*.txt and what bench/report.py writes. A part that fails or runs out of
@@ -17,7 +17,7 @@ usage() {
 out=$1
 shift
 device=cuda
-plan_a="kernels smoke first ncu tests meta"
+plan_a="kernels smoke first ncu tests meta general"
 plan_b="steps compiled gradients memcheck racecheck sizes autotune"
 whole=${WHOLE:-700}
 case "${1:-}" in
@@ -175,6 +175,7 @@ if wants tests; then
   part tests 110 env OMP_NUM_THREADS=2 "$python" -m pytest tests/cuda -m cuda $options
 fi
 wants meta && part meta 60 "$python" bench/gpu_first.py --device $device meta
+wants general && part general 45 "$python" bench/gpu_first.py --device $device general
 if wants steps; then
   if [ $device = cuda ]; then
     bench steps 80 bench/test_overhead.py bench/test_step.py --sizes 16k,10M -k "not compile and not SGD and not loop"

@@ -1,6 +1,6 @@
 """The first figures of a GPU, through torch: small models, meta-gradients, and where a meta-update's time goes.
 
-    python bench/gpu_first.py [--device cuda] [small] [rule] [backward] [meta]
+    python bench/gpu_first.py [--device cuda] [small] [rule] [backward] [meta] [general]
 
 A line for each measurement, the prediction of docs/kernels.md beside it where there is one. bench/kernels.cu times the
 kernels themselves; the benches of this folder, with more rounds and more rivals, are what results are published from.
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -141,13 +143,31 @@ def meta() -> None:
                 print(f"          {share:8.4f} ms  {event.count // 10:5d} times  {name}")
 
 
+def general() -> None:
+    """Meta-steps of the recipe for any network: windows of 500 steps on twenty kinds of task, one kind a step."""
+    from l2l_fast import MetaTrainer
+    from l2l_fast.meta import recipes
+
+    stage = recipes.stages(recipes.read(Path(__file__).with_name("general.json")))[-1]
+    network, tasks, options = recipes.prepare(stage, "mnist" if "L2L_FAST_DATA" in os.environ else "digits")
+    trainer = MetaTrainer(network, tasks, **options, progress=False, device=cases.device)
+    times = []
+    for _ in range(8):
+        begun = time.perf_counter()
+        trainer.step()
+        cases.finished()
+        times.append(time.perf_counter() - begun)
+    say("general", "a meta-step, 2 windows of 500 steps", f"{statistics.median(times[2:]):8.2f} s",
+        "each: " + " ".join(f"{taken:.2f}" for taken in times))  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help="small, rule, backward, meta (default: all)")
+    parser.add_argument("parts", nargs="*", help="small, rule, backward, meta, general (default: all)")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     cases.use(arguments.device)
-    parts = {"small": small, "rule": rule, "backward": backward, "meta": meta}
+    parts = {"small": small, "rule": rule, "backward": backward, "meta": meta, "general": general}
     for name in arguments.parts or parts:
         begun = time.perf_counter()
         parts[name]()
