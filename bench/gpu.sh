@@ -2,15 +2,15 @@
 # Tests and times everything on a machine with an NVIDIA GPU, without a network, within seconds that are known before.
 #   usage: bench/gpu.sh OUT [A | B | rehearse | PART...]
 # A answers whether it works and what it is worth, B measures everything that has a bar (both: 330 s each, of which no
-# part takes more than its share; WHOLE=SECONDS says otherwise); without a plan both run. PARTs: kernels smoke first ncu tests meta general (A), steps
-# compiled gradients memcheck racecheck sizes autotune (B). PYTHON (default python3) names an interpreter with a torch
-# for CUDA. PREBUILT (default build/gpu), which bench/gpu_build.sh fills, saves the compilation where its key fits.
-# It leaves in OUT: log.txt, sanitizer.txt, ncu*.txt and what bench/report.py writes. A part that fails or runs out of
-# its time is said so in the table at the end, the rest goes on, and the exit status is 1. "rehearse" goes through the
-# parts that need no GPU, small, on the CPU. Exits with 2 where there is no GPU.
+# part takes more than its share; WHOLE=SECONDS says otherwise); without a plan both run. PARTs: kernels smoke first ncu
+# tests meta general (A), steps compiled gradients memcheck racecheck sizes autotune (B). PYTHON (default python3) names
+# an interpreter with a torch for CUDA. PREBUILT (default build/gpu), which bench/gpu_build.sh fills, saves the
+# compilation where its key fits. It leaves in OUT: log.txt, sanitizer.txt, ncu*.txt and what bench/report.py writes. A
+# part that fails or runs out of its time is said so in the table at the end, the rest goes on, and the exit status is 1.
+# "rehearse" goes through the parts that need no GPU, small, on the CPU. Exits with 2 where there is no GPU.
 set -u
 usage() {
-  sed -n '2,11p' "$0"
+  sed -n '2,10p' "$0"
   exit 64
 }
 [ $# -ge 1 ] || usage

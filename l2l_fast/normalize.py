@@ -28,7 +28,7 @@ from l2l_fast.reference import SMALLEST, outside_autocast
 
 LEARNED_SHARE = 0.5  # RMS of the learned part beside that of the orthogonalized momentum, 1: docs/notebook.md
 MAX_SIDE = 16384  # of a matrix to orthogonalize: beyond are vocabularies, whose rows have nothing to do with each other
-TOGETHER = 2**20  # coordinates of matrices that are orthogonalized in one call: below, calls cost more than copies
+TOGETHER = 2**20  # coordinates of matrices that a CPU orthogonalizes in one call: its caches hold them
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -39,24 +39,53 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 class Updates:
     """Tensors of -0.0 in the parameters' shapes and memory order, all in one piece of memory.
 
+    Those of one shape and order lie one after another, so that what is done to each of them is done to all at once.
+
     Args:
         params: real tensors.
         like: whose dtype and device they get.
     """
 
     def __init__(self, params: Sequence[Tensor], like: Tensor) -> None:
-        self._places, end = [], 0
-        for param in params:
+        alike: dict[tuple, list[int]] = {}
+        for place, param in enumerate(params):
             # As dense as the parameter, without gaps: its state lies in the same order.
             dense = param if param.is_contiguous() else torch.empty_like(param, device="meta")
-            self._places.append((param.shape, dense.stride(), end))
-            end += -(-param.numel() // _LINE) * _LINE
+            alike.setdefault((tuple(param.shape), dense.stride()), []).append(place)
+        self._places: dict[int, tuple] = {}
+        self._kinds, end = [], 0
+        for (shape, stride), places in alike.items():
+            count = math.prod(shape)
+            pitch = -(-count // _LINE) * _LINE
+            self._kinds.append((places, shape, stride, count, pitch, end))
+            for place in places:
+                self._places[place] = shape, stride, end
+                end += pitch
         self.flat = like.new_full((end,), -0.0)
         self.pieces = self.cut(self.flat)
 
+    @property
+    def order(self) -> list[int]:
+        """The numbers of the tensors, kind after kind."""
+        return [place for places, *_ in self._kinds for place in places]
+
     def cut(self, flat: Tensor) -> list[Tensor]:
         """Another such piece of memory as tensors in the parameters' shapes."""
-        return [flat.as_strided(*place) for place in self._places]
+        return [flat.as_strided(*self._places[place]) for place in range(len(self._places))]
+
+    def rows(self, flat: Tensor) -> list[Tensor]:
+        """The same, a matrix [K, N] for each kind: K tensors of N coordinates in memory order."""
+        return [
+            flat.as_strided((len(places), count), (pitch, 1), start)
+            for places, _, _, count, pitch, start in self._kinds
+        ]
+
+    def stacks(self, flat: Tensor) -> list[tuple[list[int], Tensor]]:
+        """The same, the numbers of its tensors and [K, ...] for each kind."""
+        return [
+            (places, flat.as_strided((len(places), *shape), (pitch, *stride), start))
+            for places, shape, stride, _, pitch, start in self._kinds
+        ]
 
 
 def is_held(updates: Tensor) -> Tensor:
@@ -128,7 +157,7 @@ def move_(
     rms: float,
     weight_decay: float = 0.0,
     wholes: Sequence[Tensor] | None = None,
-    momenta: Sequence[Tensor] = (),
+    momenta: Tensor | None = None,
 ) -> None:
     """Move every parameter along its update, scaled; the updates are spent.
 
@@ -139,30 +168,47 @@ def move_(
         rms: ``update_rms``.
         weight_decay: decoupled, per unit of lr.
         wholes: what ``params`` are the local, real views of; DTensors have their RMS over all ranks.
-        momenta: of matrices that begin with their orthogonalized momentum, from :func:`momentum`; else none.
+        momenta: of matrices that begin with their orthogonalized momentum, from :func:`flat_momenta`; spent likewise.
     """
     pieces, wholes = updates.pieces, params if wholes is None else wholes
-    rates = []
-    if weight_decay:  # what is held is known only as long as the updates are as the step has left them
-        rates = updates.cut(torch.where(is_held(updates.flat), 0.0, -weight_decay * lr))
-    if momenta:
-        held = [is_held(piece) for piece in pieces]
-        _scale_(pieces, wholes, LEARNED_SHARE)
-        momenta = [torch.where(none, 0.0, momentum) for none, momentum in zip(held, momenta, strict=True)]
-        for piece, none, o in zip(pieces, held, _orthogonal_units(momenta, wholes), strict=True):
-            piece.sub_(o)
-            piece.masked_fill_(none, 0.0)  # an orthogonalized matrix mixes coordinates
-    _scale_(pieces, wholes, lr * rms)
+    held = is_held(updates.flat)  # known only as long as the updates are as the step has left them
+    if momenta is not None:
+        momenta.masked_fill_(held, 0.0)
+        _scale_(updates, wholes, LEARNED_SHARE)
+        _subtract_orthogonal_units_(updates, momenta, wholes)
+        updates.flat.masked_fill_(held, 0.0)  # an orthogonalized matrix mixes coordinates
+    _scale_(updates, wholes, lr * rms)
     if weight_decay:
         # In the updates' dtype, so that a parameter of half precision is rounded once.
+        rates = updates.cut(torch.where(held, 0.0, -weight_decay * lr))
         torch._foreach_addcmul_(pieces, [param.to(updates.flat.dtype) for param in params], rates)
     torch._foreach_add_(list(params), pieces)
 
 
-def _scale_(updates: Sequence[Tensor], wholes: Sequence[Tensor], rms: float | Tensor) -> None:
-    roots = torch.stack(root_mean_squares(updates, wholes))
-    factors = torch.where(roots >= SMALLEST, rms / roots, 0.0)
-    torch._foreach_mul_(list(updates), list(factors.unbind()))
+def _scale_(updates: Updates, wholes: Sequence[Tensor], rms: float | Tensor) -> None:
+    rows = updates.rows(updates.flat)
+    if any(map(is_sharded, wholes)):
+        order = updates.order
+        roots = root_mean_squares([updates.pieces[place] for place in order], [wholes[place] for place in order])
+        root = torch.stack(roots)
+    else:
+        norms = [torch.linalg.vector_norm(some, dim=1) / math.sqrt(max(1, some.shape[1])) for some in rows]
+        root = torch.cat(norms)
+    factors = torch.where(root >= SMALLEST, rms / root, 0.0)
+    for some, factor in zip(rows, factors.split([len(some) for some in rows]), strict=True):
+        some.mul_(factor[:, None])
+
+
+def flat_momenta(
+    updates: Updates, grads: Sequence[Tensor], states: Sequence[Tensor], config: Config, maximize: bool = False
+) -> Tensor:
+    """:func:`momentum` of every tensor, in one piece of memory that :meth:`Updates.cut` cuts up."""
+    share, flat = 1 - config.beta1, torch.empty_like(updates.flat)
+    pieces = updates.cut(flat)
+    torch._foreach_copy_(pieces, [state[..., 0] for state in states])
+    flat.mul_(config.beta1)
+    torch._foreach_add_(pieces, list(grads), alpha=-share if maximize else share)
+    return flat
 
 
 def momentum(grad: Tensor, state: Tensor, config: Config, dtype: torch.dtype, maximize: bool = False) -> Tensor:
@@ -218,26 +264,21 @@ def _is_matrix(shape: torch.Size) -> bool:
     return len(shape) > 1 and max(shape[0], math.prod(shape[1:])) <= MAX_SIDE
 
 
-def _orthogonal_units(updates: Sequence[Tensor], wholes: Sequence[Tensor]) -> list[Tensor]:
-    """NS(update) / RMS of it for each: real, whole matrices of one shape together, a transposed one among them."""
-    found: dict[int, Tensor] = {}
-    by_shape: dict[tuple[int, int], list[int]] = {}
-    for place, (update, whole) in enumerate(zip(updates, wholes, strict=True)):
-        if is_sharded(whole) or whole.is_complex() or not update.numel():
-            found[place] = _orthogonal_unit(update, whole)
-        else:
-            rows, columns = update.flatten(1).shape
-            by_shape.setdefault((min(rows, columns), max(rows, columns)), []).append(place)
-    for (rows, columns), places in by_shape.items():
-        count = max(1, TOGETHER // (rows * columns))
-        for some in (places[first : first + count] for first in range(0, len(places), count)):
-            lying = [len(updates[place]) == rows for place in some]
-            matrices = [updates[place].flatten(1) for place in some]
-            stacked = torch.stack([m if lies else m.mT for m, lies in zip(matrices, lying, strict=True)])
-            units = unit(orthogonalize_each(stacked), (1, 2)).unbind()
-            for place, o, lies in zip(some, units, lying, strict=True):
-                found[place] = (o if lies else o.mT).reshape(updates[place].shape)
-    return [found[place] for place in range(len(updates))]
+def _subtract_orthogonal_units_(updates: Updates, momenta: Tensor, wholes: Sequence[Tensor]) -> None:
+    """update <- update - NS(momentum) / RMS of it, matrices of one shape together."""
+    stacks = zip(updates.stacks(updates.flat), updates.stacks(momenta), strict=True)
+    for (places, found), (_, given) in stacks:
+        if not found.numel():
+            continue
+        if any(is_sharded(wholes[place]) or wholes[place].is_complex() for place in places):
+            for place, one, momentum in zip(places, found.unbind(), given.unbind(), strict=True):
+                one.sub_(_orthogonal_unit(momentum, wholes[place]))
+            continue
+        together = len(places) if found.is_cuda else max(1, TOGETHER // given[0].numel())
+        for some, matrices in zip(found.split(together), given.split(together), strict=True):
+            o = orthogonalize_each(matrices.flatten(2))
+            factor = _unit_factor(o, (1, 2))
+            some.addcmul_(o.view(some.shape), factor.view(-1, *[1] * (some.dim() - 1)), value=-1)
 
 
 def _orthogonal_unit(update: Tensor, whole: Tensor) -> Tensor:
@@ -260,10 +301,14 @@ def _orthogonal_unit(update: Tensor, whole: Tensor) -> Tensor:
 
 def unit(matrix: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     """matrix / RMS(matrix), over all of it or some dimensions; 0 where that is 0. A complex number counts as a pair."""
+    return matrix * _unit_factor(matrix, dims)
+
+
+def _unit_factor(matrix: Tensor, dims: tuple[int, ...] | None) -> Tensor:
     squares = torch.view_as_real(matrix).square().sum(-1) / 2 if matrix.is_complex() else matrix.square()
     mean = squares.mean(dims, keepdim=True) if dims else squares.mean()
-    moves = mean > 0
-    return matrix * torch.where(moves, torch.where(moves, mean, 1.0).rsqrt(), 0.0)
+    moves = mean > 0  # twice asked: autograd would make NaN of 0 rsqrt(0)
+    return torch.where(moves, torch.where(moves, mean, 1.0).rsqrt(), 0.0)
 
 
 @outside_autocast
@@ -288,29 +333,31 @@ def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
     References:
         Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
     """
-    return _newton_schulz(update.flatten(1), torch.addmm, steps).reshape(update.shape)
+    return _newton_schulz(update.flatten(1)[None], steps).reshape(update.shape)
 
 
 @outside_autocast
 def orthogonalize_each(matrices: Tensor, steps: int = 5) -> Tensor:
     """:func:`orthogonalize` of B matrices [B, out, in]."""
-    return _newton_schulz(matrices, torch.baddbmm, steps)
+    return _newton_schulz(matrices, steps)
 
 
-def _newton_schulz(x: Tensor, add_product: Callable[..., Tensor], steps: int) -> Tensor:
-    """Of matrices [..., out, in]; ``add_product`` is beta * input + alpha * one @ other."""
+def _newton_schulz(x: Tensor, steps: int) -> Tensor:
+    def adjoint(matrices: Tensor) -> Tensor:  # of real ones mH does more work on the host than a small product
+        return matrices.mH if matrices.is_complex() else matrices.mT
+
     dtype = x.dtype
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(SMALLEST)
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(SMALLEST)
     if _on_matrix_units(x):
         x = x.bfloat16()
-    wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mH
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else adjoint(x)
     a, b, c = _QUINTIC
     for _ in range(steps):
-        square = x @ x.mH
-        factor = add_product(square, square, square, beta=b, alpha=c)
-        x = add_product(x, factor, x, beta=a)
-    return (x if wide else x.mH.resolve_conj()).to(dtype)
+        square = torch.bmm(x, adjoint(x))
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a)
+    return (x if wide else adjoint(x).resolve_conj()).to(dtype)
 
 
 def _on_matrix_units(x: Tensor) -> bool:

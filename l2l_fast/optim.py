@@ -300,10 +300,9 @@ class LSTMOptimizer(Optimizer):
             torch._foreach_copy_(call.squares, list(squares.unbind()))
         if updates is not None and network.update_rms is not None:
             weight_decay, maximize = rest[-2:]
-            momenta = [
-                normalize.momentum(grad, state, network.config, weights.dtype, maximize)
-                for grad, state in (zip(grads, states, strict=True) if call.orthogonalize else ())
-            ]
+            momenta = None
+            if call.orthogonalize:
+                momenta = normalize.flat_momenta(updates, grads, states, network.config, maximize)
             normalize.move_(tensors, updates, lr, network.update_rms, weight_decay, call.params, momenta)
 
     @torch.compiler.assume_constant_result

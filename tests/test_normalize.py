@@ -361,17 +361,22 @@ def test_orthogonalize_of_nothing_is_nothing():
 
 
 def test_matrices_of_one_shape_are_orthogonalized_together(monkeypatch):
-    """Transposed ones among them, and no more at once than is allowed; what each gives alone."""
-    shapes = [(6, 4), (4, 6), (4, 3, 2), (7,), (6, 4), (3, 3), (6, 4)]
-    updates = [torch.randn(shape) for shape in shapes if len(shape) > 1]
-    updates[1] = updates[1].T.contiguous().T  # in another memory order
+    """No more at once than is allowed; what each gives alone."""
+    shapes = [(6, 4), (4, 6), (4, 3, 2), (6, 4), (3, 3), (4, 6), (6, 4), (6, 4), (0, 3)]
+    momenta = [torch.randn(shape) for shape in shapes]
+    momenta[1] = momenta[1].T.contiguous().T  # in another memory order
     counts, each = [], normalize.orthogonalize_each
     monkeypatch.setattr(normalize, "TOGETHER", 3 * 24)
     monkeypatch.setattr(normalize, "orthogonalize_each", lambda ms: counts.append(len(ms)) or each(ms))
-    found = normalize._orthogonal_units(updates, updates)
-    assert sorted(counts) == [1, 2, 3]
-    for one, update in zip(found, updates, strict=True):
-        torch.testing.assert_close(one, normalize.unit(normalize.orthogonalize(update)), rtol=1e-4, atol=1e-5)
+    updates = normalize.Updates(momenta, momenta[0])
+    flat = torch.empty_like(updates.flat)
+    for piece, momentum in zip(updates.cut(flat), momenta, strict=True):
+        piece.copy_(momentum)
+    normalize._subtract_orthogonal_units_(updates, flat, momenta)
+    assert counts == [3, 1, 1, 1, 1, 1]  # (6, 4), three at once; (4, 6) in two orders; the others
+    for found, momentum in zip(updates.pieces, momenta, strict=True):
+        if momentum.numel():
+            torch.testing.assert_close(found, -normalize.unit(normalize.orthogonalize(momentum)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (192, 64), (10, 64)])

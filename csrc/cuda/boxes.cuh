@@ -41,10 +41,11 @@ inline bool map_boxes(
   const cuuint64_t sizes[2] = {cuuint64_t(count), cuuint64_t(rows)}, pitches[1] = {cuuint64_t(pitch)};
   const cuuint32_t box[2] = {kWarp, cuuint32_t(box_rows)}, steps[2] = {1, 1};
   const auto type = element_bytes == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  // 32 elements of 2 bytes are half a line: the other half, of the next tile, comes to the second-level cache with it.
+  const auto ahead = element_bytes == 4 ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   return encode(
              &map, type, 2, data, sizes, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) ==
-      CUDA_SUCCESS;
+             CU_TENSOR_MAP_SWIZZLE_NONE, ahead, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 // ---------------------------------------------------------------- device

@@ -12,20 +12,14 @@ namespace l2l {
 namespace matrix {
 namespace {
 
-#ifndef L2L_BOX_WARPS
-#define L2L_BOX_WARPS 12
-#endif
-#ifndef L2L_BOX_WARPS_BF16
-#define L2L_BOX_WARPS_BF16 16
-#endif
-#ifndef L2L_BOX_DEPTH
-#define L2L_BOX_DEPTH 3
-#endif
-
-// One block on a multiprocessor.
+// One block on a multiprocessor: with float32 states three warps for each of its four schedulers, with bfloat16 ones, which
+// need fewer registers, five.
 L2L_HOST_DEVICE constexpr int box_threads(int slots, bool wide) {
-  return slots > 5 ? 256 : 32 * (wide ? L2L_BOX_WARPS : L2L_BOX_WARPS_BF16);
+  return slots > 5 ? 256 : device::kWarp * (wide ? 12 : 20);
 }
+
+// Boxes of a warp: one is worked on while the other comes. More were no faster.
+constexpr int kBoxes = 2;
 
 struct BoxEntry : DenseEntry {
   device::BoxMap boxes;  // of the state, moments included
@@ -168,7 +162,7 @@ struct Boxes {
     const int64_t box = 2 * net.hidden * kWidth * (wide ? 4 : 2), scratch = of_scratch * device::kWarp * 16;
     return box_threads(slots, wide) / device::kWarp * (depth * (box + int64_t(sizeof(device::Arrival))) + scratch);
   }
-  static bool deep_enough(const Network&, DType, int depth) { return depth == L2L_BOX_DEPTH; }
+  static bool deep_enough(const Network&, DType, int depth) { return depth == kBoxes; }
 };
 
 }  // namespace
