@@ -3,7 +3,7 @@
 //   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90,code=sm_90 bench/kernels.cu \
 //     csrc/cuda/step.cu csrc/cuda/matrix_step.cu csrc/cuda/unroll.cu csrc/cuda/matrix_unroll.cu \
 //     csrc/cuda/unroll_backward.cu -o build/kernels
-//   build/kernels [copy] [pattern] [step] [repeat] [teams] [unroll] [trace NAME COORDINATES]
+//   build/kernels [copy] [pattern] [step] [rows] [repeat] [teams] [unroll] [trace NAME COORDINATES]
 //
 // It starts in a fraction of a second, so that many variants of a kernel, each an executable of its own, can be
 // compared within a minute of a GPU. Medians of CUDA events; the network is the paper's, its weights random.
@@ -260,11 +260,12 @@ struct Group {
   std::vector<StepTensor> tensors;
   int64_t stride = 1;
 
-  Group(std::vector<int64_t> shapes, DType state_dtype, Network net = kPaper)
+  // further: elements from one state row to the next beside those of whole lines.
+  Group(std::vector<int64_t> shapes, DType state_dtype, Network net = kPaper, int64_t further = 0)
       : net(net),
         dtype(state_dtype),
         count(total(shapes)),
-        row(rounded(shapes)),
+        row(rounded(shapes) + further),
         param(row * 4),
         grad(row * 4),
         state(size_t(net.state_rows()) * row * size_of(state_dtype)),
@@ -322,6 +323,18 @@ void steps() {
       Group group({count}, dtype);
       line("step", name_of(dtype), count, microseconds([&] { group.step(); }), group.bytes());
     }
+}
+
+// The step with state rows some lines of 128 bytes further apart than they need be.
+void rows() {
+  for (DType dtype : {DType::float32, DType::bfloat16})
+    for (int64_t count : {int64_t(10'000'000), int64_t(1) << 23})
+      for (int lines : {0, 1, 2, 3, 4, 5, 8, 16, 32, 33}) {
+        Group group({count}, dtype, kPaper, int64_t(lines) * 128 / size_of(dtype));
+        char name[80];
+        std::snprintf(name, sizeof name, "%s, rows %d lines further", name_of(dtype), lines);
+        line("rows", name, count, microseconds([&] { group.step(); }, 5), group.bytes());
+      }
 }
 
 // 20 runs from the same start at 10M must agree in every bit: a race between blocks or warps shows itself here.
@@ -396,7 +409,7 @@ void trace(const std::string& name, int64_t count) {
 int main(int argc, char** argv) {
   std::vector<std::string> wanted(argv + 1, argv + argc);
   if (wanted.size() == 3 && wanted[0] == "trace") return trace(wanted[1], std::atoll(wanted[2].c_str())), 0;
-  if (wanted.empty()) wanted = {"copy", "pattern", "step", "repeat", "teams", "unroll"};
+  if (wanted.empty()) wanted = {"copy", "pattern", "step", "rows", "repeat", "teams", "unroll"};
   auto wants = [&](const char* name) { return std::find(wanted.begin(), wanted.end(), name) != wanted.end(); };
   cudaDeviceProp device;
   CHECK(cudaGetDeviceProperties(&device, 0));
@@ -410,6 +423,7 @@ int main(int argc, char** argv) {
   }
   if (wants("pattern")) patterns();
   if (wants("step")) steps();
+  if (wants("rows")) rows();
   bool good = true;
   if (wants("repeat")) good = repeats();
   if (wants("teams")) teams();

@@ -187,10 +187,9 @@ def move_(
 
 def _scale_(updates: Updates, wholes: Sequence[Tensor], rms: float | Tensor) -> None:
     rows = updates.rows(updates.flat)
-    if any(map(is_sharded, wholes)):
-        order = updates.order
-        roots = root_mean_squares([updates.pieces[place] for place in order], [wholes[place] for place in order])
-        root = torch.stack(roots)
+    if any(map(is_sharded, wholes)):  # in the order that all ranks have: their parts may be of other shapes
+        roots = root_mean_squares(updates.pieces, wholes)
+        root = torch.stack([roots[place] for place in updates.order])
     else:
         norms = [torch.linalg.vector_norm(some, dim=1) / math.sqrt(max(1, some.shape[1])) for some in rows]
         root = torch.cat(norms)
@@ -266,19 +265,21 @@ def _is_matrix(shape: torch.Size) -> bool:
 
 def _subtract_orthogonal_units_(updates: Updates, momenta: Tensor, wholes: Sequence[Tensor]) -> None:
     """update <- update - NS(momentum) / RMS of it, matrices of one shape together."""
-    stacks = zip(updates.stacks(updates.flat), updates.stacks(momenta), strict=True)
-    for (places, found), (_, given) in stacks:
-        if not found.numel():
-            continue
+    alone: list[int] = []
+    for (places, found), (_, given) in zip(updates.stacks(updates.flat), updates.stacks(momenta), strict=True):
         if any(is_sharded(wholes[place]) or wholes[place].is_complex() for place in places):
-            for place, one, momentum in zip(places, found.unbind(), given.unbind(), strict=True):
-                one.sub_(_orthogonal_unit(momentum, wholes[place]))
+            alone += places
+            continue
+        if not found.numel():
             continue
         together = len(places) if found.is_cuda else max(1, TOGETHER // given[0].numel())
         for some, matrices in zip(found.split(together), given.split(together), strict=True):
             o = orthogonalize_each(matrices.flatten(2))
             factor = _unit_factor(o, (1, 2))
             some.addcmul_(o.view(some.shape), factor.view(-1, *[1] * (some.dim() - 1)), value=-1)
+    pieces = updates.cut(momenta)
+    for place in sorted(alone):  # in the order that all ranks have
+        updates.pieces[place].sub_(_orthogonal_unit(pieces[place], wholes[place]))
 
 
 def _orthogonal_unit(update: Tensor, whole: Tensor) -> Tensor:
