@@ -43,21 +43,25 @@ LINES = {
 
 
 def trim(raw: dict) -> dict:
-    """What matters of a pytest-benchmark JSON: where it ran, and one flat dictionary a row."""
+    """What matters of a pytest-benchmark JSON: where it ran, and one flat dictionary a row. A trimmed one stays."""
+    if "rows" in raw:
+        return raw
     commit = raw.get("commit_info", {})
     environment = {**raw["environment"], "commit": commit.get("id"), "uncommitted_changes": commit.get("dirty")}
     rows = [
         {**bench["extra_info"], **{name: bench["stats"][name] for name in STATISTICS}} for bench in raw["benchmarks"]
     ]
-    rows.sort(key=lambda row: KINDS.index(row["kind"]))
     return {"environment": {**environment, "date": raw["datetime"][:10]}, "rows": rows}
 
 
 def joined(runs: list[dict]) -> dict:
-    """Several runs as if they had been one, with the first one's environment."""
+    """Several trimmed runs as if they had been one, with the first one's environment; the last to have a row counts."""
     commands = [run["environment"]["command"] for run in runs]
-    environment = {**runs[0]["environment"], "command": "; ".join(commands)}
-    return {**runs[0], "environment": environment, "benchmarks": [row for run in runs for row in run["benchmarks"]]}
+    rows = {(row["kind"], row["case"], row["way"], row.get("threads")): row for run in runs for row in run["rows"]}
+    return {
+        "environment": {**runs[0]["environment"], "command": "; ".join(commands)},
+        "rows": sorted(rows.values(), key=lambda row: KINDS.index(row["kind"])),
+    }
 
 
 def result_name(result: dict) -> str:
@@ -282,24 +286,24 @@ def _number(value: float) -> str:
 # ---------------------------------------------------------------- the command
 
 
-def write(raw: dict, out: Path) -> dict:
-    """All files into ``out``; returns the trimmed result."""
-    result = trim(raw)
+def write(result: dict, out: Path) -> None:
+    """All files into ``out``, of a result as :func:`joined` gives it."""
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "summary.md", summary(result) + "\n")
     write_text(out / "tables.md", tables(result) + "\n")
     write_text(out / result_name(result), json.dumps(result, indent=1) + "\n")
     picture(result, out / "steps.png")
-    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path, nargs="+", help="what --benchmark-json wrote; runs of one machine and day")
+    parser.add_argument("json", type=Path, nargs="+", help="what --benchmark-json or this wrote, of one machine")
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs", help="folder (default: runs)")
     arguments = parser.parse_args()
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.json if path.stat().st_size]
-    print(summary(write(joined(runs), arguments.out)))
+    result = joined([trim(run) for run in runs])
+    write(result, arguments.out)
+    print(summary(result))
 
 
 if __name__ == "__main__":

@@ -309,10 +309,10 @@ def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32,
     """Zero state of a parameter: shape ``(*param.shape, S)``, each of the S rows contiguous over the coordinates.
 
     The shape is canonical, so the state slices and shards as its parameter does; the layout is only strides. The
-    coordinates stand in the parameter's own memory order, and a row is padded to an odd number of lines of cache (64
-    bytes, on a GPU 128), so that the rows of a power-of-two parameter do not all fall on one cache set. A row too short
-    for that, which would be more padding than state, is padded to four coordinates at a time, and that of a single
-    coordinate on a CPU not at all.
+    coordinates stand in the parameter's own memory order, and a row is padded to whole lines of cache (64 bytes, on a
+    GPU 128), on a CPU an odd number of them, so that the rows of a power-of-two parameter do not all fall on one cache
+    set. A row too short for that, which would be more padding than state, is padded to four coordinates at a time, and
+    that of a single coordinate on a CPU not at all.
 
     Args:
         param: of any shape and strides, real.
@@ -335,7 +335,8 @@ def new_state(param: Tensor, config: Config, dtype: torch.dtype = torch.float32,
     on_gpu = param.device.type == "cuda"
     line, fours = (128 if on_gpu else 64) // dtype.itemsize, -(-count // 4) * 4
     # CPU kernels work on whole lines where they lie, CUDA kernels on four coordinates: so the widest that is not waste.
-    row = next(row for row in ((-(-count // line) | 1) * line, fours, count) if row <= 2 * count)
+    lines = -(-count // line) | int(not on_gpu)
+    row = next(row for row in (lines * line, fours, count) if row <= 2 * count)
     row = max(row, fours) if on_gpu else row  # one that is no whole fours would take a launch of its own
     strides = torch.empty_like(param, device="meta").stride()
     storage = torch.zeros(size * row, dtype=dtype, device=param.device)

@@ -56,6 +56,7 @@ inline bool map_boxes(
 #else
 #define L2L_BOXES 0
 #endif
+constexpr bool kBoxes = L2L_BOXES;
 
 using Arrival = uint64_t;  // in shared memory: counts the bytes of a box that have come
 

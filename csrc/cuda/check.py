@@ -29,7 +29,7 @@ CSRC = HERE.parent
 TABLE = HERE / "resources.txt"
 CACHE = CSRC.parent / "build" / "cuda-check"
 ARCHS = toolkit.DEFAULT_ARCHS.removesuffix("+PTX").split(";")
-FAST = re.compile(r"matrix_.*<5[,>]")  # of hidden size 20, the paper's: they must stay in registers
+FAST = re.compile(r"matrix_.*[< ]5[,>]")  # of hidden size 20, the paper's: they must stay in registers
 
 
 class Use(NamedTuple):

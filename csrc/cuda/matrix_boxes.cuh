@@ -19,7 +19,7 @@ L2L_HOST_DEVICE constexpr int box_threads(int slots, bool wide) {
 }
 
 // Boxes of a warp: one is worked on while the other comes. More were no faster.
-constexpr int kBoxes = 2;
+constexpr int kBoxesEach = 2;
 
 struct BoxEntry : DenseEntry {
   device::BoxMap boxes;  // of the state, moments included
@@ -148,7 +148,9 @@ class BoxStream {
   uint32_t parity_ = 0;
 };
 
+// What Copies is to Stream.
 struct Boxes {
+  static constexpr bool kThere = device::kBoxes;
   using Entry = BoxEntry;
   template <int kSlots, class T, class Table, class Tiles>
   using Of = BoxStream<kSlots, T, Table, Tiles>;
@@ -162,7 +164,7 @@ struct Boxes {
     const int64_t box = 2 * net.hidden * kWidth * (wide ? 4 : 2), scratch = of_scratch * device::kWarp * 16;
     return box_threads(slots, wide) / device::kWarp * (depth * (box + int64_t(sizeof(device::Arrival))) + scratch);
   }
-  static bool deep_enough(const Network&, DType, int depth) { return depth == kBoxes; }
+  static bool deep_enough(const Network&, DType, int depth) { return depth == kBoxesEach; }
 };
 
 }  // namespace

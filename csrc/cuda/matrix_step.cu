@@ -23,6 +23,7 @@ L2L_HOST_DEVICE constexpr int packed_size(int float4s) { return (float4s + 7) / 
 template <class Way, int kSlots, class T, class Table>
 __global__ void __launch_bounds__(Way::threads(kSlots, sizeof(T) == 4), 1) step(
     const __grid_constant__ Table table, const __grid_constant__ StepCall call, const __grid_constant__ int depth) {
+  if constexpr (!Way::kThere) return;  // is never launched
   using A = ArithmeticOf<T>;
   float4* const weights = reinterpret_cast<float4*>(device::shared_memory());
   const int blocks = gridDim.x / table.networks;  // of a network

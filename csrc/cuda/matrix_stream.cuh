@@ -143,6 +143,7 @@ class Stream {
 
 // With what the host launches it: the kernel's stream over a table, bytes of shared memory beside the weights.
 struct Copies {
+  static constexpr bool kThere = true;
   using Entry = DenseEntry;
   template <int kSlots, class T, class Table, class Tiles>
   using Of = Stream<kSlots, T, Table, Tiles>;

@@ -149,7 +149,8 @@ def test_report(tmp_path):
             _bench("memory", "unroll 20", "autograd", 2, 10, peak_extra_bytes=1e5, peak_extra_bytes_per_coordinate=1e4),
         ],
     }  # fmt: skip
-    result = report.write(raw, tmp_path)
+    result = report.joined([report.trim(raw)])
+    report.write(result, tmp_path)
     text = (tmp_path / "summary.md").read_text()
     assert "24.0x" in text
     assert "0.01x" in text
@@ -169,8 +170,15 @@ def test_report(tmp_path):
 
 
 def test_several_runs_make_one_report():
-    runs = [{"environment": {"command": name, "cpu": "A"}, "benchmarks": [name]} for name in ("one", "two")]
-    assert report.joined(runs) == {"environment": {"command": "one; two", "cpu": "A"}, "benchmarks": ["one", "two"]}
+    """The last to have a row counts, and what was written once can be joined again."""
+
+    def run(command, *medians):
+        rows = [{"kind": "step", "case": case, "way": "ours", "median": median} for case, median in medians]
+        return {"environment": {"command": command, "cpu": "A"}, "rows": rows}
+
+    first, second = run("one", ("1k", 1), ("1M", 2)), run("two", ("1M", 3), ("10M", 4))
+    both = report.joined([report.trim(report.joined([first])), second])
+    assert both == run("one; two", ("1k", 1), ("1M", 3), ("10M", 4))
 
 
 def test_a_gpus_report():
@@ -232,7 +240,7 @@ def test_the_gpu_script_says_when_there_is_no_gpu(tmp_path, parts):
 def test_the_gpu_script_says_which_parts_there_are(tmp_path):
     done = gpu_script(tmp_path / "out", "test")
     assert done.returncode == 64
-    assert "PARTs: kernels smoke first ncu tests meta (A)" in done.stdout.replace("\n# ", " ")
+    assert "PARTs: kernels smoke first ncu tests meta general (A)" in done.stdout.replace("\n# ", " ")
     assert not (tmp_path / "out").exists()
 
 

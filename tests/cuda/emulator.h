@@ -374,6 +374,7 @@ void copies_landed() {
 
 using emulator::BoxMap;
 using Arrival = uint64_t;
+constexpr bool kBoxes = true;
 
 inline bool has_boxes() {
   const char* boxes = std::getenv("L2L_EMULATED_BOXES");

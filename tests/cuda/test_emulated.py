@@ -12,6 +12,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
 PARITY = [HERE / "test_parity.py", HERE / "test_matrix.py", HERE / "test_scaled.py"]
+HOPPER = {"test_parity": ["1"], "test_matrix": ["1", "0"], "test_scaled": ["0"]}  # with its copy engine, or without
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
     pytest.mark.skipif("L2L_FAST_EMULATED" in os.environ, reason="already in the emulator"),
@@ -24,8 +25,8 @@ def build(name: str, sources: list[Path], *flags: str, link: list[str]) -> Path:
     return compiled(name, sources, *common, *flags, link=link)
 
 
-@pytest.mark.parametrize("tests", PARITY, ids=lambda path: path.stem)
-def test_parity_in_the_emulator(tests):
+@pytest.mark.parametrize(("tests", "boxes"), [(path, boxes) for path in PARITY for boxes in HOPPER[path.stem]])
+def test_parity_in_the_emulator(tests, boxes):
     """Everything that a GPU is held to, at sizes that the emulator can bear."""
     torch_headers = [f"-isystem{path}" for path in include_paths()]
     folders = [option for path in library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
@@ -35,7 +36,7 @@ def test_parity_in_the_emulator(tests):
     )  # fmt: skip
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
-        env=os.environ | {"L2L_FAST_NATIVE": "0", "L2L_FAST_EMULATED": str(library)},
+        env=os.environ | {"L2L_FAST_NATIVE": "0", "L2L_FAST_EMULATED": str(library), "L2L_EMULATED_BOXES": boxes},
         capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-4000:]

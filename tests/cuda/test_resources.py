@@ -32,6 +32,16 @@ def test_resources():
     assert done.returncode == 0, done.stderr + done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(toolkit.find() is None, reason="no CUDA toolkit: nvcc is neither in CUDA_HOME nor on PATH")
+def test_the_bench_of_the_kernels_compiles(tmp_path):
+    """It has the launchers' structs written out, and no other test meets it."""
+    source = FOLDER.parents[1] / "bench" / "kernels.cu"
+    command = [toolkit.find().nvcc, "-std=c++17", "--expt-relaxed-constexpr", "-arch=sm_90", "-c", source]
+    done = subprocess.run([*command, "-o", tmp_path / "kernels.o"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
 def test_the_assemblers_report_is_read():
     found = check.read(REPORT)
     assert found == {
