@@ -116,18 +116,19 @@ def test_the_example_of_meta_training_runs(tmp_path):
 
 def test_the_example_of_the_proposal_trains_all_three(tmp_path):
     text = (ROOT / "examples" / "proposal_online.py").read_text()
-    text, found = re.subn(r"^FIRST, SECOND = \d+, \d+", "FIRST, SECOND = 2, 2", text, flags=re.MULTILINE)
+    few = 'FIRST, SECOND = 2, {"backpropagation": 2, "pes": 2}'
+    text, found = re.subn(r"^FIRST, SECOND = \d+, {.*}", few, text, flags=re.MULTILINE)
     assert found == 1
     (tmp_path / "example.py").write_text(text)
-    for stage in ("mlp", "pair", "alone"):
-        assert f"quadratic {stage}: validations" in run_example(
-            tmp_path / "example.py", "quadratic", stage, "--out", "runs", folder=tmp_path
+    for kind, *stage in (("", "mlp"), ("", "pair"), ("", "alone"), ("-pes", "pair", "--gradient", "pes")):
+        assert f"quadratic{kind} {stage[0]}: validations" in run_example(
+            tmp_path / "example.py", "quadratic", *stage, "--out", "runs", folder=tmp_path
         )
     first, alone = (l2l_fast.CoordinatewiseMLP.from_pretrained(tmp_path / "runs" / name)
                     for name in ("mlp-quadratic-start", "mlp-quadratic"))  # fmt: skip
     assert first.options == alone.options
-    pair = l2l_fast.AdaptiveMLP.from_pretrained(tmp_path / "runs" / "online-quadratic")
-    assert pair.mlp.options == first.options
+    for name in ("online-quadratic", "online-quadratic-pes"):
+        assert l2l_fast.AdaptiveMLP.from_pretrained(tmp_path / "runs" / name).mlp.options == first.options
 
 
 @pytest.mark.slow

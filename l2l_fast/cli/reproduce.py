@@ -41,6 +41,13 @@ def reproduce(
     small_network: Annotated[
         list[str] | None, typer.Option(help="The same for the row seconds.", show_default="l2l-small")
     ] = None,
+    proposal_networks: Annotated[
+        Path | None,
+        typer.Option(
+            help="The same for the row proposal: a folder, as examples/proposal_online.py leaves it.",
+            show_default="the package's",
+        ),
+    ] = None,
     dataset: Annotated[str, typer.Option(help="digits (minutes, nothing to download) or mnist.")] = "digits",
     seeds: Annotated[int | None, typer.Option(help="Held-out seeds.", min=1, show_default="10")] = None,
     steps: Annotated[int | None, typer.Option(help="Of workloads: steps.", min=20, show_default="1000")] = None,
@@ -79,6 +86,7 @@ def reproduce(
     Examples:
         l2l-fast reproduce quadratic --network runs/demo/network --quick
         l2l-fast reproduce relu --network runs/base-0/network --network runs/base-1/network
+        l2l-fast reproduce proposal --proposal-networks runs/proposal
         l2l-fast reproduce all --dataset mnist --jobs 8
         l2l-fast reproduce workloads --jobs 2
         l2l-fast reproduce workloads --steps 3000 --rival AdamW --rival learned --out runs/3000
@@ -112,12 +120,18 @@ def reproduce(
         given[ROWS[row].network] = given[ROWS[row].network] or network
     # All of them now: what is missing should be said before hours of work, not after.
     networks = {name: _networks(name, given.get(ROWS[name].network)) for name in names}
+    if proposal_networks is not None:
+        if "proposal" not in names:
+            raise typer.BadParameter("--proposal-networks goes with the row proposal")
+        if not proposal_networks.is_dir():
+            raise typer.BadParameter(f"--proposal-networks must be a folder, got {str(proposal_networks)!r}")
     extra = _load(network) if network else {}
     out = out_folder(out, f"reproduce-{dataset}")
     settings = QUICK if quick else FULL
     if seeds is not None:
         settings = dataclasses.replace(settings, seeds=seeds)
-    chosen = {"--network": network, "--quadratic-network": quadratic_network, "--small-network": small_network}
+    chosen = {"--network": network, "--quadratic-network": quadratic_network, "--small-network": small_network,
+              "--proposal-networks": [str(proposal_networks)] if proposal_networks else None}  # fmt: skip
     words = [*(word for option, values in chosen.items() for value in values or []
              for word in (option, value)), "--dataset", dataset, *(["--seeds", str(seeds)] if seeds else []),
              *(["--quick"] if quick else []), *(["--seed", str(seed)] if seed else [])]  # fmt: skip
@@ -129,7 +143,8 @@ def reproduce(
     l2l_fast.reproduce.prepare(names, run, networks, beside=extra)
     found = []
     for name in names:
-        found.append(l2l_fast.reproduce.reproduce(name, run, networks[name], beside=extra))
+        own = {name: proposal_networks} if name == "proposal" and proposal_networks else networks[name]
+        found.append(l2l_fast.reproduce.reproduce(name, run, own, beside=extra))
         note(f"{name}: row.json, table.txt and pictures are in {out / name}")
     if row == "all":
         write_text(out / "report.html", html(found, out, run.command("all")))

@@ -30,7 +30,7 @@ def reproduce(name: str, run: Run, networks: Networks | None = None, *, beside: 
         name: of the row, a key of ``ROWS``.
         run: where and how much.
         networks: what is judged, by the names that tables have; the row's own if None: a shipped network, or those
-            that it trains. The rows ``meta-lr`` and ``proposal`` judge their own alone.
+            that it trains. The row ``meta-lr`` judges its own alone; ``proposal`` takes one folder of several networks.
         beside: what is judged beside the networks that a row trains.
 
     Raises:
@@ -50,7 +50,7 @@ def reproduce(name: str, run: Run, networks: Networks | None = None, *, beside: 
     if row.kind == "meta-lr":
         return meta_lr(run)
     if row.kind == "proposal":
-        return proposal(run)
+        return proposal(run, *(networks or {}).values())
     if networks is None and row.network:
         networks = {row.network: row.network}
     prepare([name], run, {name: networks}, beside=beside)

@@ -1,12 +1,14 @@
 """The row ``proposal``: both readings of the deck's three networks.
 
 Offline: an LSTM stands where Adam stood while the weights of an MLP optimizer are trained, so a step is a meta-update.
-Online: an LSTM changes the MLP between two steps of one training. The networks are those of ``weights/proposal``.
+Online: an LSTM changes the MLP between two steps of one training. The networks are those of ``weights/proposal``, or of
+a folder that ``examples/proposal_online.py`` has left.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -31,14 +33,37 @@ SGD_RATES = tuple(10.0**k for k in range(-6, 1))  # of hypergradient descent on 
 ONLINE, FROZEN, ALONE, SGD, ADAM = "online", "its MLP, frozen", "an MLP trained alone", "SGD on phi", "Adam"
 
 
-def proposal(run: Run) -> Findings:
-    """Run both readings, and write JSON, tables and pictures."""
+class _Networks:
+    """Of a folder, and the shipped ones where it has none."""
+
+    def __init__(self, folder: str | PathLike | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        names = [path.name for path in FOLDER.iterdir() if path.is_dir()]
+        if self.folder is not None and not any((self.folder / name).is_dir() for name in names):
+            raise FileNotFoundError(f"{folder} has none of {', '.join(sorted(names))}")
+
+    def __truediv__(self, name: str) -> Path:
+        given = None if self.folder is None else self.folder / name
+        return given if given is not None and given.is_dir() else FOLDER / name
+
+
+def proposal(run: Run, networks: str | PathLike | None = None) -> Findings:
+    """Run both readings, and write JSON, tables and pictures.
+
+    Args:
+        run: where and how much.
+        networks: a folder with some of those of ``weights/proposal``, in their place.
+
+    Raises:
+        FileNotFoundError: the folder has none of them.
+    """
+    networks = _Networks(networks)
     findings = run.findings("proposal", ["LSTM", ONLINE, SGD, ALONE, ADAM])
     folder = run.folder / "proposal"
     folder.mkdir(parents=True, exist_ok=True)
     first, *others = ROWS["proposal"].cases
-    _offline(first, run, findings, folder)
-    behind = {case.label(run.dataset): _online(case, run, findings, folder) for case in others}
+    _offline(first, run, findings, folder, networks)
+    behind = {case.label(run.dataset): _online(case, run, findings, folder, networks) for case in others}
     networks = {label: one for label, one in behind.items() if not label.startswith("quadratic")}
     label = f"online: of {len(networks)} networks, those where it is not below its own frozen MLP"
     findings.entries.append(Entry(label, {ONLINE: {"behind": float(sum(networks.values()))}}, {"behind": 1.0}))
@@ -46,12 +71,12 @@ def proposal(run: Run) -> Findings:
     return findings
 
 
-def _offline(case: Case, run: Run, findings: Findings, folder: Path) -> None:
+def _offline(case: Case, run: Run, findings: Findings, folder: Path, networks: _Networks) -> None:
     """The LSTM, and tuned Adam in the same place: at equal meta-updates, and at equal seconds."""
     (horizon,), settings, label = case.horizons, run.settings, case.label(run.dataset)
     with run.bars(f"proposal: {label}") as progress:
         found = compare_horizons(
-            run.task(case), {"LSTM": CoordinatewiseLSTM.from_pretrained(FOLDER / "offline")}, case.horizons,
+            run.task(case), {"LSTM": CoordinatewiseLSTM.from_pretrained(networks / "offline")}, case.horizons,
             seeds=settings.seeds, tuning_seeds=settings.tuning_seeds, baselines=[find_baseline("adam")], seed=run.seed,
             device=run.device, progress=progress, store=run.store(case),
         )[horizon]  # fmt: skip
@@ -65,12 +90,12 @@ def _offline(case: Case, run: Run, findings: Findings, folder: Path) -> None:
     findings.entries.append(entry)
 
 
-def _online(case: Case, run: Run, findings: Findings, folder: Path) -> bool:
+def _online(case: Case, run: Run, findings: Findings, folder: Path, networks: _Networks) -> bool:
     """The LSTM that changes phi, beside what changes it otherwise or not at all; says whether it is behind."""
     (horizon,), label, store = case.horizons, case.label(run.dataset), run.store(case)
     kind = "quadratic" if label.startswith("quadratic") else "networks"
-    network = AdaptiveMLP.from_pretrained(FOLDER / f"online-{kind}")
-    alone = CoordinatewiseMLP.from_pretrained(FOLDER / f"mlp-{kind}")
+    network = AdaptiveMLP.from_pretrained(networks / f"online-{kind}")
+    alone = CoordinatewiseMLP.from_pretrained(networks / f"mlp-{kind}")
     task, seeds = held_out(run.task(case)), min(SEEDS, run.settings.seeds)
     tuning = tuning_seeds_of(run.seed, min(SEEDS, run.settings.tuning_seeds))
     running = {"horizon": horizon, "device": run.device, "store": store}

@@ -71,6 +71,17 @@ def test_both_readings_are_run_and_judged(networks, tmp_path):
     assert quadratic.figures["online"]["wins"] == wins
 
 
+def test_a_folder_of_ones_own_stands_in_for_what_it_has(networks, tmp_path):
+    mine = l2l.AdaptiveMLP(lstm=l2l.CoordinatewiseLSTM("moments", 4, 1, output_scale=1e-9))
+    mine.save_pretrained(tmp_path / "mine" / "online-networks")
+    run = Run(tmp_path / "out", settings=Settings(seeds=1, tuning_seeds=1))
+    _, digits, quadratic, _ = reproduce("proposal", run, {"mine": tmp_path / "mine"}).entries
+    assert digits.figures["online"]["ratio_frozen"] == pytest.approx(1, abs=1e-5)  # phi stays where it was
+    assert quadratic.figures["online"]["ratio_frozen"] != pytest.approx(1, abs=1e-5)
+    with pytest.raises(FileNotFoundError, match="has none of mlp-networks, "):
+        reproduce("proposal", run, {"mine": tmp_path})
+
+
 def test_what_was_measured_is_not_measured_again(networks, tmp_path, monkeypatch):
     run = Run(tmp_path / "out", settings=Settings(seeds=2, tuning_seeds=2))
     first = reproduce("proposal", run)
