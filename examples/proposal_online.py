@@ -51,11 +51,10 @@ def train(kind: str, stage: str, dataset: str, gradient: str, seed: int, out: Pa
     trainer = l2l.AdaptiveTrainer(
         network, tasks_of(kind, dataset), horizon=LogUniform(50, 200), objective="relative", schedule="cosine",
         average=0.98, unroll=20 if stage == "mlp" else 50, meta_lr=0.01 if stage == "mlp" else 0.003, seed=seed,
-        validate_every=100 if stage == "mlp" else 250, validation_instances=32 if kind == "quadratic" else 4,
+        validate_every=100 if stage == "mlp" else 10**6, validation_instances=32 if kind == "quadratic" else 4,
         checkpoint=out / f"{name}-{stage}-checkpoint", checkpoint_every=50, gradient=gradient, **options,
     )  # fmt: skip
-    if stage != "mlp":
-        trainer.validate()  # the start is kept where nothing better comes
+    # What follows the MLP alone is validated at its end and not before: what it ends with is taken, good or bad.
     history = trainer.fit(FIRST if stage == "mlp" else SECOND[gradient])
     print(f"{name} {stage}: validations (mean of f_t / f_0) {history.validations}")
     if stage == "pair":
