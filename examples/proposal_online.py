@@ -24,18 +24,12 @@ def tasks_of(kind: str, dataset: str) -> list:
     """Networks of several activations, widths, depths, batch and start scales; neither ReLU nor convolutions."""
     if kind == "quadratic":
         return [l2l.tasks.get("quadratic")]
-    one, two = f"{dataset}-mlp", f"{dataset}-mlp-2layer"
+    get, one, two = l2l.tasks.get, f"{dataset}-mlp", f"{dataset}-mlp-2layer"
     return [
-        l2l.tasks.get(one),
-        l2l.tasks.get(one, activation="gelu"),
-        l2l.tasks.get(two),
-        l2l.tasks.get(one, activation="tanh", init_scale=(0.01, 0.3)),
-        l2l.tasks.get(one, hidden=(32,), init_scale=(0.003, 0.3)),
-        l2l.tasks.get(one, hidden=(40,), activation="elu"),
-        l2l.tasks.get(two, activation="silu"),
-        l2l.tasks.get(one, hidden=(32, 16), activation="gelu"),
-        l2l.tasks.get(one, batch_size=64, activation="elu"),
-    ]
+        get(one), get(one, activation="gelu"), get(two), get(one, activation="tanh", init_scale=(0.01, 0.3)),
+        get(one, hidden=(32,), init_scale=(0.003, 0.3)), get(one, hidden=(40,), activation="elu"),
+        get(two, activation="silu"), get(one, hidden=(32, 16), activation="gelu"), get(one, batch_size=64, activation="elu"),
+    ]  # fmt: skip
 
 
 def train(kind: str, stage: str, dataset: str, gradient: str, seed: int, out: Path) -> None:

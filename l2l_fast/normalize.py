@@ -29,6 +29,7 @@ from l2l_fast.reference import SMALLEST, outside_autocast
 LEARNED_SHARE = 0.5  # RMS of the learned part beside that of the orthogonalized momentum, 1: docs/notebook.md
 MAX_SIDE = 16384  # of a matrix to orthogonalize: beyond are vocabularies, whose rows have nothing to do with each other
 TOGETHER = 2**20  # coordinates of matrices that a CPU orthogonalizes in one call: its caches hold them
+TOGETHER_ON_GPU = 2**26  # more would gain nothing, and take gigabytes while it lasts
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -272,7 +273,7 @@ def _subtract_orthogonal_units_(updates: Updates, momenta: Tensor, wholes: Seque
             continue
         if not found.numel():
             continue
-        together = len(places) if found.is_cuda else max(1, TOGETHER // given[0].numel())
+        together = max(1, (TOGETHER_ON_GPU if found.is_cuda else TOGETHER) // given[0].numel())
         for some, matrices in zip(found.split(together), given.split(together), strict=True):
             o = orthogonalize_each(matrices.flatten(2))
             factor = _unit_factor(o, (1, 2))
