@@ -28,7 +28,8 @@ def tasks_of(kind: str, dataset: str) -> list:
     return [
         get(one), get(one, activation="gelu"), get(two), get(one, activation="tanh", init_scale=(0.01, 0.3)),
         get(one, hidden=(32,), init_scale=(0.003, 0.3)), get(one, hidden=(40,), activation="elu"),
-        get(two, activation="silu"), get(one, hidden=(32, 16), activation="gelu"), get(one, batch_size=64, activation="elu"),
+        get(two, activation="silu"), get(one, hidden=(32, 16), activation="gelu"),
+        get(one, batch_size=64, activation="elu"),
     ]  # fmt: skip
 
 
@@ -38,14 +39,13 @@ def train(kind: str, stage: str, dataset: str, gradient: str, seed: int, out: Pa
     if stage != "mlp":
         network.mlp.load_state_dict(l2l.CoordinatewiseMLP.from_pretrained(out / f"mlp-{kind}-start").state_dict())
     network.lstm.requires_grad_(stage == "pair")
-    options = (
-        {"instances": 64, "parallel": 1} if kind == "quadratic" else {"instances": 2, "parallel": 2, "scaling": 1.0}
-    )
+    options = {"instances": 64, "parallel": 1} if kind == "quadratic" else {"instances": 2, "parallel": 2}
     name = kind if gradient == "backpropagation" else f"{kind}-{gradient}"
     trainer = l2l.AdaptiveTrainer(
         network, tasks_of(kind, dataset), horizon=LogUniform(50, 200), objective="relative", schedule="cosine",
         average=0.98, unroll=20 if stage == "mlp" else 50, meta_lr=0.01 if stage == "mlp" else 0.003, seed=seed,
         validate_every=100 if stage == "mlp" else 10**6, validation_instances=32 if kind == "quadratic" else 4,
+        scaling=0.0 if kind == "quadratic" else 1.0,
         checkpoint=out / f"{name}-{stage}-checkpoint", checkpoint_every=50, gradient=gradient, **options,
     )  # fmt: skip
     # What follows the MLP alone is validated at its end and not before: what it ends with is taken, good or bad.
