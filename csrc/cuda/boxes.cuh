@@ -1,5 +1,5 @@
-// Hopper's copy engine: a box of 32 coordinates by some rows of state, between device and shared memory, in one instruction
-// of one thread. Names as in device.cuh; of GPUs before it none is used (device::has_boxes).
+// Hopper's copy engine: a box of 32 coordinates by some rows of state, between device and shared memory, in one
+// instruction of one thread. Names as in device.cuh; GPUs before it use none of them (device::has_boxes).
 #pragma once
 
 #include "device.cuh"
@@ -22,8 +22,8 @@ inline bool has_boxes() {
   return major >= 9;
 }
 
-// Of `rows` rows of `count` elements of 4 or 2 bytes, `pitch` bytes apart; boxes are of 32 elements by box_rows. The start
-// and the pitch are multiples of 16 bytes. False where the driver refuses.
+// Of `rows` rows of `count` elements of 4 or 2 bytes, `pitch` bytes apart; boxes are of 32 elements by box_rows. The
+// start and the pitch are multiples of 16 bytes. False where the driver refuses.
 inline bool map_boxes(
     BoxMap& map, void* data, int element_bytes, int64_t count, int64_t rows, int64_t pitch, int box_rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);

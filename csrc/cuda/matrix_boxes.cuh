@@ -12,8 +12,8 @@ namespace l2l {
 namespace matrix {
 namespace {
 
-// One block on a multiprocessor: with float32 states three warps for each of its four schedulers, with bfloat16 ones, which
-// need fewer registers, five.
+// One block on a multiprocessor: with float32 states three warps for each of its four schedulers, with bfloat16 ones,
+// which need fewer registers, five.
 L2L_HOST_DEVICE constexpr int box_threads(int slots, bool wide) {
   return slots > 5 ? 256 : device::kWarp * (wide ? 12 : 20);
 }
@@ -96,7 +96,8 @@ class BoxStream {
       __syncwarp();
       if (device::lane() == 0)
         device::box_store(
-            table_.entries[now_.entry].boxes, now_.first, net_.moment_rows() + kRows * layer_, ring_ + place_ * kPieces);
+            table_.entries[now_.entry].boxes, now_.first, net_.moment_rows() + kRows * layer_,
+            ring_ + place_ * kPieces);
     } else {
       const Part<T> state = part<T>(table_.entries[now_.entry], now_, net_);
 #pragma unroll 1
