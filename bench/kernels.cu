@@ -206,8 +206,8 @@ __global__ void __launch_bounds__(kWarps * 32) box_pattern(const __grid_constant
 template <int kWarps, int kTogether>
 void box_patterns(float* state, int64_t count, int64_t row) {
   device::BoxMap map;
-  if (!device::has_boxes() || !device::map_boxes(map, state, 4, count, 2 * kBoxRows, row * 4, kBoxRows)) return;
   const auto kernel = box_pattern<kWarps, kTogether>;
+  if (!device::has_boxes(kernel) || !device::map_boxes(map, state, 4, count, 2 * kBoxRows, row * 4, kBoxRows)) return;
   const size_t bytes = kWarps * 4 * kTogether * (kBoxFloats * 4 + 8);
   const double us = microseconds([&] {
     CHECK(device::launch(kernel, 132, kWarps * 32, bytes, nullptr, map, count / 32));

@@ -15,11 +15,15 @@ namespace device {
 
 using BoxMap = CUtensorMap;  // where a tensor's rows lie; kernels take it as a part of a __grid_constant__
 
-inline bool has_boxes() {
+// Whether the device has them and the kernel was compiled for them: one that the driver makes of PTX for an earlier GPU
+// was not, and would do nothing.
+template <class... Parameters>
+bool has_boxes(void (*kernel)(Parameters...)) {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9;
+  cudaFuncAttributes compiled = {};
+  return major >= 9 && cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess && compiled.ptxVersion >= 90;
 }
 
 // Of `rows` rows of `count` elements of 4 or 2 bytes, `pitch` bytes apart; boxes are of 32 elements by box_rows. The

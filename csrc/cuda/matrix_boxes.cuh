@@ -21,6 +21,11 @@ L2L_HOST_DEVICE constexpr int box_threads(int slots, bool wide) {
 // Boxes of a warp: one is worked on while the other comes. More were no faster.
 constexpr int kBoxesEach = 2;
 
+// float4s of a lane: for what is below the first layer, and for new h that its state rounds.
+L2L_HOST_DEVICE int scratch_slots(const Network& net, int slots, bool wide) {
+  return net.projection || !wide ? slots : 1;
+}
+
 struct BoxEntry : DenseEntry {
   device::BoxMap boxes;  // of the state, moments included
 };
@@ -39,7 +44,7 @@ class BoxStream {
     // Boxes of all warps, scratch of all, arrivals of all: boxes begin on lines of 128 bytes.
     Piece* const boxes = reinterpret_cast<Piece*>(shared);
     float4* const scratch = reinterpret_cast<float4*>(boxes + warps() * depth * kPieces);
-    const int slots = scratch_slots(net, kInPlace);
+    const int slots = scratch_slots(net, kSlots, kInPlace);
     ring_ = boxes + warp() * depth * kPieces;
     scratch_ = scratch + warp() * slots * device::kWarp + device::lane();
     arrivals_ = reinterpret_cast<device::Arrival*>(scratch + warps() * slots * device::kWarp) + warp() * depth;
@@ -48,11 +53,6 @@ class BoxStream {
     device::boxes_written();
     __syncwarp();
     for (int i = 0; i + 1 < depth; ++i) send(i);
-  }
-
-  // float4s of a lane: for what is below the first layer, and for new h that its state rounds.
-  L2L_HOST_DEVICE static int scratch_slots(const Network& net, bool in_place) {
-    return net.projection || !in_place ? kSlots : 1;
   }
 
   // Goes on to the warp's next tile; only what changes of it is stored.
@@ -161,8 +161,9 @@ struct Boxes {
 
   static int64_t shared_bytes(const Network& net, DType state, int depth) {
     const bool wide = state == DType::float32;
-    const int slots = net.hidden / 4, of_scratch = net.projection || !wide ? slots : 1;
-    const int64_t box = 2 * net.hidden * kWidth * (wide ? 4 : 2), scratch = of_scratch * device::kWarp * 16;
+    const int slots = net.hidden / 4;
+    const int64_t box = 2 * net.hidden * kWidth * (wide ? 4 : 2);
+    const int64_t scratch = scratch_slots(net, slots, wide) * device::kWarp * int64_t(sizeof(float4));
     return box_threads(slots, wide) / device::kWarp * (depth * (box + int64_t(sizeof(device::Arrival))) + scratch);
   }
   static bool deep_enough(const Network&, DType, int depth) { return depth == kBoxesEach; }

@@ -126,11 +126,12 @@ void launch(
 }
 
 // The entries with maps of their boxes; none where not all can have one, or where they are not worth it.
-template <class T>
+template <int kSlots, class T>
 std::vector<BoxEntry> with_boxes(const Network& net, const std::vector<DenseEntry>& entries, DType state) {
   int64_t coordinates = 0;
   for (const DenseEntry& entry : entries) coordinates += entry.count;
-  if (coordinates <= kTeamTiles * device::multiprocessors() * kWidth || !device::has_boxes() ||
+  if (coordinates <= kTeamTiles * device::multiprocessors() * kWidth ||
+      !device::has_boxes(step<Boxes, kSlots, T, Table<BoxEntry, kSmallTable>>) ||
       shared_bytes<Boxes>(net, state, 2) > device::shared_limit())
     return {};
   std::vector<BoxEntry> found(entries.size());
@@ -148,7 +149,7 @@ std::vector<BoxEntry> with_boxes(const Network& net, const std::vector<DenseEntr
 template <int kSlots, class T>
 void launch(
     const StepCall& call, const std::vector<DenseEntry>& entries, int networks, DType state, cudaStream_t stream) {
-  const std::vector<BoxEntry> boxes = with_boxes<T>(call.cell.net, entries, state);
+  const std::vector<BoxEntry> boxes = with_boxes<kSlots, T>(call.cell.net, entries, state);
   if (boxes.empty()) return launch<Copies, kSlots, T>(call, entries, networks, state, stream);
   launch<Boxes, kSlots, T>(call, boxes, networks, state, stream);
 }

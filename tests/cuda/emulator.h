@@ -376,7 +376,8 @@ using emulator::BoxMap;
 using Arrival = uint64_t;
 constexpr bool kBoxes = true;
 
-inline bool has_boxes() {
+template <class... Parameters>
+bool has_boxes(void (*)(Parameters...)) {
   const char* boxes = std::getenv("L2L_EMULATED_BOXES");
   return !boxes || std::strcmp(boxes, "0") != 0;
 }
