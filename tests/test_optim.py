@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-import time
+import sys
 
 import pytest
 import torch
@@ -575,13 +575,16 @@ def test_optimizers_by_name_share_what_was_read(network, monkeypatch):
     monkeypatch.setattr(checkpoint, "load", lambda contents: read.append(contents) or load(contents))
     optim._shipped.cache_clear()
     params = [nn.Parameter(torch.ones(3)) for _ in range(200)]
-    times = []
-    for _ in range(5):
-        start = time.process_time()
+    LSTMOptimizer(params, network)
+    calls = []
+    # Calls are counted, not seconds: a count is the same on a busy machine and under a coverage tracer.
+    sys.setprofile(lambda frame, event, argument: calls.append(event) if event in ("call", "c_call") else None)
+    try:
         optimizers = [LSTMOptimizer([param], network) for param in params]
-        times.append(time.process_time() - start)
+    finally:
+        sys.setprofile(None)
     assert len(read) == 1
-    assert min(times) < 0.02
+    assert len(calls) < 300 * len(params), f"{len(calls) / len(params):.0f} calls for each optimizer"
     for param, optimizer in zip(params, optimizers, strict=True):
         param.grad = torch.ones(3)
         optimizer.step()
