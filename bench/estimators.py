@@ -79,7 +79,7 @@ def rule() -> Rule:
     torch.manual_seed(0)
     network = CoordinatewiseLSTM("moments", 2, 1, linear_path=True).double()
     torch.nn.init.uniform_(network.head.weight, -0.5, 0.5)
-    return Rule(network.config, network.flat_weights().detach(), lr=0.005)
+    return Rule.of(network, lr=0.005)
 
 
 def along(estimator, seeds, kept: list | None = None) -> Tensor:

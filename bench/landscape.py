@@ -41,7 +41,7 @@ WINDOW = 100  # steps whose batches are drawn at once
 
 def rule_of(network: l2l.CoordinatewiseLSTM, weights: Tensor) -> Rule:
     """``weights``: [W], or a network for each row of a trajectory, [B, W]."""
-    return Rule(network.config, weights, 1.0, 0.0, network.update_rms, network.input_rms, network.orthogonalize)
+    return Rule.of(network, weights)
 
 
 def start(task: Task, network: l2l.CoordinatewiseLSTM, seeds, rate: float, horizon: int, window: int, copies: int = 1):

@@ -100,7 +100,7 @@ def prepared(way: str, coordinates: int, length: int, device: str):
     """One meta-gradient as a call, everything that it starts from in place."""
     torch.manual_seed(0)
     network = l2l.CoordinatewiseLSTM().to(device)
-    rule = Rule(network.config, network.flat_weights().detach())
+    rule = Rule.of(network)
     small = Trajectory(l2l.tasks.Instances(Bowl(64), [0], device), rule.config)
     estimator = TruncatedBackpropagation(rule)
     estimator.prepare(small, 2)()  # what loads on first use does not count

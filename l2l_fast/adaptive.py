@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from l2l_fast import checkpoint, mlp
 from l2l_fast.checks import is_number, require, whole
-from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.networks import SURROUNDINGS, CoordinatewiseLSTM
 
 
 class CoordinatewiseMLP(nn.Module):
@@ -147,7 +147,7 @@ class AdaptiveMLP(nn.Module):
             units, a tanh output of 0.01 and a head of zeros, with which phi stays phi_0 until it is trained.
 
     Raises:
-        ValueError: not these modules, or an ``lstm`` with ``update_rms``, ``input_rms`` or ``orthogonalize``.
+        ValueError: not these modules, or an ``lstm`` with ``update_rms``, ``input_rms`` or what goes with them.
 
     Example:
         >>> import torch, l2l_fast as l2l
@@ -174,7 +174,7 @@ class AdaptiveMLP(nn.Module):
         mlp = CoordinatewiseMLP() if mlp is None else mlp
         require(isinstance(mlp, CoordinatewiseMLP), "mlp", type(mlp).__name__, "a CoordinatewiseMLP or None")
         require(isinstance(lstm, CoordinatewiseLSTM), "lstm", type(lstm).__name__, "a CoordinatewiseLSTM or None")
-        for name in ("update_rms", "input_rms", "orthogonalize"):
+        for name in SURROUNDINGS:
             require(not getattr(lstm, name), f"{name} of lstm", getattr(lstm, name), "off: phi is one small vector")
         self.mlp, self.lstm = mlp, lstm
 

@@ -26,6 +26,8 @@ from l2l_fast.config import (
 )
 
 MAX_HIDDEN = 64  # units of a network that is made; the ops take more
+# Options that are no part of the config, which is what the ops compute: they give u, and this is what is made of it.
+SURROUNDINGS = ("update_rms", "max_update_rms", "input_rms", "orthogonalize")
 
 
 class CoordinatewiseLSTM(nn.Module):
@@ -50,8 +52,11 @@ class CoordinatewiseLSTM(nn.Module):
         eps: added to sqrt(v^).
         update_rms: None: an optimizer moves a parameter by lr * u. A number r: by lr * r * u / RMS(u), the root mean
             square being over the parameter's whole tensor, so that ``lr`` alone is the size of a step, as it is for
-            AdamW; with r = 0.6 the rates that suit are AdamW's. It belongs to the optimizer's step and to
-            meta-training: :meth:`forward`, which knows no tensors, gives u.
+            AdamW. It belongs to the optimizer's step and to meta-training: :meth:`forward`, which knows no tensors,
+            gives u.
+        max_update_rms: None: every update has that size. A number: r is what gradients of pure noise get, the more a
+            tensor's gradients agree from step to step the larger its update is, and this is the largest: 5 r is
+            Adam's ratio of the two (:func:`~l2l_fast.normalize.update_sizes`). Needs moments and ``update_rms``.
         input_rms: None: the LSTM sees gradients as they are. A number c: c * d / sqrt(mean d^2), the mean being over
             the parameter's whole tensor and, with decay rate ``betas[1]``, over the steps so far. The loss may then be
             in any unit, and layers have gradients of any size. As ``update_rms`` it belongs to the step.
@@ -91,6 +96,7 @@ class CoordinatewiseLSTM(nn.Module):
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,
         update_rms: float | None = None,
+        max_update_rms: float | None = None,
         input_rms: float | None = None,
         orthogonalize: bool = False,
     ) -> None:
@@ -111,19 +117,26 @@ class CoordinatewiseLSTM(nn.Module):
         good = pair and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
         require(good, "betas", betas, "two numbers in [0, 1)")
         require(is_number(eps) and eps > 0, "eps", eps, "a positive number")
-        for name, value in {"update_rms": update_rms, "input_rms": input_rms}.items():
+        sizes = {"update_rms": update_rms, "max_update_rms": max_update_rms, "input_rms": input_rms}
+        for name, value in sizes.items():
             require(value is None or (is_number(value) and value > 0), name, value, "a positive number or None")
         require(isinstance(orthogonalize, bool), "orthogonalize", orthogonalize, "True or False")
         self.config = Config(
             features, hidden_size, num_layers, projection, output, float(output_scale), float(preprocess_p),
             float(betas[0]), float(betas[1]), float(eps), linear_path,
         )  # fmt: skip
-        # Not of the config, which is what the ops compute: they give u, and what is made of it is the step's.
         self.update_rms = None if update_rms is None else float(update_rms)
+        self.max_update_rms = None if max_update_rms is None else float(max_update_rms)
         self.input_rms = None if input_rms is None else float(input_rms)
         self.orthogonalize = orthogonalize
         if orthogonalize and (reason := normalize.no_momentum(self.config, self.update_rms)):
             raise ValueError(f"orthogonalize must be False for a network {reason}")
+        if max_update_rms is not None:
+            if reason := normalize.no_momentum(self.config, self.update_rms):
+                raise ValueError(f"max_update_rms must be None for a network {reason}")
+            require(
+                max_update_rms >= update_rms, "max_update_rms", max_update_rms, f"update_rms, {update_rms}, or more"
+            )
         inputs = FEATURES[features]
         if projection:
             self.projection = nn.Linear(inputs, hidden_size)
@@ -201,14 +214,13 @@ class CoordinatewiseLSTM(nn.Module):
         """The constructor's arguments."""
         options = self.config._asdict()
         options["betas"] = (options.pop("beta1"), options.pop("beta2"))
-        surroundings = {name: getattr(self, name) for name in ("update_rms", "input_rms", "orthogonalize")}
-        return options | surroundings
+        return options | {name: getattr(self, name) for name in SURROUNDINGS}
 
     @property
     def rule(self) -> str:
         """All but the weights, as a text that identifies it: of networks with the same, equal weights step alike."""
         config = repr(self.config).replace(", linear_path=False", "")  # the text of before there was one
-        sizes = {"update_rms": self.update_rms, "input_rms": self.input_rms}
+        sizes = {name: getattr(self, name) for name in SURROUNDINGS if name != "orthogonalize"}  # an optimizer's choice
         return config + "".join(f" {name}={size!r}" for name, size in sizes.items() if size is not None)
 
     @property

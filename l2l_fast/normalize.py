@@ -1,9 +1,10 @@
-r"""What surrounds the step of a network that has ``update_rms``, ``input_rms`` or ``orthogonalize``.
+r"""What surrounds the step of a network with ``update_rms``, ``max_update_rms``, ``input_rms`` or ``orthogonalize``.
 
 x <- input_rms * grad / sqrt(v),    v <- beta2 v + (1 - beta2) mean grad^2, without its bias towards the start
 d, state <- m(x, state; phi)
 d <- d / (2 RMS(d)) - o / RMS(o) of a matrix,    o = NS(beta1 m + (1 - beta1) x), m being the state's running mean of x
-theta <- theta - lr * weight_decay * theta + lr * update_rms * d / RMS(d)
+theta <- theta - lr * weight_decay * theta + lr * r * d / RMS(d)
+r = update_rms;   with max_update_rms: update_rms for noise, the more the gradients agree (:func:`update_sizes`)
 
 Means and root mean squares are over a whole tensor; where they are 0, nothing moves. The kernels need not know of any
 of it: they step scratch tensors of zeros, which then hold d, and all else is passes over many tensors at once. Nothing
@@ -27,6 +28,7 @@ from l2l_fast.config import Config, has_moments
 from l2l_fast.reference import SMALLEST, outside_autocast
 
 LEARNED_SHARE = 0.5  # RMS of the learned part beside that of the orthogonalized momentum, 1: docs/notebook.md
+SLOW_BETA = 0.999  # of a tensor's mean square that its momentum is measured by; Adam's beta2
 MAX_SIDE = 16384  # of a matrix to orthogonalize: beyond are vocabularies, whose rows have nothing to do with each other
 TOGETHER = 2**20  # coordinates of matrices that a CPU orthogonalizes in one call: its caches hold them
 TOGETHER_ON_GPU = 2**26  # more would gain nothing, and take gigabytes while it lasts
@@ -151,11 +153,59 @@ def _next_square(v: Tensor, means: Tensor, step: Tensor, beta: float, rms: float
     return v, torch.where(unbiased >= SMALLEST, rms / unbiased.clamp_min(SMALLEST).sqrt(), 0.0)
 
 
+def update_sizes(
+    grads: Sequence[Tensor],
+    states: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    config: Config,
+    rms: float,
+    max_rms: float,
+    wholes: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How far tensors move: as far as Adam would, which goes far where gradients agree from step to step.
+
+    r = rms * sqrt((1 + beta1) / (1 - beta1)) * RMS(m / (1 - beta1^step)) / sqrt(v / (1 - b^step)), at most max_rms
+    v <- b v + (1 - b) mean grad^2,   b = 0.999
+
+    A momentum of independent gradients without a mean has sqrt((1 - beta1) / (1 + beta1)) of their RMS, so that r is
+    ``rms`` for noise. When gradients shrink, r does, until v has forgotten what they were.
+
+    Args:
+        grads: real tensors of this rank, what the network has seen.
+        states: after the step, [..., S].
+        squares: v of each before the step, 0-dim; left as they are.
+        steps: number of this step for each, 0-dim.
+        config: for its ``beta1``.
+        rms: ``update_rms``, also what a tensor has whose gradients were never finite, or 0.
+        max_rms: ``max_update_rms``.
+        wholes: what ``grads`` are the local, real views of, in shape and placement.
+
+    Returns:
+        r, and v after the step, both [K]; of a tensor with a gradient that is not finite, v is what it was, but for
+        the bias towards the start.
+    """
+    wholes = grads if wholes is None else wholes
+    v, step = torch.stack(list(squares)), torch.stack(list(steps)).to(squares[0].dtype)
+    means = torch.stack(root_mean_squares(grads, wholes, v.dtype)).square()
+    roots = torch.stack(root_mean_squares([state[..., 0] for state in states], wholes, v.dtype))
+    return _next_sizes(v, means, roots, step, config, rms, max_rms)
+
+
+def _next_sizes(
+    v: Tensor, means: Tensor, roots: Tensor, step: Tensor, config: Config, rms: float, max_rms: float
+) -> tuple[Tensor, Tensor]:
+    """r and v after a step, of tensors whose mean squares and whose momenta's root mean squares are given."""
+    v, factors = _next_square(v, means, step, SLOW_BETA, rms * math.sqrt((1 + config.beta1) / (1 - config.beta1)))
+    found = (factors * roots / (1 - config.beta1**step)).clamp_max(max_rms)
+    return torch.where(factors > 0, found, rms), v
+
+
 def move_(
     params: Sequence[Tensor],
     updates: Updates,
     lr: Tensor,
-    rms: float,
+    rms: float | Tensor,
     weight_decay: float = 0.0,
     wholes: Sequence[Tensor] | None = None,
     momenta: Tensor | None = None,
@@ -166,7 +216,7 @@ def move_(
         params: real tensors of this rank, changed in place.
         updates: from :func:`raw_updates`.
         lr: 0-dim, of the updates' dtype.
-        rms: ``update_rms``.
+        rms: of every update, or [K], of each.
         weight_decay: decoupled, per unit of lr.
         wholes: what ``params`` are the local, real views of; DTensors have their RMS over all ranks.
         momenta: of matrices that begin with their orthogonalized momentum, from :func:`flat_momenta`; spent likewise.
@@ -194,6 +244,9 @@ def _scale_(updates: Updates, wholes: Sequence[Tensor], rms: float | Tensor) -> 
     else:
         norms = [torch.linalg.vector_norm(some, dim=1) / math.sqrt(max(1, some.shape[1])) for some in rows]
         root = torch.cat(norms)
+    if isinstance(rms, Tensor) and rms.dim():
+        sizes = rms.unbind()
+        rms = torch.stack([sizes[place] for place in updates.order])
     factors = torch.where(root >= SMALLEST, rms / root, 0.0)
     for some, factor in zip(rows, factors.split([len(some) for some in rows]), strict=True):
         some.mul_(factor[:, None])
@@ -225,10 +278,12 @@ def momentum(grad: Tensor, state: Tensor, config: Config, dtype: torch.dtype, ma
     return torch.add(config.beta1 * state[..., 0].to(dtype), grad.to(dtype), alpha=-share if maximize else share)
 
 
-def root_mean_squares(updates: Sequence[Tensor], wholes: Sequence[Tensor]) -> list[Tensor]:
-    """RMS of each, 0-dim; of what is sharded, over the whole tensor. An empty one has 0."""
+def root_mean_squares(
+    updates: Sequence[Tensor], wholes: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """RMS of each, 0-dim and of ``dtype`` if given; of what is sharded, over the whole tensor. An empty one has 0."""
     counts = [math.sqrt(max(1, whole.numel() * (2 if whole.is_complex() else 1))) for whole in wholes]
-    roots = list(torch._foreach_div(torch._foreach_norm(list(updates)), counts))
+    roots = list(torch._foreach_div(torch._foreach_norm(list(updates), dtype=dtype), counts))
     sharded = {place: whole for place, whole in enumerate(wholes) if is_sharded(whole)}
     if not sharded:
         return roots
@@ -382,6 +437,33 @@ def relative_rows(grads: Tensor, v: Tensor, step: Tensor, sizes: Sequence[int], 
     return torch.cat([piece * factors[..., place, None] for place, piece in enumerate(pieces)], -1)
 
 
+def size_rows(
+    grads: Tensor, momenta: Tensor, v: Tensor, step: Tensor, sizes: Sequence[int], config: Config, rms: float,
+    max_rms: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`update_sizes` of rows [..., N] that hold one tensor after another: r and v after the step, [..., K].
+
+    Args:
+        grads: what the network has seen, [..., N].
+        momenta: m after the step, [..., N].
+        v: before the step, [..., K]; left as it is.
+        step: 0-dim.
+        sizes: coordinates of each tensor; their sum is N.
+        config, rms, max_rms: as the function has them.
+
+    Returns:
+        both differentiable.
+    """
+
+    def means(rows: Tensor) -> Tensor:
+        return torch.stack([piece.square().mean(-1) for piece in rows.split(list(sizes), -1)], -1)
+
+    squares = means(momenta)
+    moves = squares > 0  # twice asked: autograd would make NaN of a root's derivative at 0
+    roots = torch.where(moves, torch.where(moves, squares, 1.0).sqrt(), 0.0)
+    return _next_sizes(v, means(grads), roots, step.to(v.dtype), config, rms, max_rms)
+
+
 def join_rows(updates: Tensor, momenta: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
     """d / (2 RMS(d)) - o / RMS(o) of the matrices in rows, o being their orthogonalized momenta; d of other tensors.
 
@@ -410,24 +492,30 @@ def join_rows_backward(d_joined: Tensor, updates: Tensor, shapes: Sequence[torch
     return torch.cat(found, -1)
 
 
-def scale_rows(updates: Tensor, sizes: Sequence[int], rms: float) -> Tensor:
-    """update_rms * d / RMS(d) of rows that hold one tensor after another.
+def scale_rows(updates: Tensor, sizes: Sequence[int], rms: float | Tensor) -> Tensor:
+    """r * d / RMS(d) of rows that hold one tensor after another.
 
     Args:
         updates: d, [..., N].
         sizes: coordinates of each tensor; their sum is N.
-        rms: ``update_rms``.
+        rms: r: ``update_rms``, or [..., K], from :func:`size_rows`.
 
     Returns:
         [..., N]; differentiable, any number of times.
     """
-    return torch.cat([_scaled(piece, rms)[0] for piece in updates.split(list(sizes), -1)], -1)
+    pieces = updates.split(list(sizes), -1)
+    return torch.cat([_scaled(piece, r)[0] for piece, r in zip(pieces, _by_tensor(rms, sizes), strict=True)], -1)
 
 
-def scale_rows_backward(d_scaled: Tensor, updates: Tensor, sizes: Sequence[int], rms: float) -> Tensor:
-    """dL/dd of :func:`scale_rows`, without a graph.
+def _by_tensor(rms: float | Tensor, sizes: Sequence[int]) -> list:
+    """r of each tensor, which its coordinates can be multiplied by."""
+    return list(rms[..., None].unbind(-2)) if isinstance(rms, Tensor) else [rms] * len(sizes)
 
-    dL/dd = (update_rms / rho) * (g - d * mean(g d) / rho^2),   rho = RMS(d), g = dL/d(scaled)
+
+def scale_rows_backward(d_scaled: Tensor, updates: Tensor, sizes: Sequence[int], rms: float | Tensor) -> Tensor:
+    """dL/dd of :func:`scale_rows`, without a graph; r counts as a constant.
+
+    dL/dd = (r / rho) * (g - d * mean(g d) / rho^2),   rho = RMS(d), g = dL/d(scaled)
 
     Args:
         d_scaled: g, [..., N].
@@ -436,18 +524,17 @@ def scale_rows_backward(d_scaled: Tensor, updates: Tensor, sizes: Sequence[int],
     Returns:
         [..., N]; 0 for tensors whose d is 0.
     """
-    pieces = zip(d_scaled.split(list(sizes), -1), updates.split(list(sizes), -1), strict=True)
-    return torch.cat([_scaled_backward(g, d, rms) for g, d in pieces], -1)
+    pieces = d_scaled.split(list(sizes), -1), updates.split(list(sizes), -1), _by_tensor(rms, sizes)
+    return torch.cat([_scaled_backward(*piece) for piece in zip(*pieces, strict=True)], -1)
 
 
-def _scaled_backward(d_scaled: Tensor, updates: Tensor, rms: float) -> Tensor:
+def _scaled_backward(d_scaled: Tensor, updates: Tensor, rms: float | Tensor) -> Tensor:
     """Of one tensor, over the last dimension."""
-    scaled, factor = _scaled(updates, rms)
-    # d / rho is scaled / update_rms.
-    return factor * (d_scaled - scaled * (d_scaled * scaled).mean(-1, keepdim=True) / rms**2)
+    d, inverse = _scaled(updates, 1.0)  # d / rho and 1 / rho
+    return rms * inverse * (d_scaled - d * (d_scaled * d).mean(-1, keepdim=True))
 
 
-def _scaled(updates: Tensor, rms: float) -> tuple[Tensor, Tensor]:
+def _scaled(updates: Tensor, rms: float | Tensor) -> tuple[Tensor, Tensor]:
     """d scaled over its last dimension, and the factors [..., 1]."""
     mean = updates.square().mean(-1, keepdim=True)
     moves = mean > 0

@@ -43,6 +43,7 @@ class _Network(NamedTuple):
     default_lr: float = 1.0
     input_rms: float | None = None
     orthogonalize: bool = False
+    max_update_rms: float | None = None
 
 
 class _Call(NamedTuple):
@@ -52,7 +53,7 @@ class _Call(NamedTuple):
     arguments: tuple
     network: _Network
     orthogonalize: bool
-    squares: list[Tensor]  # with input_rms
+    squares: dict[str, list[Tensor]]  # mean squares that the network needs, by their names in the state
 
 
 class LSTMOptimizer(Optimizer):
@@ -61,7 +62,8 @@ class LSTMOptimizer(Optimizer):
     theta <- theta - lr * weight_decay * theta + lr * u,   (u, state) <- m(grad, state; phi)
 
     A network with ``update_rms`` = r, such as the default one, moves a tensor by lr * r * u / RMS(u), the root mean
-    square being over the whole tensor, so ``lr``, its schedule and ``weight_decay`` are what they are for AdamW.
+    square being over the whole tensor, so ``lr``, its schedule and ``weight_decay`` are what they are for AdamW. With
+    ``max_update_rms`` as well, r is larger where a tensor's gradients agree from step to step, as Adam's update is.
 
     A coordinate whose gradient is not finite keeps its value and its state, and counts as u = 0. The network is copied
     when the optimizer is made: training it further does not change this optimizer.
@@ -201,11 +203,12 @@ class LSTMOptimizer(Optimizer):
 
     def _warn_of_leaps(self, group: dict) -> None:
         """A rate meant for a network that gives its update a size of its own would be silent ruin here."""
-        lr, rms = group["lr"], self._networks[group["network"]].update_rms
+        network = self._networks[group["network"]]
+        lr, rms = group["lr"], network.max_update_rms or network.update_rms
         if rms is not None and isinstance(lr, Real) and (float(lr) >= 1 or float(lr) * rms > 0.5):
             warnings.warn(
-                f"lr={lr:g} moves every tensor by {lr * rms:g} a step, root mean square: a network with update_rms has "
-                "AdamW's rates, such as 0.003. l2l-base has it now; what it was before, for lr=1, is l2l-base-v1",
+                f"lr={lr:g} moves tensors by up to {lr * rms:g} a step, root mean square: a network with update_rms "
+                "has AdamW's rates, such as 0.003. l2l-base has it now; what it was before, for lr=1, is l2l-base-v1",
                 stacklevel=4,
             )
 
@@ -278,32 +281,44 @@ class LSTMOptimizer(Optimizer):
     def _run(self, call: _Call) -> None:
         op = torch.ops.l2l_fast.lstm_step_reference_ if self.fused is False else torch.ops.l2l_fast.lstm_step_
         network, (tensors, grads, states, weights, lr, steps, *rest) = call.network, call.arguments
-        squares = updates = None
+        square = slow_square = updates = None
         ops.count_versions(call.params)
         torch._foreach_add_(steps, 1)
         try:
             if network.input_rms is not None:
-                grads, squares = normalize.relative(
-                    grads, call.squares, steps, network.config, network.input_rms, call.params
+                grads, square = normalize.relative(
+                    grads, call.squares["square"], steps, network.config, network.input_rms, call.params
                 )
             arguments = (tensors, grads, states, weights, lr, steps, *rest)
             if network.update_rms is None:
                 op(*arguments)
-            elif self.fused is not False and not call.orthogonalize and not any(map(is_sharded, call.params)):
+            elif self._has_scaled_kernel(call):
                 torch.ops.l2l_fast.lstm_step_scaled_(*arguments, network.update_rms)
             else:
                 updates = normalize.raw_updates(op, *arguments)
         except RuntimeError:
             torch._foreach_sub_(steps, 1)
             raise
-        if squares is not None:
-            torch._foreach_copy_(call.squares, list(squares.unbind()))
         if updates is not None and network.update_rms is not None:
             weight_decay, maximize = rest[-2:]
+            sizes: float | Tensor = network.update_rms
+            if network.max_update_rms is not None:
+                bounds = network.update_rms, network.max_update_rms
+                sizes, slow_square = normalize.update_sizes(
+                    grads, states, call.squares["slow_square"], steps, network.config, *bounds, call.params
+                )
             momenta = None
             if call.orthogonalize:
                 momenta = normalize.flat_momenta(updates, grads, states, network.config, maximize)
-            normalize.move_(tensors, updates, lr, network.update_rms, weight_decay, call.params, momenta)
+            normalize.move_(tensors, updates, lr, sizes, weight_decay, call.params, momenta)
+        for name, moved in {"square": square, "slow_square": slow_square}.items():
+            if moved is not None:
+                torch._foreach_copy_(call.squares[name], list(moved.unbind()))
+
+    def _has_scaled_kernel(self, call: _Call) -> bool:
+        """Whether one operator does it all: the step of whole tensors, and their updates scaled to one size."""
+        plain = self.fused is not False and not call.orthogonalize and call.network.max_update_rms is None
+        return plain and not any(map(is_sharded, call.params))
 
     @torch.compiler.assume_constant_result
     def _prepare(self) -> None:
@@ -339,14 +354,16 @@ class LSTMOptimizer(Optimizer):
                     f"{self._label(group, param)} has a gradient that is not finite (error_if_nonfinite=True)"
                 )
         orthogonalize = network.orthogonalize if group["orthogonalize"] is None else bool(group["orthogonalize"])
-        by_kind: dict[tuple[torch.device, bool], tuple[list, ...]] = {}
-        last = None
+        by_kind: dict[tuple[torch.device, bool], tuple] = {}
+        names, last = _square_names(network), None
         for param, grad in pairs:
             device = param.device
             kind = device, orthogonalize and normalize.is_matrix(param)
             if kind != last:
                 last = kind
-                params, tensors, grads, states, steps, squares = by_kind.setdefault(kind, ([], [], [], [], [], []))
+                params, tensors, grads, states, steps, squares = by_kind.setdefault(
+                    kind, ([], [], [], [], [], {name: [] for name in names})
+                )
             state = self.state.get(param)
             if not state:
                 state = self._first_state(param, network)
@@ -364,11 +381,11 @@ class LSTMOptimizer(Optimizer):
             grads.append(grad.resolve_neg())
             states.append(_local(state["lstm"]))
             steps.append(step)
-            if network.input_rms is not None:
-                square = state["square"]
+            for name in names:
+                square = state[name]
                 if not isinstance(square, Tensor) or square.device != device:
-                    square = state["square"] = _number(square, self._arithmetic, device)
-                squares.append(square)
+                    square = state[name] = _number(square, self._arithmetic, device)
+                squares[name].append(square)
         return [
             _Call(columns[0], self._arguments(group, device, *columns), network, matrices, squares)
             for (device, matrices), (*columns, squares) in by_kind.items()
@@ -377,8 +394,8 @@ class LSTMOptimizer(Optimizer):
     def _first_state(self, param: Tensor, network: _Network) -> dict:
         state = {"step": _number(0, torch.float32, param.device)}
         state["lstm"] = _new_state(param, network.config, self.state_dtype)
-        if network.input_rms is not None:
-            state["square"] = _number(0, self._arithmetic, param.device)
+        for name in _square_names(network):
+            state[name] = _number(0, self._arithmetic, param.device)
         self.state[param] = state
         return state
 
@@ -503,13 +520,13 @@ class LSTMOptimizer(Optimizer):
         state = _new_state(param, config, self.state_dtype)
         state.copy_(lstm)
         restored = {"lstm": state, "step": _number(step, torch.float32, param.device)}
-        if self._networks[group["network"]].input_rms is not None:
-            square: Any = saved.get("square")
+        for name in _square_names(self._networks[group["network"]]):
+            square: Any = saved.get(name)
             if not _is_number(square):
                 raise ValueError(
-                    f"the state_dict's square of {self._label(group, param)} must be a number, got {square!r}"
+                    f"the state_dict's {name} of {self._label(group, param)} must be a number, got {square!r}"
                 )
-            restored["square"] = _number(square, self._arithmetic, param.device)
+            restored[name] = _number(square, self._arithmetic, param.device)
         return restored
 
     def __setstate__(self, state: dict) -> None:
@@ -551,13 +568,20 @@ def _flattened(network, dtype: torch.dtype) -> tuple[str, _Network]:
         digest = hashlib.sha256(network.rule.encode() + values).hexdigest()[:16]
     name = f"{config.features}-{config.num_layers}x{config.hidden_size}-{digest}"
     return name, _Network(
-        config, weights, network.update_rms, network.default_lr, network.input_rms, network.orthogonalize
-    )
+        config, weights, network.update_rms, network.default_lr, network.input_rms, network.orthogonalize,
+        network.max_update_rms,
+    )  # fmt: skip
 
 
 def _on_scratch(network: _Network) -> bool:
     """Whether its step does something before or after the op."""
     return network.update_rms is not None or network.input_rms is not None
+
+
+def _square_names(network: _Network) -> tuple[str, ...]:
+    """The mean squares of each tensor's gradients that a step needs, as the state calls them."""
+    needed = {"square": network.input_rms is not None, "slow_square": network.max_update_rms is not None}
+    return tuple(name for name, needs in needed.items() if needs)
 
 
 def _is_number(value) -> bool:

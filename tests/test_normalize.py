@@ -512,7 +512,7 @@ def test_orthogonalize_is_refused_where_the_update_has_a_size_of_its_own():
 
 def test_a_rate_for_the_network_of_before_is_warned_of():
     theta = nn.Parameter(torch.ones(2))
-    with pytest.warns(UserWarning, match=r"lr=1 moves every tensor by 0.2 a step.*l2l-base-v1"):
+    with pytest.warns(UserWarning, match=r"lr=1 moves tensors by up to 1 a step.*l2l-base-v1"):
         LSTMOptimizer([theta], "l2l-base", lr=1.0)
     LSTMOptimizer([theta], "l2l-base-v1", lr=1.0)
     assert LSTMOptimizer([theta]).param_groups[0]["lr"] == 1e-3

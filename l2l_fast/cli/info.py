@@ -37,6 +37,8 @@ def info(as_json: Json = False) -> None:
 def _rule(network: CoordinatewiseLSTM) -> str:
     """How a network's lr is meant, such as "update_rms 0.2, lr 0.001 unless given"."""
     size = "steps of its own size" if network.update_rms is None else f"update_rms {network.update_rms:g}"
+    if network.max_update_rms is not None:
+        size += f" to {network.max_update_rms:g}"
     path = ", with a linear path" if network.config.linear_path else ""
     return f"{size}, lr {network.default_lr:g} unless given{path}"
 

@@ -45,6 +45,9 @@ def meta_train(
     update_rms: Annotated[
         float | None, Choice(help="RMS that each tensor's update is scaled to.", show_default="by task")
     ] = None,
+    max_update_rms: Annotated[
+        float | None, Choice(help="The most, where gradients agree from step to step.", show_default="by task")
+    ] = None,
     unroll: Annotated[int | None, Choice(help="Steps a meta-update.", min=1, show_default="by task")] = None,
     horizon: Annotated[str | None, Choice(help=HORIZONS, show_default="by task")] = None,
     instances: Annotated[int | None, Choice(help="Instances side by side.", min=1, show_default="by task")] = None,
@@ -108,7 +111,7 @@ def meta_train(
         raise typer.BadParameter("--init-scale goes with TASKs; a recipe's tasks have their own")
     shape = _given(features=features, hidden_size=hidden_size, num_layers=num_layers, projection=projection,
                    linear_path=linear_path, output=output, output_scale=output_scale,
-                   update_rms=update_rms)  # fmt: skip
+                   update_rms=update_rms, max_update_rms=max_update_rms)  # fmt: skip
     if network is not None and shape:
         raise typer.BadParameter(f"--network already has its own {', '.join(shape)}; leave them out")
     if recipe:

@@ -304,7 +304,7 @@ def _learned(name: str, network: torch.nn.Module, state_dtype: torch.dtype) -> B
 
     def make(params: list[Tensor], lr: float | None) -> torch.optim.Optimizer:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "lr=.* moves every tensor")  # a search finds out by itself
+            warnings.filterwarnings("ignore", "lr=.* moves tensors")  # a search finds out by itself
             return LSTMOptimizer(params, network=network, lr=lr, state_dtype=state_dtype)
 
     middle = round(4 * math.log10(network.default_lr))

@@ -90,7 +90,8 @@ class TruncatedBackpropagation:
 class SecondDerivatives:
     """The gradient with the inner gradients' dependence on theta kept: the paper's slower option, all by autograd.
 
-    What ``orthogonalize`` adds depends on theta as well, by way of the momentum, and is differentiated with the rest.
+    What ``orthogonalize`` adds depends on theta as well, by way of the momentum, and so do the sizes of updates with
+    ``max_update_rms``: they are differentiated with the rest.
 
     Args:
         rule, objective, weights: as :class:`TruncatedBackpropagation` has them.
@@ -109,17 +110,22 @@ class SecondDerivatives:
         rule = self.rule
         phi = rule.weights.detach().requires_grad_()
         theta, grad, state = trajectory.theta, trajectory.grad, trajectory.state.view(trajectory.theta.numel(), -1)
-        losses = []
+        losses, slow_square = [], trajectory.slow_square
         with torch.enable_grad():
             for t in range(length):
                 step = trajectory.steps_done + t + 1
                 updates, state = ops.lstm_unroll(grad.reshape(1, -1), state, phi, rule.config, step)
-                updates = updates.view_as(theta)
+                updates, rms, rows = updates.view_as(theta), rule.update_rms, state.view(*theta.shape, -1)
+                if rule.max_update_rms is not None:
+                    rms, slow_square = normalize.size_rows(
+                        grad, rows[..., 0], slow_square, trajectory.step + t + 1, trajectory.sizes, rule.config,
+                        rule.update_rms, rule.max_update_rms,
+                    )  # fmt: skip
                 if rule.orthogonalize:
-                    momentum = normalize.momentum(grad, state.view(*theta.shape, -1), rule.config, updates.dtype)
+                    momentum = normalize.momentum(grad, rows, rule.config, updates.dtype)
                     updates = normalize.join_rows(updates, momentum, trajectory.shapes)
-                if rule.update_rms is not None:
-                    updates = normalize.scale_rows(updates, trajectory.sizes, rule.update_rms)
+                if rms is not None:
+                    updates = normalize.scale_rows(updates, trajectory.sizes, rms)
                 lr = rule.lr * trajectory.rate(step - 1)
                 theta = (1 - lr * rule.weight_decay) * theta + lr * updates
                 loss, grad = trajectory.evaluate(theta, create_graph=True)
@@ -131,6 +137,7 @@ class SecondDerivatives:
             trajectory.theta.copy_(theta)
             trajectory.grad.copy_(grad)
             trajectory.losses.copy_(losses[-1])
+            trajectory.slow_square.copy_(slow_square)
             trajectory.state.view(trajectory.theta.numel(), -1).copy_(state)
             trajectory.step += length
         trajectory.steps_done += length
@@ -163,10 +170,12 @@ class Imitation:
         grads[0] = trajectory.grad
         moves = theta.new_empty(length, *theta.shape)
         rates = (rule.lr * trajectory.rates[:length])[:, None, None]
-        inputs = torch.empty_like(moves)
+        inputs, momentum, sizes = torch.empty_like(moves), trajectory.state[..., 0].clone(), []
         for t in range(length):
-            before = theta.clone()
-            inputs[t] = trajectory.relative_(grads[t], rule, trajectory.step + t + 1)
+            before, step = theta.clone(), trajectory.step + t + 1
+            inputs[t] = trajectory.relative_(grads[t], rule, step)
+            momentum = torch.where(inputs[t].isfinite(), momentum.lerp(inputs[t], 1 - rule.config.beta1), momentum)
+            sizes.append(trajectory.update_sizes_(inputs[t], momentum, rule, step))
             theta.grad = grads[t]
             self.teacher.step()
             moves[t] = theta - before + rates[t] * rule.weight_decay * before  # what lr * u should be
@@ -177,13 +186,16 @@ class Imitation:
             first_state, flat = trajectory.state.view(size, -1), inputs.view(length, size)
             updates, last_state = ops.lstm_unroll(flat, first_state, rule.weights, rule.config, step)
             if rule.update_rms is not None:
-                raw, sizes = updates.view_as(moves), trajectory.sizes
-                updates = normalize.scale_rows(raw, sizes, rule.update_rms).view(length, size)
+                raw, rms = (
+                    updates.view_as(moves),
+                    rule.update_rms if rule.max_update_rms is None else torch.stack(sizes),
+                )
+                updates = normalize.scale_rows(raw, trajectory.sizes, rms).view(length, size)
             rates = rates.view(length, 1)
             error = rates * updates - moves.view(length, size)
             d_updates = rates * error / size
             if rule.update_rms is not None:
-                d_updates = normalize.scale_rows_backward(d_updates.view_as(moves), raw, sizes, rule.update_rms)
+                d_updates = normalize.scale_rows_backward(d_updates.view_as(moves), raw, trajectory.sizes, rms)
                 d_updates = d_updates.view(length, size)
             *_, gradient = ops.lstm_unroll_backward(d_updates, None, flat, first_state, rule.weights, rule.config, step)
             first_state.copy_(last_state)

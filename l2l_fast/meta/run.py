@@ -19,6 +19,7 @@ from l2l_fast.meta.soap import Soap
 from l2l_fast.meta.streams import Streams, teacher_maker
 from l2l_fast.meta.update import MetaUpdate
 from l2l_fast.meta.weights import RunWeights
+from l2l_fast.networks import SURROUNDINGS
 from l2l_fast.tasks import Task
 
 
@@ -78,7 +79,7 @@ class Run:
             del settings["lr_schedule"]
         for name in options.unheeded + ["estimator"] * (options.estimator == "backpropagation"):
             del settings[name]
-        settings |= {name: getattr(network, name) for name in ("input_rms", "orthogonalize") if getattr(network, name)}
+        settings |= {name: getattr(network, name) for name in SURROUNDINGS[1:] if getattr(network, name)}
         settings |= {"linear_path": True} if linear_path else {}
         settings["frozen"], settings["ranks"] = self.update.frozen, ranks.world()
         return settings

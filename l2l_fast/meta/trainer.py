@@ -98,10 +98,8 @@ class MetaTrainer:
             require(rated or (options.schedule == "constant" and not options.warmup), "schedule", options.schedule,
                     '"constant", without warmup, for a meta_optimizer whose param groups have no lr')  # fmt: skip
             scheduled = options.rates(1) is not None  # trajectories then have the rates themselves
-            self.rule = Rule(
-                network.config, self.update.weights, 1.0 if scheduled else options.lr, options.weight_decay,
-                network.update_rms, network.input_rms, network.orthogonalize,
-            )  # fmt: skip
+            lr = 1.0 if scheduled else options.lr
+            self.rule = Rule.of(network, self.update.weights, lr, options.weight_decay)
             self.estimator = estimator(options, self.rule, self.update.trains)
             self.graphs, self._eager = Graphs(CudaCapture(self.device) if options.graphs else None), Graphs()
             pool = TrajectoryPool(self.rule, options.unroll, self.graphs)

@@ -12,7 +12,8 @@ without autograd, keeps its T gradients and its first state, and one call of ``l
 With ``update_rms`` the step takes r d / RMS(d) of each tensor in the place of u, d being what the network gives. A
 truncation then keeps its T d as well, and dL/dd follows from dL/du by itself
 (:func:`~l2l_fast.normalize.scale_rows_backward`); of B instances side by side each has its own tensors. What
-``orthogonalize`` adds, and what ``input_rms`` divides by, follow from gradients alone, so they count as constants.
+``orthogonalize`` adds, what ``input_rms`` divides by, and r where ``max_update_rms`` makes it differ from step to step,
+follow from gradients alone, so they count as constants.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.utils._pytree import tree_map
 from l2l_fast import normalize, ops
 from l2l_fast.config import Config, num_weights
 from l2l_fast.meta.sampling import sample_coordinates
+from l2l_fast.networks import SURROUNDINGS, CoordinatewiseLSTM
 from l2l_fast.tasks import Instances
 from l2l_fast.tasks.base import Batch, send
 
@@ -48,6 +50,13 @@ class Rule:
     update_rms: float | None = None
     input_rms: float | None = None
     orthogonalize: bool = False
+    max_update_rms: float | None = None
+
+    @classmethod
+    def of(cls, network: CoordinatewiseLSTM, weights: Tensor | None = None, lr=1.0, weight_decay=0.0) -> Rule:
+        """A network's, by its own weights unless others are given."""
+        weights = network.flat_weights().detach() if weights is None else weights
+        return cls(network.config, weights, lr, weight_decay, **{name: getattr(network, name) for name in SURROUNDINGS})
 
 
 class Estimate(NamedTuple):
@@ -91,6 +100,7 @@ class Trajectory:
         self.shapes = list(instances.shapes.values())  # of an instance's tensors
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.square = self.theta.new_zeros(len(self.theta), len(self.sizes))  # with input_rms
+        self.slow_square = torch.zeros_like(self.square)  # with max_update_rms
         self.rates = self.theta.new_ones(window)  # the schedule's in the window
         self.scaling = None if scaling is None else scaling.new_empty(self.theta.shape)
         self.state = ops.new_state(self.theta, config, dtype, several=copies > 1)
@@ -119,6 +129,7 @@ class Trajectory:
         self.accumulated.zero_()
         self.state.zero_()
         self.square.zero_()
+        self.slow_square.zero_()
         self.step.zero_()
         self._hold(instances.draws(1), 1)
 
@@ -153,7 +164,7 @@ class Trajectory:
 
     def spread_(self) -> None:
         """Put every copy where the trajectory itself is."""
-        for rows in (self.theta, self.grad, self.state, self.square):
+        for rows in (self.theta, self.grad, self.state, self.square, self.slow_square):
             rows = rows.unflatten(0, (self.copies, self.count))
             rows[1:] = rows[0]
 
@@ -166,6 +177,19 @@ class Trajectory:
         if rule.input_rms is None:
             return grad
         return normalize.relative_rows(grad, self.square, step, self.sizes, rule.config, rule.input_rms)
+
+    def update_sizes_(self, x: Tensor, momenta: Tensor, rule: Rule, step: Tensor) -> float | Tensor:
+        """r of every tensor in a step, one number or [B, K]; moves their slow squares on.
+
+        x, momenta: what the network has seen, and m after the step, [B, N].
+        """
+        if rule.max_update_rms is None:
+            return rule.update_rms
+        sizes, moved = normalize.size_rows(
+            x, momenta, self.slow_square, step, self.sizes, rule.config, rule.update_rms, rule.max_update_rms
+        )
+        self.slow_square.copy_(moved)
+        return sizes
 
     def _hold(self, drawn: Batch, length: int) -> Batch:
         """Copy batches, leaves [length, B, ...], to their place."""
@@ -196,7 +220,7 @@ class Trajectory:
         return losses, grads * scale
 
     def state_dict(self) -> dict:
-        names = ("scaling", "theta", "state", "square", "steps_done", "losses", "grad", "first_losses")
+        names = ("scaling", "theta", "state", "square", "slow_square", "steps_done", "losses", "grad", "first_losses")
         names += ("accumulated",) if self.copies > 1 else ()
         return {**{name: getattr(self, name) for name in names}, "instances": self.instances.state_dict()}
 
@@ -284,6 +308,7 @@ class Record:
         inputs: with ``input_rms``, what the network saw of the gradients, [T, B, N]; else None.
         raw: with ``update_rms``, d, what it gave; else None.
         joined: with ``orthogonalize``, d after the momentum was added, before it is scaled; else None.
+        rms: with ``max_update_rms``, the sizes r that its tensors got, [T, B, K]; else None.
     """
 
     def __init__(self, trajectory: Trajectory, rule: Rule, length: int) -> None:
@@ -299,8 +324,10 @@ class Record:
 
         self.inputs, self.raw = kept(rule.input_rms is not None), kept(rule.update_rms is not None)
         self.joined = kept(rule.orthogonalize)
+        sized = rule.max_update_rms is not None
+        self.rms = theta.new_empty(length, len(theta), len(trajectory.sizes)) if sized else None
 
-    def keep(self, name: str, t: int, rows: Tensor) -> None:
+    def keep(self, name: str, t: int, rows) -> None:
         """Of all rows, in step t, the trajectory's own, if there is a place for them."""
         place = getattr(self, name)
         if place is not None:
@@ -335,13 +362,15 @@ def advance_(trajectory: Trajectory, rule: Rule, batches: Batch, grads: Tensor, 
             d = torch.full_like(theta, -0.0)
             _step_(trajectory, d, x, rule, one, 0.0)
             joined = _joined(trajectory, d, x, rule) if rule.orthogonalize else d
-            moves = lr * normalize.scale_rows(joined, trajectory.sizes, rule.update_rms)
+            rms = trajectory.update_sizes_(x, trajectory.state[..., 0], rule, trajectory.step)
+            moves = lr * normalize.scale_rows(joined, trajectory.sizes, rms)
             if rule.weight_decay:
                 moves -= torch.where(normalize.is_held(d), 0.0, lr * rule.weight_decay * theta)
             theta += moves
             if record is not None:
                 record.keep("raw", t, d)
                 record.keep("joined", t, joined)
+                record.keep("rms", t, rms)
         if record is not None:
             record.keep("inputs", t, x)
         grad = grads[t]
@@ -420,7 +449,8 @@ def backpropagated(
     d_updates = suffix_sums(grads[1:], d_losses, rule.lr * trajectory.rates[:length], rule.weight_decay)
     if rule.update_rms is not None:
         joined = record.joined if rule.orthogonalize else record.raw
-        d_updates = normalize.scale_rows_backward(d_updates, joined, trajectory.sizes, rule.update_rms)
+        rms = rule.update_rms if record.rms is None else record.rms
+        d_updates = normalize.scale_rows_backward(d_updates, joined, trajectory.sizes, rms)
     if rule.orthogonalize:
         d_updates = normalize.join_rows_backward(d_updates, record.raw, trajectory.shapes)
     inputs = grads[:length] if record.inputs is None else record.inputs

@@ -64,7 +64,7 @@ def test_the_eager_meta_update_has_our_meta_gradient():
     network, task = cases.network(), tasks.Quadratic()
     rival = rivals.MetaUpdate(network, task, instances=3, unroll=6)
     trajectory = Trajectory(tasks.Instances(task, range(3)), network.config)
-    rule = Rule(network.config, network.flat_weights().detach())
+    rule = Rule.of(network)
     expected = TruncatedBackpropagation(rule).prepare(trajectory, 6)().gradient
     rival.gradient_()
     found = _joined([parameter.grad for parameter in rival.cells.parameters()])
