@@ -283,6 +283,8 @@ def root_mean_squares(
 ) -> list[Tensor]:
     """RMS of each, 0-dim and of ``dtype`` if given; of what is sharded, over the whole tensor. An empty one has 0."""
     counts = [math.sqrt(max(1, whole.numel() * (2 if whole.is_complex() else 1))) for whole in wholes]
+    if dtype is not None:  # a norm is taken in a wider dtype, not in a narrower one
+        updates = [update.to(dtype) if update.dtype.itemsize > dtype.itemsize else update for update in updates]
     roots = list(torch._foreach_div(torch._foreach_norm(list(updates), dtype=dtype), counts))
     sharded = {place: whole for place, whole in enumerate(wholes) if is_sharded(whole)}
     if not sharded:

@@ -182,6 +182,27 @@ def relative_to_rms(grad: Tensor, v: Tensor, step: Tensor, config: Config, rms: 
     return (grad * (rms / (v / bias).sqrt()) if v / bias >= SMALLEST else 0 * grad), v
 
 
+def update_size(
+    grad: Tensor, m: Tensor, v: Tensor, step: Tensor, config: Config, rms: float, max_rms: float, beta: float = 0.999
+) -> tuple[Tensor, Tensor]:
+    """The root mean square r of one whole tensor's update, and v, of a network with ``max_update_rms``.
+
+    r = rms * sqrt((1 + beta1) / (1 - beta1)) * RMS(m / (1 - beta1^step)) / sqrt(v / (1 - beta^step)), at most max_rms
+
+    v <- beta v + (1 - beta) mean grad^2; where a gradient is not finite, v is what it was, but for its bias. m is the
+    state's after the step. Where v is 0, r is ``rms``. :mod:`l2l_fast.normalize` is how it is computed.
+    """
+    mean = grad.square().mean() if grad.numel() else grad.new_zeros(())
+    before = v / (1 - beta ** (step - 1)) if step > 1 else torch.zeros_like(mean)
+    v = beta * v + (1 - beta) * (mean if mean.isfinite() else before)
+    unbiased = v / (1 - beta**step)
+    if unbiased < SMALLEST:
+        return torch.full_like(v, rms), v
+    noise = math.sqrt((1 - config.beta1) / (1 + config.beta1))  # RMS of a momentum of noise, in the noise's
+    agreed = m.square().mean().sqrt() / (1 - config.beta1**step) / unbiased.sqrt()
+    return (rms * agreed / noise).clamp_max(max_rms), v
+
+
 @outside_autocast
 def cell_backward(
     d_update: Tensor,

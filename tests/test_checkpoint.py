@@ -11,7 +11,8 @@ from l2l_fast import CoordinatewiseLSTM, checkpoint
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, {"update_rms": 0.6}, {"update_rms": 0.2, "input_rms": 0.01, "orthogonalize": True}]
+    "sizes",
+    [{}, {"update_rms": 0.6}, {"update_rms": 0.2, "max_update_rms": 1.0, "input_rms": 0.01, "orthogonalize": True}],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("linear_path", [False, True])
@@ -146,7 +147,9 @@ def test_what_earlier_versions_saved_is_loaded(network, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "unknown", [{"update_rms", "input_rms", "orthogonalize", "linear_path"}, {"linear_path"}], ids=["first", "later"]
+    "unknown",
+    [{"update_rms", "max_update_rms", "input_rms", "orthogonalize", "linear_path"}, {"linear_path"}],
+    ids=["first", "later"],
 )
 def test_options_that_were_not_there_yet_have_their_defaults(network, tmp_path, unknown):
     network.save_pretrained(tmp_path)

@@ -20,10 +20,12 @@ def make_network(features="both", update_rms=RMS, **options):
     return CoordinatewiseLSTM(features, 4, 1, update_rms=update_rms, output_scale=1.0, **options)
 
 
-def expected_step(theta, grad, state, step, network, lr, weight_decay=0.0, maximize=False, orthogonalize=False, v=None):
+def expected_step(
+    theta, grad, state, step, network, lr, weight_decay=0.0, maximize=False, orthogonalize=False, v=None, slow=None
+):
     """The rule as a sentence: the cell's updates of one whole tensor, scaled by the reference; real or complex.
 
-    v: the mean square that input_rms has before the step, as a list of one number, moved on.
+    v, slow: the mean squares that input_rms and max_update_rms have before the step, lists of one number, moved on.
     """
     config = network.config
     weights = network.flat_weights().detach()
@@ -45,8 +47,12 @@ def expected_step(theta, grad, state, step, network, lr, weight_decay=0.0, maxim
         o = normalize.orthogonalize(o)
         o = torch.view_as_real(o.resolve_conj()) if theta.is_complex() else o
         d = torch.where(finite, reference.scale_to_rms(d, 0.5) - reference.scale_to_rms(o, 1.0), 0.0)
+    rms = network.update_rms
+    if network.max_update_rms is not None:
+        m = new_state[..., 0].to(weights.dtype)
+        rms, slow[0] = reference.update_size(g, m, slow[0], step, config, rms, network.max_update_rms)
     wide = real.to(torch.promote_types(real.dtype, weights.dtype))
-    moved = wide - lr * weight_decay * wide + lr * reference.scale_to_rms(d, network.update_rms)
+    moved = wide - lr * weight_decay * wide + lr * reference.scale_to_rms(d, rms)
     moved = torch.where(finite, moved, wide).to(real.dtype)
     return torch.view_as_complex(moved) if theta.is_complex() else moved, new_state
 
@@ -74,22 +80,23 @@ def set_gradients(params, step):
     {}, {"weight_decay": 0.1}, {"maximize": True, "weight_decay": 0.2}, {"orthogonalize": True, "weight_decay": 0.1},
     {"orthogonalize": True, "maximize": True},
 ])  # fmt: skip
-@pytest.mark.parametrize("input_rms", [None, 0.01])
+@pytest.mark.parametrize("sizes", [{}, {"input_rms": 0.01}, {"max_update_rms": 1.5},
+                                   {"input_rms": 0.01, "max_update_rms": 1.5}])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
-def test_a_step_is_the_reference_rule(dtype, input_rms, options, fused):
-    network, params = make_network(input_rms=input_rms), make_params(dtype)
+def test_a_step_is_the_reference_rule(dtype, sizes, options, fused):
+    network, params = make_network(**sizes), make_params(dtype)
     optimizer = LSTMOptimizer(params, network, lr=0.3, fused=fused, **options)
     thetas = [param.detach().clone() for param in params]
     states = [torch.zeros(*(torch.view_as_real(t) if t.is_complex() else t).shape, 10) for t in thetas]
-    squares = [[torch.tensor(0.0)] for _ in thetas]
+    squares, slow_squares = ([[torch.tensor(0.0)] for _ in thetas] for _ in range(2))
     for step in range(1, 4):
         set_gradients(params, step)
         params[1].grad.view(-1)[4] = float("nan")
         if step == 2:
             params[0].grad[2] = float("inf")
         found = [
-            expected_step(theta, param.grad, state, step, network, 0.3, **options, v=v)
-            for theta, param, state, v in zip(thetas, params, states, squares, strict=True)
+            expected_step(theta, param.grad, state, step, network, 0.3, **options, v=v, slow=slow)
+            for theta, param, state, v, slow in zip(thetas, params, states, squares, slow_squares, strict=True)
         ]
         thetas, states = [theta for theta, _ in found], [state for _, state in found]
         optimizer.step()
@@ -471,8 +478,9 @@ def test_a_step_that_is_not_finite_leaves_the_scale_of_the_inputs():
         assert state["lstm"].isfinite().all()
 
 
-def test_the_scale_of_the_inputs_is_saved_and_asked_for():
-    network, theta = make_network(input_rms=0.01), nn.Parameter(torch.ones(4, 3))
+@pytest.mark.parametrize(("option", "name"), [("input_rms", "square"), ("max_update_rms", "slow_square")])
+def test_the_scale_of_gradients_is_saved_and_asked_for(option, name):
+    network, theta = make_network(**{option: 0.6}), nn.Parameter(torch.ones(4, 3))
     optimizer = LSTMOptimizer([theta], network, lr=0.1)
     for step in range(3):
         set_gradients([theta], step)
@@ -487,9 +495,66 @@ def test_the_scale_of_the_inputs_is_saved_and_asked_for():
     assert torch.equal(theta, again)
     with pytest.raises(ValueError, match="belongs to network"):
         LSTMOptimizer([again], make_network()).load_state_dict(saved)
-    del saved["state"][0]["square"]
-    with pytest.raises(ValueError, match=r"square of parameter 0 .* must be a number, got None"):
+    del saved["state"][0][name]
+    with pytest.raises(ValueError, match=rf"'s {name} of parameter 0 .* must be a number, got None"):
         other.load_state_dict(saved)
+
+
+def steps_of(theta, network, gradients, **options):
+    """The root mean square of every step, in lr."""
+    optimizer, found = LSTMOptimizer([theta], network, lr=1e-3, **options), []
+    for grad in gradients:
+        before, theta.grad = theta.detach().clone(), grad
+        optimizer.step()
+        found.append((theta.detach() - before).square().mean().sqrt().item() / 1e-3)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_noise_has_the_size_of_the_update_and_agreement_more(scale, state_dtype, orthogonalize):
+    torch.manual_seed(0)
+    network, options = make_network(max_update_rms=3.0), {"orthogonalize": orthogonalize, "state_dtype": state_dtype}
+    noise = scale * torch.randn(400, 100, 40)
+    sizes = steps_of(nn.Parameter(torch.zeros(100, 40)), network, noise, **options)
+    assert sizes[50:].mean().item() == pytest.approx(RMS, rel=0.03)
+    assert sizes.max() < 3.0 + 1e-3  # as long as there is nothing to compare with, one gradient agrees with itself
+    signal = scale * torch.randn(100, 40)
+    sizes = steps_of(nn.Parameter(torch.zeros(100, 40)), network, signal.expand(50, -1, -1), **options)
+    torch.testing.assert_close(sizes, torch.full_like(sizes, 3.0), rtol=2e-3, atol=0)
+    # Half of the power is signal: of the momentum's then almost all.
+    sizes = steps_of(nn.Parameter(torch.zeros(100, 40)), network, noise + signal, **options)
+    power = (1 + 0.05 / 1.95) / 2
+    assert sizes[100:].mean().item() == pytest.approx(min(3.0, RMS * (power * 1.95 / 0.05) ** 0.5), rel=0.03)
+
+
+def test_steps_shrink_with_the_gradients_until_they_are_forgotten():
+    torch.manual_seed(0)
+    noise = torch.randn(6000, 200)
+    noise[1000:] *= 0.01
+    sizes = steps_of(nn.Parameter(torch.zeros(200)), make_network(max_update_rms=3.0), noise)
+    for step in (1200, 3000, 5000):
+        v = ((1 - 0.999**1000) * 0.999 ** (step - 1000) + 1e-4 * (1 - 0.999 ** (step - 1000))) / (1 - 0.999**step)
+        assert sizes[step - 50 : step + 50].mean().item() == pytest.approx(RMS * 0.01 * v**-0.5, rel=0.1)
+
+
+def test_a_first_gradient_that_is_not_finite_leaves_the_others_a_step():
+    theta = nn.Parameter(torch.zeros(6))
+    gradient = torch.tensor([2.0, -1.0, 0.5, 0.1, float("inf"), float("nan")])
+    sizes = steps_of(theta, make_network(max_update_rms=3.0), [gradient])
+    assert sizes[0].item() == pytest.approx(RMS, rel=1e-3)
+    assert theta[4:].eq(0).all()
+    assert theta[:4].ne(0).all()
+
+
+def test_largest_sizes_are_refused_where_there_is_no_momentum_or_none_smaller():
+    with pytest.raises(ValueError, match="max_update_rms must be None for a network without update_rms"):
+        CoordinatewiseLSTM("both", max_update_rms=1.0)
+    with pytest.raises(ValueError, match="max_update_rms must be None for a network with features 'log_sign'"):
+        CoordinatewiseLSTM("log_sign", update_rms=0.2, max_update_rms=1.0)
+    with pytest.raises(ValueError, match=r"max_update_rms must be update_rms, 0\.2, or more, got 0\.1"):
+        CoordinatewiseLSTM("both", update_rms=0.2, max_update_rms=0.1)
 
 
 def test_orthogonalize_is_refused_where_the_update_has_a_size_of_its_own():
@@ -522,7 +587,7 @@ def test_a_rate_for_the_network_of_before_is_warned_of():
 
 
 @pytest.mark.parametrize("bad", [0, -1.0, float("nan"), float("inf"), "0.6", True])
-@pytest.mark.parametrize("name", ["update_rms", "input_rms"])
+@pytest.mark.parametrize("name", ["update_rms", "max_update_rms", "input_rms"])
 def test_a_bad_size_is_refused(name, bad):
     with pytest.raises(ValueError, match=f"{name} must be a positive number or None"):
         CoordinatewiseLSTM(**{name: bad})

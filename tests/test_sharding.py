@@ -59,15 +59,18 @@ for ours, theirs in zip(whole.parameters(), sharded.parameters(), strict=True):
 
 # One RMS over the whole of each tensor, whichever way it is sharded; and whole matrices are orthogonalized.
 _SCALED = """
+import itertools
 from torch.distributed.tensor import Replicate
 
-scaled = l2l.CoordinatewiseLSTM(**network.options | {"update_rms": 0.6})
-scaled.load_flat_weights_(network.flat_weights())
+sizes = {"update_rms": 0.6}, {"update_rms": 0.6, "max_update_rms": 2.0}
+rules = [l2l.CoordinatewiseLSTM(**network.options | chosen) for chosen in sizes]
+for rule in rules:
+    rule.load_flat_weights_(network.flat_weights())
 square = torch.distributed.device_mesh.init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
 ways = [(mesh, [Shard(0)]), (mesh, [Shard(1)]), (mesh, [Replicate()]), (square, [Replicate(), Shard(0)]),
         (square, [Shard(1), Shard(0)])]
 for dtype in (torch.float32, torch.bfloat16, torch.complex64):
-    for orthogonalize in (False, True):
+    for orthogonalize, scaled in itertools.product((False, True), rules):
         shapes = [(5, 6), (3, 7), (6, 2, 3), (1, 4)]  # uneven, and a rank with nothing of it
         whole = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes for _ in ways]
         parts = [nn.Parameter(distribute_tensor(one.detach(), *way)) for one, way in zip(whole, ways * len(shapes))]

@@ -23,12 +23,13 @@ def test_all_are_there():
 
 def test_the_default_is_the_first_network_with_its_update_scaled():
     new, old = (l2l.CoordinatewiseLSTM.from_pretrained(name) for name in ("l2l-base", "l2l-base-v1"))
-    assert new.options == old.options | {"update_rms": 0.2, "orthogonalize": True}
+    assert new.options == old.options | {"update_rms": 0.2, "max_update_rms": 1.0, "orthogonalize": True}
     assert torch.equal(new.flat_weights(), old.flat_weights())
     assert (old.default_lr, new.default_lr) == (1.0, 1e-3)
     card = (checkpoint.WEIGHTS / "l2l-base" / "README.md").read_text()
     for word in (
         "update_rms",
+        "max_update_rms",
         "orthogonalize",
         "reproduce workloads",
         "## Figures",

@@ -45,8 +45,7 @@ class Bowl:
 
 def rule_of(network, **options):
     network = network.double()
-    surroundings = {name: getattr(network, name) for name in ("update_rms", "input_rms", "orthogonalize")}
-    return Rule(network.config, network.flat_weights().detach(), **surroundings | options)
+    return dataclasses.replace(Rule.of(network), **options)
 
 
 def over_the_horizon(make_estimator, rule, task, instances, horizon, unroll):
@@ -165,7 +164,14 @@ SURROUNDINGS = {
     "update_rms": {"update_rms": 0.2},
     "input_rms": {"input_rms": 0.1},
     "linear path": {"linear_path": True},
-    "all": {"update_rms": 0.2, "input_rms": 0.1, "orthogonalize": True, "linear_path": True},
+    "max_update_rms": {"update_rms": 0.2, "max_update_rms": 0.7},
+    "all": {
+        "update_rms": 0.2,
+        "max_update_rms": 0.7,
+        "input_rms": 0.1,
+        "orthogonalize": True,
+        "linear_path": True,
+    },
 }
 
 

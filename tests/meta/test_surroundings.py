@@ -20,7 +20,9 @@ SURROUNDINGS = {
     "input_rms": {"input_rms": 0.01},
     "update_rms and input_rms": {"update_rms": 0.6, "input_rms": 0.1},
     "orthogonalize": {"update_rms": 0.6, "orthogonalize": True},
-    "all": {"update_rms": 0.2, "input_rms": 0.01, "orthogonalize": True},
+    "max_update_rms": {"update_rms": 0.3, "max_update_rms": 0.9},
+    "max_update_rms and orthogonalize": {"update_rms": 0.1, "max_update_rms": 0.7, "orthogonalize": True},
+    "all": {"update_rms": 0.2, "max_update_rms": 0.5, "input_rms": 0.01, "orthogonalize": True},
 }
 SCHEDULES = {"constant": None, "cosine": partial(warm_cosine, 0.9, 12), "rising": lambda step: 0.1 + 0.2 * step}
 
@@ -36,6 +38,7 @@ def by_autograd(rule, trajectory, length, objective="sum", second=False):
     theta, grad, config = trajectory.theta, trajectory.grad, rule.config
     state = trajectory.state.reshape(theta.numel(), -1)
     squares, losses = trajectory.square.clone(), []
+    slow = [[*row.unbind()] for row in trajectory.slow_square.clone()]
     for t in range(length):
         number = trajectory.steps_done + t
         lr = rule.lr * (1.0 if trajectory.schedule is None else trajectory.schedule(number))
@@ -52,16 +55,24 @@ def by_autograd(rule, trajectory, length, objective="sum", second=False):
         d, state = reference.lstm_unroll(seen.reshape(1, -1), state, phi, torch.tensor(number + 1.0), *config)
         d = d.view_as(theta)
         if rule.update_rms is not None:
-            momentum = config.beta1 * state[:, 0].view_as(theta) + (1 - config.beta1) * seen
-            momentum = momentum if second else momentum.detach()
+            means = state[:, 0].view_as(theta) if second else state[:, 0].view_as(theta).detach()
+            momentum = config.beta1 * means + (1 - config.beta1) * (seen if second else seen.detach())
             rows = []
             for b in range(len(theta)):
                 found = []
-                for piece, m, shape in zip(d[b].split(sizes), momentum[b].split(sizes), shapes, strict=True):
+                for k, (piece, m, shape) in enumerate(
+                    zip(d[b].split(sizes), momentum[b].split(sizes), shapes, strict=True)
+                ):
+                    rms = rule.update_rms
+                    if rule.max_update_rms is not None:
+                        x, mean = (rows_of[b].split(sizes)[k] for rows_of in (seen, means))
+                        rms, slow[b][k] = reference.update_size(
+                            x, mean, slow[b][k], number + 1, config, rms, rule.max_update_rms
+                        )
                     if rule.orthogonalize and len(shape) > 1:
                         o = normalize.orthogonalize(m.view(shape)).reshape(-1)
                         piece = reference.scale_to_rms(piece, 0.5) - reference.scale_to_rms(o, 1.0)
-                    found.append(reference.scale_to_rms(piece, rule.update_rms))
+                    found.append(reference.scale_to_rms(piece, rms))
                 rows.append(torch.cat(found))
             d = torch.stack(rows)
         theta = theta - lr * rule.weight_decay * theta + lr * d
@@ -91,7 +102,7 @@ def test_the_meta_gradient_is_autograds(options, schedule, length, objective):
 
 @pytest.mark.parametrize("length", [1, 9])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("options", ["plain", "orthogonalize"])
+@pytest.mark.parametrize("options", ["plain", "orthogonalize", "max_update_rms", "max_update_rms and orthogonalize"])
 def test_second_derivatives_are_autograds(options, schedule, length):
     (rule, trajectory), (_, twin) = (start(SURROUNDINGS[options], SCHEDULES[schedule]) for _ in range(2))
     for one in (trajectory, twin):
@@ -232,7 +243,7 @@ def test_a_checkpoint_of_another_rule_is_refused(tmp_path):
         return MetaTrainer(network, "quadratic", unroll=2, horizon=4, checkpoint=tmp_path, progress=False)
 
     trainer().fit(1)
-    for options in ({"orthogonalize": True}, {"input_rms": 0.1}):
+    for options in ({"orthogonalize": True}, {"input_rms": 0.1}, {"max_update_rms": 0.9}):
         with pytest.raises(ValueError, match=f"belongs to a run with .*{next(iter(options))}"):
             trainer(**options).fit(2)
 
