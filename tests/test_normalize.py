@@ -268,10 +268,11 @@ def test_pickles_of_earlier_versions_are_loaded():
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"orthogonalize": True}])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64])
-def test_a_compiled_step_is_the_same_step(options, state_dtype):
+@pytest.mark.parametrize("max_update_rms", [None, 1.5])
+def test_a_compiled_step_is_the_same_step(options, state_dtype, max_update_rms):
     one, two = make_params(), make_params()
-    options = {"lr": 0.1, "state_dtype": state_dtype, **options}
-    plain, compiled = LSTMOptimizer(one, make_network(), **options), LSTMOptimizer(two, make_network(), **options)
+    options = {"lr": 0.1, "state_dtype": state_dtype, "network": make_network(max_update_rms=max_update_rms), **options}
+    plain, compiled = LSTMOptimizer(one, **options), LSTMOptimizer(two, **options)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters["stats"]
     before = counters["unique_graphs"]
@@ -287,9 +288,10 @@ def test_a_compiled_step_is_the_same_step(options, state_dtype):
         torch.testing.assert_close(theirs, ours)
 
 
+@pytest.mark.parametrize("max_update_rms", [None, 1.5])
 @pytest.mark.parametrize("orthogonalize", [False, True])
-def test_fake_tensors_are_stepped_without_values(orthogonalize):
-    outside = make_network()
+def test_fake_tensors_are_stepped_without_values(orthogonalize, max_update_rms):
+    outside = make_network(max_update_rms=max_update_rms)
     with FakeTensorMode():
         model = nn.Linear(4, 2)
         optimizer = LSTMOptimizer(model.parameters(), outside, weight_decay=0.1, orthogonalize=orthogonalize)

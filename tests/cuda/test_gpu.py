@@ -246,10 +246,10 @@ def test_a_gpu_network_can_be_trained():
     assert all(p.grad.isfinite().all() and p.grad.any() for p in network.parameters())
 
 
-def scaled_optimizers(devices, **options):
+def scaled_optimizers(devices, max_update_rms=None, **options):
     """The same tensors and gradients on each device, under a network whose update is scaled over each tensor."""
     torch.manual_seed(0)
-    network, found = CoordinatewiseLSTM("both", 16, 1, update_rms=0.6), []
+    network, found = CoordinatewiseLSTM("both", 16, 1, update_rms=0.6, max_update_rms=max_update_rms), []
     starts = [torch.randn(shape) for shape in ((300, 70), (33,), (8, 4, 3, 3), (0, 3), ())]
     grads = [torch.randn_like(start) for start in starts]
     grads[0][5, 7] = float("nan")
@@ -261,9 +261,11 @@ def scaled_optimizers(devices, **options):
     return found
 
 
+@pytest.mark.parametrize("max_update_rms", [None, 1.5])
 @pytest.mark.parametrize("orthogonalize", [False, True])
-def test_an_update_scaled_over_each_tensor_is_the_cpus(orthogonalize):
-    (ours, on_gpu), (theirs, on_cpu) = scaled_optimizers(["cuda", "cpu"], lr=0.1, orthogonalize=orthogonalize)
+def test_an_update_scaled_over_each_tensor_is_the_cpus(orthogonalize, max_update_rms):
+    options = {"lr": 0.1, "orthogonalize": orthogonalize, "max_update_rms": max_update_rms}
+    (ours, on_gpu), (theirs, on_cpu) = scaled_optimizers(["cuda", "cpu"], **options)
     starts = [param.detach().clone() for param in theirs]
     for _ in range(3):
         on_gpu.step()
@@ -275,9 +277,11 @@ def test_an_update_scaled_over_each_tensor_is_the_cpus(orthogonalize):
     assert ours[0][5, 7].item() == starts[0][5, 7].item()
 
 
+@pytest.mark.parametrize("max_update_rms", [None, 1.5])
 @pytest.mark.parametrize("orthogonalize", [False, True])
-def test_a_captured_step_scales_over_each_tensor(orthogonalize):
+def test_a_captured_step_scales_over_each_tensor(orthogonalize, max_update_rms):
     options = {"lr": torch.tensor(0.1, device="cuda"), "orthogonalize": orthogonalize}
+    options["max_update_rms"] = max_update_rms
     (ours, captured), (theirs, eager) = scaled_optimizers(["cuda", "cuda"], **options)
     for optimizer in (captured, eager):
         optimizer.step()  # makes the state, and loads what is loaded lazily
