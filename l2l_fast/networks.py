@@ -129,14 +129,14 @@ class CoordinatewiseLSTM(nn.Module):
         self.max_update_rms = None if max_update_rms is None else float(max_update_rms)
         self.input_rms = None if input_rms is None else float(input_rms)
         self.orthogonalize = orthogonalize
-        if orthogonalize and (reason := normalize.no_momentum(self.config, self.update_rms)):
+        reason = normalize.no_momentum(self.config, self.update_rms)
+        if orthogonalize and reason:
             raise ValueError(f"orthogonalize must be False for a network {reason}")
-        if max_update_rms is not None:
-            if reason := normalize.no_momentum(self.config, self.update_rms):
-                raise ValueError(f"max_update_rms must be None for a network {reason}")
-            require(
-                max_update_rms >= update_rms, "max_update_rms", max_update_rms, f"update_rms, {update_rms}, or more"
-            )
+        if max_update_rms is not None and reason:
+            raise ValueError(f"max_update_rms must be None for a network {reason}")
+        if max_update_rms is not None and update_rms is not None:
+            text = f"update_rms, {update_rms}, or more"
+            require(max_update_rms >= update_rms, "max_update_rms", max_update_rms, text)
         inputs = FEATURES[features]
         if projection:
             self.projection = nn.Linear(inputs, hidden_size)
