@@ -68,7 +68,7 @@ def scaled(name: str, shapes: list[tuple[int, ...]], device: str) -> None:
             counts = [here(torch.tensor(float(t)))] * len(thetas)
             torch.ops.l2l_fast.lstm_step_scaled_(
                 thetas, grads, states, here(weights), here(torch.ones(())), counts, *arguments.codes(config),
-                0.01, False, 0.2,
+                0.01, False, 0.2, [], 0.2,
             )  # fmt: skip
         return [*thetas, *states]
 

@@ -188,6 +188,26 @@ inline std::vector<StepTensor> step_tensors(
   return parts;
 }
 
+// The mean squares of UpdateSizes: a number for each parameter, or nothing at all.
+inline std::vector<void*> squares_of(
+    const std::vector<Tensor>& squares, size_t count, const Network& net, const Tensor& weights) {
+  std::vector<void*> places;
+  if (squares.empty()) return places;
+  L2L_CHECK(
+      squares.size() == count, "slow_squares must be empty or have one for each of the ", count, " parameters, got ",
+      squares.size());
+  L2L_CHECK(weights.dim() == 1, "slow_squares must be empty for several networks at once");
+  L2L_CHECK(net.has_moments(), "slow_squares must be empty for a network whose features are no moments");
+  for (const Tensor& square : squares) {
+    check_device(square, "a slow_square", weights);
+    L2L_CHECK(
+        square.numel() == 1 && square.scalar_type() == weights.scalar_type(),
+        "a slow_square must be one number in the dtype of the weights, got shape ", shape_text(square));
+    places.push_back(square.data_ptr());
+  }
+  return places;
+}
+
 // A series [T, N] in the weights' dtype.
 inline Matrix series(const Tensor& tensor, const char* name, const Tensor& weights, int64_t steps, int64_t count) {
   check_device(tensor, name, weights);

@@ -1,6 +1,6 @@
 // The ops over a backend's launchers: checks, outputs, launch. The schemas are in l2l_fast/ops.py.
 //
-// A Backend has static functions step(StepArguments, weights), step_scaled(StepArguments, rms, weights),
+// A Backend has static functions step(StepArguments, weights), step_scaled(StepArguments, UpdateSizes, weights),
 // unroll(UnrollArguments, updates, last, weights) and unroll_backward(UnrollArguments, UnrollGradients, weights), where
 // weights tells the device.
 #pragma once
@@ -31,16 +31,18 @@ struct Ops {
       std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor weights, Tensor lr,
       std::vector<Tensor> steps, int64_t features, int64_t hidden_size, int64_t num_layers, bool projection,
       int64_t output, double output_scale, double preprocess_p, double beta1, double beta2, double eps,
-      bool linear_path, double weight_decay, bool maximize, double update_rms) {
+      bool linear_path, double weight_decay, bool maximize, double update_rms, std::vector<Tensor> slow_squares,
+      double max_update_rms) {
     const Network net = network(
         features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps,
         linear_path);
     weights = checked_weights(weights, net, true);
     const std::vector<StepTensor> tensors = step_tensors(params, grads, states, steps, net, weights);
+    const std::vector<void*> squares = squares_of(slow_squares, params.size(), net, weights);
     Backend::step_scaled(
         {net, weights.const_data_ptr(), networks_of(weights), dtype_of(weights, "weights"), tensors.data(),
          int64_t(tensors.size()), scalar(lr, "lr", weights), weight_decay, maximize},
-        update_rms, weights);
+        {update_rms, max_update_rms, slow_squares.empty() ? nullptr : squares.data()}, weights);
   }
 
   static std::tuple<Tensor, Tensor> unroll(

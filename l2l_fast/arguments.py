@@ -8,7 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from l2l_fast.config import FEATURES, MAX_HIDDEN, MAX_LAYERS, OUTPUTS, STATE_DTYPES, Config, num_weights, state_size
+from l2l_fast.config import (
+    FEATURES,
+    MAX_HIDDEN,
+    MAX_LAYERS,
+    OUTPUTS,
+    STATE_DTYPES,
+    Config,
+    has_moments,
+    num_weights,
+    state_size,
+)
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WEIGHTS = (torch.float32, torch.float64)
@@ -119,6 +129,27 @@ def check_step(params, grads, states, weights, lr, steps, *args) -> None:
         _check_own_memory(state, "a state")
         _check_number(step, "a step", weights)
     _check_number(lr, "lr", weights)
+
+
+def check_step_scaled(params, grads, states, weights, lr, steps, *args) -> None:
+    *args, _, squares, _ = args
+    check_step(params, grads, states, weights, lr, steps, *args)
+    if not squares:
+        return
+    if len(squares) != len(params):
+        raise RuntimeError(
+            f"slow_squares must be empty or have one for each of the {len(params)} parameters, got {len(squares)}"
+        )
+    if weights.dim() == 2:
+        raise RuntimeError("slow_squares must be empty for several networks at once")
+    if not has_moments(_config(*args[:-2])):
+        raise RuntimeError("slow_squares must be empty for a network whose features are no moments")
+    for square in squares:
+        _check(square, "a slow_square", weights, _FLOATING)
+        if square.numel() != 1 or square.dtype != weights.dtype:
+            raise RuntimeError(
+                f"a slow_square must be one number in the dtype of the weights, got shape {list(square.shape)}"
+            )
 
 
 def check_unroll(grads, state, weights, step, *args) -> None:

@@ -22,7 +22,7 @@ _CONFIG = (
     "float output_scale, float preprocess_p, float beta1, float beta2, float eps, bool linear_path"
 )
 # Of the schemas; csrc/module.cpp has it too. Kernels of another version would read their arguments as others.
-VERSION = 5
+VERSION = 6
 _LIBRARY = torch.library.Library("l2l_fast", "DEF")
 REFERENCE: dict[str, Callable] = {}  # by op: what runs where there is no kernel
 
@@ -63,21 +63,26 @@ for _name in ("lstm_step_", "lstm_step_reference_"):
 
 
 def _step_scaled(params, grads, states, weights, lr, steps, *args) -> None:
+    *config, weight_decay, maximize, rms, slow_squares, max_rms = args
     if weights.dim() == 2:  # each network's part of a tensor is a tensor
         for k, flat in enumerate(weights):
             _step_scaled(*([one[k] for one in tensors] for tensors in (params, grads, states)), flat, lr, steps, *args)
         return
-    *config, weight_decay, maximize, rms = args
     op = torch.ops.l2l_fast.lstm_step_
     updates = normalize.raw_updates(op, params, grads, states, weights, lr, steps, *config, weight_decay, maximize)
+    if slow_squares:
+        rms, moved = normalize.update_sizes(grads, states, slow_squares, steps, Config.of(*config), rms, max_rms)
+        torch._foreach_copy_(slow_squares, list(moved.unbind()))
     normalize.move_(params, updates, lr, rms, weight_decay)
 
 
 # Of networks with update_rms, tensors that are whole: what normalize does around lstm_step_, or a kernel in two passes.
+# slow_squares: with max_update_rms, v of each tensor; otherwise none. On a GPU there is no kernel for these.
 _define(
     f"lstm_step_scaled_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor weights, Tensor lr, "
-    f"Tensor[] steps, {_CONFIG}, float weight_decay, bool maximize, float update_rms) -> ()",
-    lambda *args: arguments.check_step(*args[:-1]),
+    f"Tensor[] steps, {_CONFIG}, float weight_decay, bool maximize, float update_rms, Tensor(c!)[] slow_squares, "
+    f"float max_update_rms) -> ()",
+    arguments.check_step_scaled,
     _step_scaled,
     lambda *args: None,
 )

@@ -293,7 +293,10 @@ class LSTMOptimizer(Optimizer):
             if network.update_rms is None:
                 op(*arguments)
             elif self._has_scaled_kernel(call):
-                torch.ops.l2l_fast.lstm_step_scaled_(*arguments, network.update_rms)
+                slow = call.squares.get("slow_square", [])
+                torch.ops.l2l_fast.lstm_step_scaled_(
+                    *arguments, network.update_rms, slow, network.max_update_rms or network.update_rms
+                )
             else:
                 updates = normalize.raw_updates(op, *arguments)
         except RuntimeError:
@@ -316,9 +319,10 @@ class LSTMOptimizer(Optimizer):
                 torch._foreach_copy_(call.squares[name], list(moved.unbind()))
 
     def _has_scaled_kernel(self, call: _Call) -> bool:
-        """Whether one operator does it all: the step of whole tensors, and their updates scaled to one size."""
-        plain = self.fused is not False and not call.orthogonalize and call.network.max_update_rms is None
-        return plain and not any(map(is_sharded, call.params))
+        """Whether one operator does it all: the step of whole tensors, and their updates scaled."""
+        if self.fused is False or call.orthogonalize or any(map(is_sharded, call.params)):
+            return False
+        return call.network.max_update_rms is None or call.arguments[0][0].device.type == "cpu"
 
     @torch.compiler.assume_constant_result
     def _prepare(self) -> None:

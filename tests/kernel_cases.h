@@ -78,8 +78,8 @@ void run_several(const Network& net, int64_t count, DType dtype, const Backend& 
   expect(same, "several networks at once are each by itself");
 }
 
-// A Backend has the launchers step(StepArguments), step_scaled(StepArguments, rms), unroll(UnrollArguments, updates, last)
-// and unroll_backward(UnrollArguments, UnrollGradients).
+// A Backend has the launchers step(StepArguments), step_scaled(StepArguments, UpdateSizes), unroll(UnrollArguments, updates, last)
+// and unroll_backward(UnrollArguments, UnrollGradients), and kSquares: whether a tensor's update can have its own size.
 template <class T, class Backend>
 void run(const Network& net, int64_t count, int64_t horizon, DType dtype, const Backend& backend) {
   const int rows = net.state_rows();
@@ -108,7 +108,13 @@ void run(const Network& net, int64_t count, int64_t horizon, DType dtype, const 
   expect(finite(param) && finite(state), "step is finite");
   for (int64_t i = 1; count > 2 && i < 3; ++i)
     expect(param[i] == 0 && state[i] == before[i], "a gradient that is not finite changes nothing");
-  backend.step_scaled({net, weights.data(), 1, dtype, &tensor, 1, {&lr, Number::float32}, 0.1, false}, 0.6);
+  T square = 0;
+  void* const squares[] = {&square};
+  const bool own = Backend::kSquares && net.has_moments();
+  backend.step_scaled(
+      {net, weights.data(), 1, dtype, &tensor, 1, {&lr, Number::float32}, 0.1, false},
+      {0.6, 3, own ? squares : nullptr});
+  expect(square >= 0 && square < T(INFINITY), "a mean square is finite");
   expect(finite(param) && finite(state), "a scaled step is finite");
   for (int64_t i = 1; count > 2 && i < 3; ++i)
     expect(param[i] == 0 && state[i] == before[i], "a gradient that is not finite changes nothing of a scaled step");

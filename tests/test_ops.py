@@ -9,7 +9,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2l_fast import CoordinatewiseLSTM, arguments, ops, reference
-from l2l_fast.config import FEATURES, Config, num_weights, state_size
+from l2l_fast.config import FEATURES, Config, has_moments, num_weights, state_size
 
 OPS = torch.ops.l2l_fast
 CONFIG = Config("both", 3, 2, True, "tanh", 0.1, 10.0, 0.95, 0.95, 1e-8)
@@ -36,10 +36,12 @@ def test_step_passes_opcheck(features):
     args = [params], [grads[0]], [state], weights, lr, steps, *arguments.codes(config), 0.01, False
     for op in (OPS.lstm_step_, OPS.lstm_step_reference_):
         opcheck(op, args)
-    opcheck(OPS.lstm_step_scaled_, (*args, 0.6))
+    opcheck(OPS.lstm_step_scaled_, (*args, 0.6, [], 0.6))
+    if has_moments(config):
+        opcheck(OPS.lstm_step_scaled_, (*args, 0.6, [torch.tensor(0.0)], 1.0))
     several = [params.expand(2, 6).clone()], [grads[:2]], [state.expand(2, *state.shape).clone()]
     rest = weights.expand(2, -1).contiguous(), lr, steps, *arguments.codes(config), 0.01, False
-    for op, more in ((OPS.lstm_step_, ()), (OPS.lstm_step_reference_, ()), (OPS.lstm_step_scaled_, (0.6,))):
+    for op, more in ((OPS.lstm_step_, ()), (OPS.lstm_step_reference_, ()), (OPS.lstm_step_scaled_, (0.6, [], 0.6))):
         opcheck(op, (*several, *rest, *more))
 
 
@@ -178,7 +180,7 @@ def test_every_backend_refuses_the_same_steps_and_changes_nothing(backend, chang
         name: [*value, *change.get(name, [value[0].clone()])] if isinstance(value, list) else change.get(name, value)
         for name, value in (good | CODES).items()
     }
-    for name, more in {"lstm_step_": (), "lstm_step_scaled_": (0.6,)}.items():
+    for name, more in {"lstm_step_": (), "lstm_step_scaled_": (0.6, [], 0.6)}.items():
         with pytest.raises(RuntimeError, match=message):
             backend(name)(*bad.values(), 0.0, False, *more)
     assert not good["params"][0].any()
@@ -287,7 +289,7 @@ def test_other_schemas_have_another_version():
     """A compiled module of other schemas is refused by its version alone; its kernels would crash."""
     schemas = "\n".join(str(getattr(OPS, name).default._schema) for name in sorted(ops.REFERENCE))
     found = ops.VERSION, hashlib.sha256(schemas.encode()).hexdigest()[:12]
-    assert found == (5, "56214dc66eec"), (
+    assert found == (6, "c505bc335fbd"), (
         "raise VERSION here, in l2l_fast/ops.py and in csrc/module.cpp, and take the new hash"
     )
 

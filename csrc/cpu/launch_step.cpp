@@ -106,6 +106,39 @@ double sum_of_squares(const T* u, int count) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+// Over all coordinates of a block, by their numbers in the parameter's memory order.
+template <class F>
+void sum_strided(const Strided& of, const StepTensor& tensor, const Block& block, double& sum, F f) {
+  with_dtype(of.dtype, [&](auto* null) {
+    const auto* data = static_cast<const std::remove_pointer_t<decltype(null)>*>(of.data);
+    if (tensor.dims == 1) {
+      for (int i = 0; i < block.count; ++i) sum += f(widen(data[(block.first + i) * of.strides[0]]));
+      return;
+    }
+    int64_t offsets[256];
+    for (int at = 0; at < block.count; at += 256) {
+      const int some = std::min(256, block.count - at);
+      offsets_of(tensor.dims, tensor.sizes, of.strides, block.first + at, some, offsets);
+      for (int i = 0; i < some; ++i) sum += f(widen(data[offsets[i]]));
+    }
+  });
+}
+
+// r of a tensor, from the means of grad^2 and of m^2; moves v on. What is not finite leaves v, but for its bias.
+template <class T>
+double next_size(
+    const UpdateSizes& sizes, T& v, double mean_square, double momentum_square, double step, double beta) {
+  constexpr double kSlow = 0.999;  // normalize.SLOW_BETA
+  const double bias_before = 1 - std::pow(kSlow, step - 1), bias = 1 - std::pow(kSlow, step);
+  const double before = bias_before > 0 ? double(v) / bias_before : 0;
+  const bool finite = mean_square < 0x1p126;  // reference.LARGEST
+  v = T(kSlow * double(v) + (1 - kSlow) * (finite ? mean_square : before));
+  const double unbiased = double(v) / bias;
+  if (unbiased < 0x1p-126) return sizes.rms;  // reference.SMALLEST
+  const double noise = std::sqrt((1 - beta) / (1 + beta));  // RMS of a momentum of noise, in the noise's
+  return std::min(sizes.most, sizes.rms / noise * std::sqrt(momentum_square / unbiased) / (1 - std::pow(beta, step)));
+}
+
 // u is -0.0 where the step has not touched it, since the gradient is not finite: such a coordinate keeps its value.
 template <class T>
 void move_block(const StepTensor& tensor, const T* u, int64_t first, int count, T factor, T decay) {
@@ -133,8 +166,10 @@ void move_block(const StepTensor& tensor, const T* u, int64_t first, int count, 
 // The step onto memory of -0.0 that lies as the parameters do, which then holds u; then two passes over that.
 template <class T>
 void step_scaled(
-    const StepArguments& arguments, const StepTensor* from, int64_t count, double rms, const Parallel& parallel) {
+    const StepArguments& arguments, const StepTensor* from, int64_t count, const UpdateSizes& sizes,
+    const Parallel& parallel) {
   std::vector<Flat> flats, onto;
+  std::vector<T*> squares_of;
   std::vector<StepTensor> raw;
   std::vector<int64_t> starts;
   std::vector<Block> blocks;
@@ -144,6 +179,7 @@ void step_scaled(
   for (int64_t i = 0; i < count; ++i) {
     if (from[i].count == 0) continue;
     flats.emplace_back(from[i]);
+    if (sizes.squares) squares_of.push_back(static_cast<T*>(sizes.squares[i]));
     starts.push_back(coordinates);
     for (int64_t first = 0; first < from[i].count; first += kBlock)
       blocks.push_back({int64_t(flats.size()) - 1, first, int(std::min(kBlock, from[i].count - first))});
@@ -167,37 +203,57 @@ void step_scaled(
   step<T>(step_arguments, parallel);
 
   const int workers = int(std::clamp<int64_t>(coordinates / (8 * kBlock), 1, parallel.threads));
-  std::vector<double> squares(blocks.size()), sums(flats.size());
+  struct Sums {
+    double u = 0, grad = 0, m = 0;
+  };
+  std::vector<Sums> parts(blocks.size()), sums(flats.size());
   auto start = [&](const Block& block) { return updates.data() + starts[block.tensor] + block.first; };
   share(parallel, workers, int64_t(blocks.size()), 4, [&](int, int64_t b) {
-    squares[b] = sum_of_squares(start(blocks[b]), blocks[b].count);
+    parts[b].u = sum_of_squares(start(blocks[b]), blocks[b].count);
+    if (!sizes.squares) return;
+    const StepTensor& tensor = flats[blocks[b].tensor].tensor;
+    auto square = [](auto x) { return double(T(x)) * double(T(x)); };
+    sum_strided(tensor.grad, tensor, blocks[b], parts[b].grad, square);
+    sum_strided(tensor.state, tensor, blocks[b], parts[b].m, square);  // the first row: m
   });
-  for (size_t b = 0; b < blocks.size(); ++b) sums[blocks[b].tensor] += squares[b];
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    Sums& sum = sums[blocks[b].tensor];
+    sum.u += parts[b].u, sum.grad += parts[b].grad, sum.m += parts[b].m;
+  }
+  std::vector<T> factors(flats.size());
   const T lr = T(read(arguments.lr)), decay = lr * T(arguments.weight_decay);
+  for (size_t i = 0; i < flats.size(); ++i) {
+    const StepTensor& tensor = flats[i].tensor;
+    const double n = double(tensor.count), beta = arguments.net.beta1;
+    double r = sizes.rms;
+    if (sizes.squares) r = next_size(sizes, *squares_of[i], sums[i].grad / n, sums[i].m / n, read(tensor.step), beta);
+    const T root = T(std::sqrt(sums[i].u / n));
+    factors[i] = root >= T(0x1p-126) ? lr * T(r) / root : T(0);  // reference.SMALLEST
+  }
   share(parallel, workers, int64_t(blocks.size()), 4, [&](int, int64_t b) {
     const Block& block = blocks[b];
     const StepTensor& tensor = flats[block.tensor].tensor;
-    const T root = T(std::sqrt(sums[block.tensor] / double(tensor.count)));
-    const T factor = root >= T(0x1p-126) ? lr * T(rms) / root : T(0);  // reference.SMALLEST
-    move_block(tensor, start(block), block.first, block.count, factor, decay);
+    move_block(tensor, start(block), block.first, block.count, factors[block.tensor], decay);
   });
 }
 
 template <class T>
-void step_scaled(const StepArguments& arguments, double rms, const Parallel& parallel) {
+void step_scaled(const StepArguments& arguments, const UpdateSizes& sizes, const Parallel& parallel) {
   for (int64_t first = 0, last; first < arguments.tensor_count; first = last) {
     int64_t coordinates = 0;
     for (last = first; last < arguments.tensor_count && (last == first || coordinates < kTogether); ++last)
       coordinates += arguments.tensors[last].count;
-    step_scaled<T>(arguments, arguments.tensors + first, last - first, rms, parallel);
+    UpdateSizes with = sizes;
+    if (with.squares) with.squares += first;
+    step_scaled<T>(arguments, arguments.tensors + first, last - first, with, parallel);
   }
 }
 
 }  // namespace
 
-void lstm_step_scaled_cpu(const StepArguments& arguments, double rms, const Parallel& parallel) {
-  if (arguments.weights_dtype == DType::float64) return step_scaled<double>(arguments, rms, parallel);
-  step_scaled<float>(arguments, rms, parallel);
+void lstm_step_scaled_cpu(const StepArguments& arguments, const UpdateSizes& sizes, const Parallel& parallel) {
+  if (arguments.weights_dtype == DType::float64) return step_scaled<double>(arguments, sizes, parallel);
+  step_scaled<float>(arguments, sizes, parallel);
 }
 
 void lstm_step_cpu(const StepArguments& arguments, const Parallel& parallel) {

@@ -14,8 +14,8 @@ struct Cpu {
   }
 
   static void step(const StepArguments& arguments, const Tensor&) { lstm_step_cpu(arguments, threads()); }
-  static void step_scaled(const StepArguments& arguments, double rms, const Tensor&) {
-    lstm_step_scaled_cpu(arguments, rms, threads());
+  static void step_scaled(const StepArguments& arguments, const UpdateSizes& sizes, const Tensor&) {
+    lstm_step_scaled_cpu(arguments, sizes, threads());
   }
   static void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, const Tensor&) {
     lstm_unroll_cpu(arguments, updates, last, threads());

@@ -46,10 +46,11 @@ struct Cuda {
     lstm_step_cuda(arguments, workspace.mutable_data_ptr(), place.stream());
   }
 
-  static void step_scaled(const StepArguments& arguments, double rms, const Tensor& weights) {
+  static void step_scaled(const StepArguments& arguments, const UpdateSizes& sizes, const Tensor& weights) {
+    L2L_CHECK(!sizes.squares, "slow_squares must be empty on a GPU: normalize.update_sizes is what there is");
     const Place place(weights);
     Tensor workspace = workspace_of(lstm_step_scaled_cuda_workspace(arguments), weights);
-    lstm_step_scaled_cuda(arguments, rms, workspace.mutable_data_ptr(), place.stream());
+    lstm_step_scaled_cuda(arguments, sizes.rms, workspace.mutable_data_ptr(), place.stream());
   }
 
   static void unroll(

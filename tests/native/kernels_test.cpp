@@ -23,7 +23,10 @@ struct TwoThreads {
   Parallel parallel = {2, run_threads};
 
   void step(const StepArguments& arguments) const { lstm_step_cpu(arguments, parallel); }
-  void step_scaled(const StepArguments& arguments, double rms) const { lstm_step_scaled_cpu(arguments, rms, parallel); }
+  static constexpr bool kSquares = true;
+  void step_scaled(const StepArguments& arguments, const UpdateSizes& sizes) const {
+    lstm_step_scaled_cpu(arguments, sizes, parallel);
+  }
   void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last) const {
     lstm_unroll_cpu(arguments, updates, last, parallel);
   }

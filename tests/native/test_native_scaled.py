@@ -15,6 +15,64 @@ def check(param, grad, state, config, rtol=2e-5, **options):
     step([param], [grad], [state], config, **options)
     close(param, wanted[0], rtol=rtol, atol=4e-6)
     close(state, wanted[1])
+    for v, after in zip(options.get("slow", ()), wanted[2:], strict=True):
+        close(v, after)
+
+
+SQUARES = {"none yet": 0.0, "small": 1e-9, "large": 3.0}
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("before", SQUARES)
+@pytest.mark.parametrize("size", [size for size in SIZES if size])
+@pytest.mark.parametrize("config", [RNNPROP, LINEAR], ids=["rnnprop", "linear"])
+def test_sizes_of_updates_that_follow_the_gradients(isa, config, size, before, maximize):
+    for most in (2 * RMS, 1e6):
+        options = {"slow": [torch.tensor(SQUARES[before])], "most": most, "maximize": maximize}
+        check(torch.randn(size), make_grads(size), make_state(size, config), config, weight_decay=0.1, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("canonical", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_they_follow_strided_gradients_of_any_dtype(layout, canonical, dtype):
+    param = LAYOUTS[layout]().to(torch.float64)
+    grad = torch.empty(param.shape).copy_(make_grads(*param.shape)).to(dtype)
+    state = ops.new_state(param, LINEAR) if canonical else torch.empty(*param.shape, state_size(LINEAR))
+    state.copy_(torch.empty(state.shape).uniform_(0, 0.9))
+    check(param, grad, state, LINEAR, slow=[torch.tensor(1e-3)], most=10.0)
+
+
+@pytest.mark.parametrize("worst", [float("nan"), float("inf"), 1e30])
+def test_what_is_not_finite_leaves_what_the_gradients_were(isa, worst):
+    param, grad, state, v = torch.randn(70), make_grads(70), make_state(70, LINEAR), torch.tensor(1e-3)
+    grad[::7] = worst
+    known = v / (1 - 0.999**2)
+    check(param, grad, state, LINEAR, slow=[v], most=10.0)
+    torch.testing.assert_close(v / (1 - 0.999**3), known)
+
+
+def test_a_gradient_of_nothing_leaves_the_size_of_noise():
+    param, v = torch.randn(20), torch.tensor(0.0)
+    check(param, torch.zeros(20), make_state(20, LINEAR), LINEAR, slow=[v], most=10.0)
+    assert v == 0
+
+
+@pytest.mark.parametrize(("squares", "config", "message"), [
+    ([torch.tensor(0.0)], RNNPROP, "slow_squares must be empty or have one for each of the 2 parameters, got 1"),
+    ([torch.tensor(0.0)] * 2, PAPER, "slow_squares must be empty for a network whose features are no moments"),
+    ([torch.zeros(2)] * 2, RNNPROP, r"a slow_square must be one number in the dtype of the weights, got shape \[2\]"),
+    ([torch.tensor(0.0, dtype=torch.float64)] * 2, RNNPROP, "a slow_square must be one number in the dtype of the wei"),
+])  # fmt: skip
+@pytest.mark.parametrize("native", [True, False])
+def test_bad_squares_are_refused_before_anything_changes(native, squares, config, message):
+    params, steps = [torch.zeros(3) for _ in range(2)], [torch.tensor(1.0)] * 2
+    states = [make_state(3, config) for _ in params]
+    op = torch.ops.l2l_fast.lstm_step_scaled_ if native else ops.REFERENCE["lstm_step_scaled_"]
+    rest = torch.tensor(1.0), steps, *arguments.codes(config), 0.0, False, RMS, squares, 1.0
+    with pytest.raises(RuntimeError, match=message):
+        op(params, [torch.ones(3)] * 2, states, make_weights(config), *rest)
+    assert not torch.stack(params).any()
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.3, "maximize": True}], ids=["plain", "decay"])
@@ -93,10 +151,12 @@ def test_many_tensors_and_any_threads_give_what_each_alone_does():
         params = [torch.ones(size) for size in sizes]
         grads = [make_grads(size, seed=i) for i, size in enumerate(sizes)]
         states = [ops.new_state(param, RNNPROP) for param in params]
+        slow = [torch.tensor(0.0) for _ in params]
         groups = [slice(None)] if together else [slice(i, i + 1) for i in range(len(sizes))]
         for group in groups:
-            step(params[group], grads[group], states[group], RNNPROP, weights=weights, weight_decay=0.1)
-        return torch.cat(params)
+            options = {"weights": weights, "weight_decay": 0.1, "slow": slow[group], "most": 2 * RMS}
+            step(params[group], grads[group], states[group], RNNPROP, **options)
+        return torch.cat([*params, torch.stack(slow)])
 
     try:
         for threads in (1, 2, 3):

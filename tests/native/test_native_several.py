@@ -108,7 +108,7 @@ def test_updates_scaled_over_each_networks_tensor(native):
     param, grad, state = problem(LINEAR, 4, 70)
     weights, alone = make_networks(LINEAR, 4), (param.clone(), state.clone())
     op = torch.ops.l2l_fast.lstm_step_scaled_ if native else ops.REFERENCE["lstm_step_scaled_"]
-    rest = torch.tensor(0.7), [torch.tensor(3.0)], *arguments.codes(LINEAR), 0.1, False, 0.6
+    rest = torch.tensor(0.7), [torch.tensor(3.0)], *arguments.codes(LINEAR), 0.1, False, 0.6, [], 0.6
     op([param], [grad], [state], weights, *rest)
     for k in range(4):
         op([alone[0][k]], [grad[k]], [alone[1][k]], weights[k], *rest)
