@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from l2l_fast.config import Config, has_moments
-from l2l_fast.reference import LARGEST, SMALLEST, outside_autocast
+from l2l_fast.reference import SMALLEST, outside_autocast
 
 LEARNED_SHARE = 0.5  # RMS of the learned part beside that of the orthogonalized momentum, 1: docs/notebook.md
 SLOW_BETA = 0.999  # of a tensor's mean square that its momentum is measured by; Adam's beta2
@@ -148,7 +148,7 @@ def _next_square(v: Tensor, means: Tensor, step: Tensor, beta: float, rms: float
     """v after a step, of tensors whose mean squares are given, and what their gradients are multiplied by."""
     biases = 1 - beta ** (step - 1)
     before = torch.where(biases > 0, v / torch.where(biases > 0, biases, 1.0), 0.0)
-    v = beta * v + (1 - beta) * torch.where(means < LARGEST, means, before)
+    v = beta * v + (1 - beta) * torch.where(means.isfinite(), means, before)
     unbiased = v / (1 - beta**step)
     return v, torch.where(unbiased >= SMALLEST, rms / unbiased.clamp_min(SMALLEST).sqrt(), 0.0)
 

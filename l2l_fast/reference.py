@@ -26,8 +26,6 @@ TILE = 4096
 
 # float32's smallest normal number: kernels hold no smaller v, whatever their dtype.
 SMALLEST = 2.0**-126
-# A tensor's mean square from here on is not finite, as a coordinate's is (config.gradient_limit), whatever the dtype.
-LARGEST = 2.0**126
 
 
 def split_state(state: Tensor, config: Config) -> list[Tensor]:
@@ -180,7 +178,7 @@ def relative_to_rms(grad: Tensor, v: Tensor, step: Tensor, config: Config, rms: 
     bias = 1 - config.beta2**step
     mean = grad.square().mean() if grad.numel() else grad.new_zeros(())
     before = v / (1 - config.beta2 ** (step - 1)) if step > 1 else torch.zeros_like(mean)
-    v = config.beta2 * v + (1 - config.beta2) * (mean if mean < LARGEST else before)
+    v = config.beta2 * v + (1 - config.beta2) * (mean if mean.isfinite() else before)
     return (grad * (rms / (v / bias).sqrt()) if v / bias >= SMALLEST else 0 * grad), v
 
 
@@ -196,7 +194,7 @@ def update_size(
     """
     mean = grad.square().mean() if grad.numel() else grad.new_zeros(())
     before = v / (1 - beta ** (step - 1)) if step > 1 else torch.zeros_like(mean)
-    v = beta * v + (1 - beta) * (mean if mean < LARGEST else before)
+    v = beta * v + (1 - beta) * (mean if mean.isfinite() else before)
     unbiased = v / (1 - beta**step)
     if unbiased < SMALLEST:
         return torch.full_like(v, rms), v

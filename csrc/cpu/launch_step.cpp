@@ -131,7 +131,7 @@ double next_size(
   constexpr double kSlow = 0.999;  // normalize.SLOW_BETA
   const double bias_before = 1 - std::pow(kSlow, step - 1), bias = 1 - std::pow(kSlow, step);
   const double before = bias_before > 0 ? double(v) / bias_before : 0;
-  const bool finite = mean_square < 0x1p126;  // reference.LARGEST
+  const bool finite = std::isfinite(T(mean_square));
   v = T(kSlow * double(v) + (1 - kSlow) * (finite ? mean_square : before));
   const double unbiased = double(v) / bias;
   if (unbiased < 0x1p-126) return sizes.rms;  // reference.SMALLEST

@@ -43,7 +43,7 @@ def test_they_follow_strided_gradients_of_any_dtype(layout, canonical, dtype):
     check(param, grad, state, LINEAR, slow=[torch.tensor(1e-3)], most=10.0)
 
 
-@pytest.mark.parametrize("worst", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("worst", [float("nan"), float("inf")])
 def test_what_is_not_finite_leaves_what_the_gradients_were(isa, worst):
     param, grad, state, v = torch.randn(70), make_grads(70), make_state(70, LINEAR), torch.tensor(1e-3)
     grad[::7] = worst
