@@ -132,8 +132,8 @@ def check_step(params, grads, states, weights, lr, steps, *args) -> None:
 
 
 def check_step_scaled(params, grads, states, weights, lr, steps, *args) -> None:
-    *args, _, squares, _ = args
-    check_step(params, grads, states, weights, lr, steps, *args)
+    *plain, _, squares, _ = args
+    check_step(params, grads, states, weights, lr, steps, *plain)
     if not squares:
         return
     if len(squares) != len(params):
@@ -142,7 +142,7 @@ def check_step_scaled(params, grads, states, weights, lr, steps, *args) -> None:
         )
     if weights.dim() == 2:
         raise RuntimeError("slow_squares must be empty for several networks at once")
-    if not has_moments(_config(*args[:-2])):
+    if not has_moments(_config(*plain[:-2])):
         raise RuntimeError("slow_squares must be empty for a network whose features are no moments")
     for square in squares:
         _check(square, "a slow_square", weights, _FLOATING)
