@@ -21,7 +21,7 @@ from torch import Tensor
 
 from l2l_fast.files import replacing, write_text
 
-FORMAT_VERSION = 2  # 1 had no update_rms, input_rms, orthogonalize and linear_path, which have their defaults there
+FORMAT_VERSION = 2  # 1 had no linear_path and none of networks.SURROUNDINGS: they have their defaults there
 LSTM = "CoordinatewiseLSTM"  # the kind of network that a folder holds unless it says otherwise
 KINDS = {  # and what reads and steps each of them
     LSTM: "CoordinatewiseLSTM.from_pretrained reads it, and LSTMOptimizer steps it",

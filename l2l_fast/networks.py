@@ -54,9 +54,9 @@ class CoordinatewiseLSTM(nn.Module):
             square being over the parameter's whole tensor, so that ``lr`` alone is the size of a step, as it is for
             AdamW. It belongs to the optimizer's step and to meta-training: :meth:`forward`, which knows no tensors,
             gives u.
-        max_update_rms: None: every update has that size. A number: r is what gradients of pure noise get, the more a
-            tensor's gradients agree from step to step the larger its update is, and this is the largest: 5 r is
-            Adam's ratio of the two (:func:`~l2l_fast.normalize.update_sizes`). Needs moments and ``update_rms``.
+        max_update_rms: None: every update has that size. A number: r is what gradients of pure noise get, and the more
+            a tensor's gradients agree from step to step, the larger is its update, up to this; with five times r, as
+            large as Adam's are (:func:`~l2l_fast.normalize.update_sizes`). Needs moments and ``update_rms``.
         input_rms: None: the LSTM sees gradients as they are. A number c: c * d / sqrt(mean d^2), the mean being over
             the parameter's whole tensor and, with decay rate ``betas[1]``, over the steps so far. The loss may then be
             in any unit, and layers have gradients of any size. As ``update_rms`` it belongs to the step.
@@ -81,6 +81,8 @@ class CoordinatewiseLSTM(nn.Module):
         Andrychowicz et al. 2016, https://arxiv.org/abs/1606.04474 (log_sign, linear output);
         Lv, Jiang and Li 2017, https://arxiv.org/abs/1703.03633 (moments, projection, tanh output).
     """
+
+    max_update_rms: float | None = None  # of networks that an earlier version pickled
 
     def __init__(
         self,

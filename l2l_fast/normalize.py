@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
-from l2l_fast.config import Config, has_moments
+from l2l_fast.config import Config, gradient_limit, has_moments
 from l2l_fast.reference import SMALLEST, outside_autocast
 
 LEARNED_SHARE = 0.5  # RMS of the learned part beside that of the orthogonalized momentum, 1: docs/notebook.md
 SLOW_BETA = 0.999  # of a tensor's mean square that its momentum is measured by; Adam's beta2
+MOST_GROWTH = 100.0  # of a step's mean square beside the running one: an outlier would slow a tensor for 10,000 steps
 MAX_SIDE = 16384  # of a matrix to orthogonalize: beyond are vocabularies, whose rows have nothing to do with each other
 TOGETHER = 2**20  # coordinates of matrices that a CPU orthogonalizes in one call: its caches hold them
 TOGETHER_ON_GPU = 2**26  # more would gain nothing, and take gigabytes while it lasts
@@ -139,18 +140,32 @@ def relative(
     wholes = grads if wholes is None else wholes
     v, step = torch.stack(list(squares)), torch.stack(list(steps)).to(squares[0].dtype)
     grads = [grad.to(v.dtype) for grad in grads]
-    roots = [root.to(v.dtype) for root in root_mean_squares(grads, wholes)]
-    v, factors = _next_square(v, torch.stack(roots).square(), step, config.beta2, rms)
+    means, finite = _mean_squares(grads, wholes, gradient_limit(config, v.dtype, v.dtype), v.dtype)
+    v, factors = _next_square(v, means, finite, step, config.beta2, rms)
     return list(torch._foreach_mul(grads, list(factors.unbind()))), v
 
 
-def _next_square(v: Tensor, means: Tensor, step: Tensor, beta: float, rms: float) -> tuple[Tensor, Tensor]:
-    """v after a step, of tensors whose mean squares are given, and what their gradients are multiplied by."""
+def _mean_squares(grads, wholes, limit: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean squares [K] of gradients, and whether these are finite: their norm below what one coordinate has to be."""
+    roots = root_mean_squares(grads, wholes, dtype)
+    norms = torch._foreach_mul(roots, [_root_of_count(whole) for whole in wholes])
+    return torch.stack(roots).square(), torch.stack(norms) < limit
+
+
+def _next_square(
+    v: Tensor, means: Tensor, finite: Tensor, step: Tensor, beta: float, scale: float, growth: float = math.inf
+) -> tuple[Tensor, Tensor]:
+    """v after a step, of tensors whose mean squares are given, and scale / sqrt of it, 0 where v is.
+
+    growth: of a mean square, at most, beside v as it was.
+    """
     biases = 1 - beta ** (step - 1)
     before = torch.where(biases > 0, v / torch.where(biases > 0, biases, 1.0), 0.0)
-    v = beta * v + (1 - beta) * torch.where(means.isfinite(), means, before)
+    if growth < math.inf:
+        means = torch.where(before > 0, torch.minimum(means, growth * before), means)
+    v = beta * v + (1 - beta) * torch.where(finite, means, before)
     unbiased = v / (1 - beta**step)
-    return v, torch.where(unbiased >= SMALLEST, rms / unbiased.clamp_min(SMALLEST).sqrt(), 0.0)
+    return v, torch.where(unbiased >= SMALLEST, scale / unbiased.clamp_min(SMALLEST).sqrt(), 0.0)
 
 
 def update_sizes(
@@ -169,7 +184,8 @@ def update_sizes(
     v <- b v + (1 - b) mean grad^2,   b = 0.999
 
     A momentum of independent gradients without a mean has sqrt((1 - beta1) / (1 + beta1)) of their RMS, so that r is
-    ``rms`` for noise. When gradients shrink, r does, until v has forgotten what they were.
+    ``rms`` for noise. When gradients shrink, r does, until v has forgotten what they were. A mean square counts as at
+    most a hundred times the v before it, without its bias, so that one outlier does not slow a tensor for long.
 
     Args:
         grads: real tensors of this rank, what the network has seen.
@@ -177,28 +193,30 @@ def update_sizes(
         squares: v of each before the step, 0-dim; left as they are.
         steps: number of this step for each, 0-dim.
         config: for its ``beta1``.
-        rms: ``update_rms``, also what a tensor has whose gradients were never finite, or 0.
+        rms: ``update_rms``, also what a tensor has whose gradients were never finite.
         max_rms: ``max_update_rms``.
         wholes: what ``grads`` are the local, real views of, in shape and placement.
 
     Returns:
-        r, and v after the step, both [K]; of a tensor with a gradient that is not finite, v is what it was, but for
-        the bias towards the start.
+        r, and v after the step, both [K]; r is 0 where all gradients were, or smaller than a square can be. Of a tensor
+        with a gradient that is not finite, v is what it was, but for the bias towards the start.
     """
     wholes = grads if wholes is None else wholes
     v, step = torch.stack(list(squares)), torch.stack(list(steps)).to(squares[0].dtype)
-    means = torch.stack(root_mean_squares(grads, wholes, v.dtype)).square()
+    limit = gradient_limit(config, v.dtype, states[0].dtype)
+    means, finite = _mean_squares(grads, wholes, limit, v.dtype)
     roots = torch.stack(root_mean_squares([state[..., 0] for state in states], wholes, v.dtype))
-    return _next_sizes(v, means, roots, step, config, rms, max_rms)
+    return _next_sizes(v, means, finite, roots, step, config, rms, max_rms)
 
 
 def _next_sizes(
-    v: Tensor, means: Tensor, roots: Tensor, step: Tensor, config: Config, rms: float, max_rms: float
+    v: Tensor, means: Tensor, finite: Tensor, roots: Tensor, step: Tensor, config: Config, rms: float, max_rms: float
 ) -> tuple[Tensor, Tensor]:
     """r and v after a step, of tensors whose mean squares and whose momenta's root mean squares are given."""
-    v, factors = _next_square(v, means, step, SLOW_BETA, rms * math.sqrt((1 + config.beta1) / (1 - config.beta1)))
+    scale = rms * math.sqrt((1 + config.beta1) / (1 - config.beta1))
+    v, factors = _next_square(v, means, finite, step, SLOW_BETA, scale, MOST_GROWTH)
     found = (factors * roots / (1 - config.beta1**step)).clamp_max(max_rms)
-    return torch.where(factors > 0, found, rms), v
+    return torch.where((factors > 0) | finite, found, rms), v
 
 
 def move_(
@@ -282,7 +300,7 @@ def root_mean_squares(
     updates: Sequence[Tensor], wholes: Sequence[Tensor], dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """RMS of each, 0-dim and of ``dtype`` if given; of what is sharded, over the whole tensor. An empty one has 0."""
-    counts = [math.sqrt(max(1, whole.numel() * (2 if whole.is_complex() else 1))) for whole in wholes]
+    counts = [_root_of_count(whole) for whole in wholes]
     if dtype is not None:  # a norm is taken in a wider dtype, not in a narrower one
         updates = [update.to(dtype) if update.dtype.itemsize > dtype.itemsize else update for update in updates]
     roots = list(torch._foreach_div(torch._foreach_norm(list(updates), dtype=dtype), counts))
@@ -302,6 +320,11 @@ def root_mean_squares(
         for place, root in zip(places, summed.unbind(), strict=True):
             roots[place] = root
     return roots
+
+
+def _root_of_count(whole: Tensor) -> float:
+    """The root of the number of real coordinates: a norm beside its RMS."""
+    return math.sqrt(max(1, whole.numel() * (2 if whole.is_complex() else 1)))
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -406,6 +429,8 @@ def _newton_schulz(x: Tensor, steps: int) -> Tensor:
         return matrices.mH if matrices.is_complex() else matrices.mT
 
     dtype = x.dtype
+    if x.numel():  # of a gradient that has vanished the squares would be 0, or that of a large one infinite
+        x = x / x.detach().abs().amax((1, 2), keepdim=True).clamp_min(SMALLEST)
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(SMALLEST)
     if _on_matrix_units(x):
         x = x.bfloat16()
@@ -432,11 +457,19 @@ def _on_matrix_units(x: Tensor) -> bool:
 
 def relative_rows(grads: Tensor, v: Tensor, step: Tensor, sizes: Sequence[int], config: Config, rms: float) -> Tensor:
     """:func:`relative` of rows [..., N] that hold one tensor after another; moves v [..., K] on."""
-    pieces = grads.split(list(sizes), -1)
-    means = torch.stack([piece.square().mean(-1) for piece in pieces], -1)
-    moved, factors = _next_square(v, means, step.to(v.dtype), config.beta2, rms)
+    means, finite = _mean_squares_of_rows(grads, sizes, gradient_limit(config, v.dtype, v.dtype))
+    moved, factors = _next_square(v, means, finite, step.to(v.dtype), config.beta2, rms)
     v.copy_(moved)
+    pieces = grads.split(list(sizes), -1)
     return torch.cat([piece * factors[..., place, None] for place, piece in enumerate(pieces)], -1)
+
+
+def _mean_squares_of_rows(rows: Tensor, sizes: Sequence[int], limit: float) -> tuple[Tensor, Tensor]:
+    """:func:`_mean_squares` of rows [..., N] that hold one tensor after another, [..., K] each; differentiable."""
+    sums = torch.stack([piece.square().sum(-1) for piece in rows.split(list(sizes), -1)], -1)
+    counts = [max(1, size) for size in sizes]
+    means = torch.stack([one / count for one, count in zip(sums.unbind(-1), counts, strict=True)], -1)
+    return means, sums < limit**2
 
 
 def size_rows(
@@ -457,13 +490,12 @@ def size_rows(
         both differentiable.
     """
 
-    def means(rows: Tensor) -> Tensor:
-        return torch.stack([piece.square().mean(-1) for piece in rows.split(list(sizes), -1)], -1)
-
-    squares = means(momenta)
+    limit = gradient_limit(config, grads.dtype, momenta.dtype)
+    means, finite = _mean_squares_of_rows(grads, sizes, limit)
+    squares, _ = _mean_squares_of_rows(momenta, sizes, limit)
     moves = squares > 0  # twice asked: autograd would make NaN of a root's derivative at 0
     roots = torch.where(moves, torch.where(moves, squares, 1.0).sqrt(), 0.0)
-    return _next_sizes(v, means(grads), roots, step.to(v.dtype), config, rms, max_rms)
+    return _next_sizes(v, means, finite, roots, step.to(v.dtype), config, rms, max_rms)
 
 
 def join_rows(updates: Tensor, momenta: Tensor, shapes: Sequence[torch.Size]) -> Tensor:

@@ -442,7 +442,7 @@ class LSTMOptimizer(Optimizer):
 
     def _lr(self, lr: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         if isinstance(lr, Tensor):
-            return lr.to(device, dtype)  # what a float becomes, too
+            return lr.to(device, dtype).reshape(())  # what a float becomes, too
         if torch.compiler.is_compiling():  # which would compile anew for each value that it is compared with
             return torch.ones((), dtype=dtype, device=device) * lr
         key = ("lr", device)

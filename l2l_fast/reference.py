@@ -177,8 +177,9 @@ def relative_to_rms(grad: Tensor, v: Tensor, step: Tensor, config: Config, rms: 
     """
     bias = 1 - config.beta2**step
     mean = grad.square().mean() if grad.numel() else grad.new_zeros(())
+    finite = grad.norm() < gradient_limit(config, grad.dtype, grad.dtype)
     before = v / (1 - config.beta2 ** (step - 1)) if step > 1 else torch.zeros_like(mean)
-    v = config.beta2 * v + (1 - config.beta2) * (mean if mean.isfinite() else before)
+    v = config.beta2 * v + (1 - config.beta2) * (mean if finite else before)
     return (grad * (rms / (v / bias).sqrt()) if v / bias >= SMALLEST else 0 * grad), v
 
 
@@ -189,15 +190,19 @@ def update_size(
 
     r = rms * sqrt((1 + beta1) / (1 - beta1)) * RMS(m / (1 - beta1^step)) / sqrt(v / (1 - beta^step)), at most max_rms
 
-    v <- beta v + (1 - beta) mean grad^2; where a gradient is not finite, v is what it was, but for its bias. m is the
-    state's after the step. Where v is 0, r is ``rms``. :mod:`l2l_fast.normalize` is how it is computed.
+    v <- beta v + (1 - beta) mean grad^2, which counts as at most 100 times the v before, without its bias; where a
+    gradient is not finite, v is what it was, but for its bias. m is the state's after the step. Where v is 0, r is, or
+    ``rms`` if that is for want of finite gradients. :mod:`l2l_fast.normalize` is how it is computed.
     """
     mean = grad.square().mean() if grad.numel() else grad.new_zeros(())
+    finite = grad.norm() < gradient_limit(config, grad.dtype, m.dtype)
     before = v / (1 - beta ** (step - 1)) if step > 1 else torch.zeros_like(mean)
-    v = beta * v + (1 - beta) * (mean if mean.isfinite() else before)
+    if before > 0:
+        mean = torch.minimum(mean, 100 * before)
+    v = beta * v + (1 - beta) * (mean if finite else before)
     unbiased = v / (1 - beta**step)
     if unbiased < SMALLEST:
-        return torch.full_like(v, rms), v
+        return torch.full_like(v, 0.0 if finite else rms), v
     noise = math.sqrt((1 - config.beta1) / (1 + config.beta1))  # RMS of a momentum of noise, in the noise's
     agreed = m.square().mean().sqrt() / (1 - config.beta1**step) / unbiased.sqrt()
     return (rms * agreed / noise).clamp_max(max_rms), v

@@ -531,6 +531,79 @@ def test_noise_has_the_size_of_the_update_and_agreement_more(scale, state_dtype,
     assert sizes[100:].mean().item() == pytest.approx(min(3.0, RMS * (power * 1.95 / 0.05) ** 0.5), rel=0.03)
 
 
+def test_an_outlier_slows_a_tensor_for_no_longer_than_its_momentum_has_it():
+    torch.manual_seed(0)
+    noise = torch.randn(400, 1000)
+    usual = steps_of(nn.Parameter(torch.zeros(1000)), make_network(max_update_rms=3.0), noise)
+    for outlier in (1e3, 1e6):
+        spiked = noise.clone()
+        spiked[60, 7] = outlier
+        sizes = steps_of(nn.Parameter(torch.zeros(1000)), make_network(max_update_rms=3.0), spiked)
+        assert sizes[61] > 2 * usual[61]  # as Adam's are then
+        torch.testing.assert_close(sizes[-1], usual[-1], rtol=0.35, atol=0)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_gradient_that_is_too_large_counts_as_one_that_is_not_finite(fused):
+    theta, gradient = nn.Parameter(torch.zeros(1000)), torch.randn(1000)
+    optimizer = LSTMOptimizer([theta], make_network(max_update_rms=3.0), lr=0.1, fused=fused)
+    for worst in (1.0, 1.2e19, 1e30):  # the second has a finite square
+        theta.grad, before = gradient.clone(), theta.detach().clone()
+        theta.grad[3] = worst
+        optimizer.step()
+        known = optimizer.state[theta]["slow_square"] / (1 - 0.999 ** optimizer.state[theta]["step"])
+        torch.testing.assert_close(known, gradient.square().mean(), rtol=0.02, atol=0)
+        assert theta[4] != before[4]
+    assert theta[3] == before[3]
+
+
+@pytest.mark.parametrize("orthogonalize", [False, True])
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("max_update_rms", [None, 3.0])
+def test_gradients_that_vanish_leave_finite_parameters(fused, orthogonalize, max_update_rms):
+    """A layer that died: its momentum falls by 0.95 a step, until its squares are no numbers any more."""
+    theta, network = nn.Parameter(torch.ones(8, 6)), make_network(max_update_rms=max_update_rms)
+    optimizer = LSTMOptimizer([theta], network, lr=1e-3, orthogonalize=orthogonalize, fused=fused)
+    for step in range(100):
+        theta.grad = 1e-2 * torch.randn(8, 6) if step < 20 else torch.zeros(8, 6)
+        optimizer.step()
+    for magnitude in (1e-18, 1e-22, 1e-24, 1e-30, 1e-37, 1e-40, 1e-45, 0.0):
+        with torch.no_grad():
+            optimizer.state[theta]["lstm"][..., 0] = magnitude * torch.randn(8, 6)
+        before = theta.detach().clone()
+        optimizer.step()
+        assert theta.isfinite().all()
+    if max_update_rms is not None:
+        assert torch.equal(theta, before)  # and rest
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-20, 1e20, 1e37])
+def test_orthogonalize_knows_no_scale(scale):
+    matrix = torch.randn(5, 8)
+    torch.testing.assert_close(
+        normalize.orthogonalize(scale * matrix), normalize.orthogonalize(matrix), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("orthogonalize", [False, True])
+@pytest.mark.parametrize("max_update_rms", [None, 3.0])
+def test_a_rate_may_be_a_tensor_of_one_element(orthogonalize, max_update_rms):
+    params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3, 3))]
+    network = make_network(max_update_rms=max_update_rms)
+    optimizer = LSTMOptimizer(params, network, lr=torch.tensor([1e-3]), orthogonalize=orthogonalize)
+    set_gradients(params, 0)
+    optimizer.step()
+    assert all(param.ne(1).all() for param in params)
+
+
+def test_networks_that_an_earlier_version_pickled_have_no_largest_size():
+    network = make_network()
+    del network.__dict__["max_update_rms"]
+    again = pickle.loads(pickle.dumps(network))
+    assert again.options == make_network().options
+    LSTMOptimizer([nn.Parameter(torch.ones(2))], again)
+
+
 def test_steps_shrink_with_the_gradients_until_they_are_forgotten():
     torch.manual_seed(0)
     noise = torch.randn(6000, 200)

@@ -127,14 +127,14 @@ void sum_strided(const Strided& of, const StepTensor& tensor, const Block& block
 // r of a tensor, from the means of grad^2 and of m^2; moves v on. What is not finite leaves v, but for its bias.
 template <class T>
 double next_size(
-    const UpdateSizes& sizes, T& v, double mean_square, double momentum_square, double step, double beta) {
-  constexpr double kSlow = 0.999;  // normalize.SLOW_BETA
+    const UpdateSizes& sizes, T& v, double mean_square, bool finite, double momentum_square, double step, double beta) {
+  constexpr double kSlow = 0.999, kGrowth = 100;  // normalize.SLOW_BETA, MOST_GROWTH
   const double bias_before = 1 - std::pow(kSlow, step - 1), bias = 1 - std::pow(kSlow, step);
   const double before = bias_before > 0 ? double(v) / bias_before : 0;
-  const bool finite = std::isfinite(T(mean_square));
+  if (before > 0) mean_square = std::min(mean_square, kGrowth * before);
   v = T(kSlow * double(v) + (1 - kSlow) * (finite ? mean_square : before));
   const double unbiased = double(v) / bias;
-  if (unbiased < 0x1p-126) return sizes.rms;  // reference.SMALLEST
+  if (unbiased < 0x1p-126) return finite ? 0 : sizes.rms;  // reference.SMALLEST
   const double noise = std::sqrt((1 - beta) / (1 + beta));  // RMS of a momentum of noise, in the noise's
   return std::min(sizes.most, sizes.rms / noise * std::sqrt(momentum_square / unbiased) / (1 - std::pow(beta, step)));
 }
@@ -226,7 +226,11 @@ void step_scaled(
     const StepTensor& tensor = flats[i].tensor;
     const double n = double(tensor.count), beta = arguments.net.beta1;
     double r = sizes.rms;
-    if (sizes.squares) r = next_size(sizes, *squares_of[i], sums[i].grad / n, sums[i].m / n, read(tensor.step), beta);
+    if (sizes.squares) {
+      const double limit = arguments.net.gradient_limit(sizeof(T) == 8, tensor.state.dtype);
+      const bool finite = std::sqrt(sums[i].grad) < limit;
+      r = next_size(sizes, *squares_of[i], sums[i].grad / n, finite, sums[i].m / n, read(tensor.step), beta);
+    }
     const T root = T(std::sqrt(sums[i].u / n));
     factors[i] = root >= T(0x1p-126) ? lr * T(r) / root : T(0);  // reference.SMALLEST
   }

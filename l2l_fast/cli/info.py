@@ -35,7 +35,7 @@ def info(as_json: Json = False) -> None:
 
 
 def _rule(network: CoordinatewiseLSTM) -> str:
-    """How a network's lr is meant, such as "update_rms 0.2, lr 0.001 unless given"."""
+    """How a network's lr is meant, such as "update_rms 0.2 to 1, lr 0.001 unless given"."""
     size = "steps of its own size" if network.update_rms is None else f"update_rms {network.update_rms:g}"
     if network.max_update_rms is not None:
         size += f" to {network.max_update_rms:g}"

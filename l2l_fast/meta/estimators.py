@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from l2l_fast import normalize, ops
+from l2l_fast.config import gradient_limit
 from l2l_fast.meta import seeds
 from l2l_fast.meta.options import TrainerOptions
 from l2l_fast.meta.unroll import (
@@ -66,7 +67,7 @@ class TruncatedBackpropagation:
         >>> from l2l_fast.meta.unroll import Rule, Trajectory
         >>> network = l2l.CoordinatewiseLSTM("moments", hidden_size=4, num_layers=1)
         >>> trajectory = Trajectory(l2l.tasks.Instances(l2l.tasks.Quadratic(), [0, 1]), network.config)
-        >>> rule = Rule(network.config, network.flat_weights().detach())
+        >>> rule = Rule.of(network)
         >>> window = TruncatedBackpropagation(rule).prepare(trajectory, 5)
         >>> window().gradient.shape == rule.weights.shape, trajectory.steps_done
         (True, 5)
@@ -170,12 +171,14 @@ class Imitation:
         grads[0] = trajectory.grad
         moves = theta.new_empty(length, *theta.shape)
         rates = (rule.lr * trajectory.rates[:length])[:, None, None]
-        inputs, momentum, sizes = torch.empty_like(moves), trajectory.state[..., 0].clone(), []
+        inputs, momentum, rms = torch.empty_like(moves), trajectory.state[..., 0].clone(), rule.update_rms
+        limit, sizes = gradient_limit(rule.config, rule.weights.dtype, trajectory.state.dtype), []
         for t in range(length):
-            before, step = theta.clone(), trajectory.step + t + 1
-            inputs[t] = trajectory.relative_(grads[t], rule, step)
-            momentum = torch.where(inputs[t].isfinite(), momentum.lerp(inputs[t], 1 - rule.config.beta1), momentum)
-            sizes.append(trajectory.update_sizes_(inputs[t], momentum, rule, step))
+            before, number = theta.clone(), trajectory.step + t + 1
+            inputs[t] = x = trajectory.relative_(grads[t], rule, number)
+            if rule.max_update_rms is not None:  # the state's own momentum is known after the window alone
+                momentum = torch.where(x.abs() < limit, momentum.lerp(x, 1 - rule.config.beta1), momentum)
+                sizes.append(trajectory.update_sizes_(x, momentum, rule, number))
             theta.grad = grads[t]
             self.teacher.step()
             moves[t] = theta - before + rates[t] * rule.weight_decay * before  # what lr * u should be
@@ -186,10 +189,8 @@ class Imitation:
             first_state, flat = trajectory.state.view(size, -1), inputs.view(length, size)
             updates, last_state = ops.lstm_unroll(flat, first_state, rule.weights, rule.config, step)
             if rule.update_rms is not None:
-                raw, rms = (
-                    updates.view_as(moves),
-                    rule.update_rms if rule.max_update_rms is None else torch.stack(sizes),
-                )
+                raw = updates.view_as(moves)
+                rms = torch.stack(sizes) if sizes else rms
                 updates = normalize.scale_rows(raw, trajectory.sizes, rms).view(length, size)
             rates = rates.view(length, 1)
             error = rates * updates - moves.view(length, size)
@@ -232,7 +233,7 @@ class EvolutionStrategies:
         >>> from l2l_fast.meta.estimators import EvolutionStrategies
         >>> from l2l_fast.meta.unroll import Rule, Trajectory
         >>> network = l2l.CoordinatewiseLSTM("moments", hidden_size=4, num_layers=1)
-        >>> rule = Rule(network.config, network.flat_weights().detach())
+        >>> rule = Rule.of(network)
         >>> pes = EvolutionStrategies(rule, perturbations=4, persistent=True)
         >>> instances = l2l.tasks.Instances(l2l.tasks.Quadratic(), [0, 1])
         >>> trajectory = Trajectory(instances, network.config, copies=pes.copies)

@@ -79,7 +79,9 @@ class Run:
             del settings["lr_schedule"]
         for name in options.unheeded + ["estimator"] * (options.estimator == "backpropagation"):
             del settings[name]
-        settings |= {name: getattr(network, name) for name in SURROUNDINGS[1:] if getattr(network, name)}
+        settings |= {
+            name: getattr(network, name) for name in SURROUNDINGS if name != "update_rms" and getattr(network, name)
+        }
         settings |= {"linear_path": True} if linear_path else {}
         settings["frozen"], settings["ranks"] = self.update.frozen, ranks.world()
         return settings

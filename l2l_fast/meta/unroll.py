@@ -226,6 +226,7 @@ class Trajectory:
 
     def load_state_dict(self, saved: dict) -> None:
         saved = dict(saved)
+        self.slow_square.zero_()  # which earlier versions' have none of
         self.instances.load_state_dict(saved.pop("instances"))
         self.steps_done = saved.pop("steps_done")
         self.step.fill_(self.steps_done)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from l2l_fast import normalize
 from l2l_fast.files import append_line, write_text
-from l2l_fast.networks import CoordinatewiseLSTM
+from l2l_fast.networks import CoordinatewiseLSTM, digest
 from l2l_fast.optim import LSTMOptimizer
 from l2l_fast.reproduce.processes import spread
 from l2l_fast.schedule import warm_cosine
@@ -232,6 +232,7 @@ class Job:
     seed: int
     steps: int
     network: str
+    digest: str = ""  # of the network: its name may have come to mean another
 
 
 def _do(job: Job) -> dict:
@@ -274,11 +275,13 @@ def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, i
         chosen = [name for name in chosen if name not in ("control", "learned")]
     job = partial(Job, steps=plan.steps)
 
-    def of(rival: str) -> str:
-        return plan.network if rival not in ("AdamW", "Nesterov", "Muon") else ""
+    identity = {"network": plan.network, "digest": digest(network)}
+
+    def of(rival: str) -> dict[str, str]:
+        return identity if rival not in ("AdamW", "Nesterov", "Muon") else {"network": ""}
 
     tuning = [
-        job(workload=workload, rival=rival, lr=lr, seed=TUNING_SEED, network=of(rival))
+        job(workload=workload, rival=rival, lr=lr, seed=TUNING_SEED, **of(rival))
         for workload in plan.workloads for rival in chosen for lr in table[rival].rates if plan.rates_from is None
     ]  # fmt: skip
     _fill(tuning, done, path, jobs, progress and partial(progress, "tuning"))
@@ -294,7 +297,7 @@ def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, i
     swaps = {(workload, rival): rates[workload, "AdamW"] for workload, rival in rates if rival in LEARNED}
     shown = {
         (workload, rival, lr): [
-            job(workload=workload, rival=rival, lr=lr, seed=SEED + seed, network=of(rival))
+            job(workload=workload, rival=rival, lr=lr, seed=SEED + seed, **of(rival))
             for seed in range(plan.seeds)
         ]
         for pairs in (rates, swaps) for (workload, rival), lr in pairs.items()
