@@ -97,7 +97,7 @@ def rule() -> None:
         "Muon, and AdamW for the rest": _muon,
         "l2l-base": lambda params: LSTMOptimizer(params).step,
         "l2l-base, orthogonalize=False": lambda params: LSTMOptimizer(params, orthogonalize=False).step,
-        # Without max_update_rms, in lstm_step_scaled_'s four launches: what bench/results/h100/first.txt has as l2l-base.
+        # Without max_update_rms, in lstm_step_scaled_'s four launches: what h100/first.txt has as l2l-base.
         "one size": lambda params: LSTMOptimizer(params, of_one_size).step,
         "one size, orthogonalize=False": lambda params: LSTMOptimizer(params, of_one_size, orthogonalize=False).step,
     }
