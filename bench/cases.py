@@ -52,6 +52,14 @@ def network(name: str = "paper", **options) -> CoordinatewiseLSTM:
     return CoordinatewiseLSTM(**NETWORKS[name] | options).to(device)
 
 
+def of_one_size() -> CoordinatewiseLSTM:
+    """The default network without ``max_update_rms``: steps of one size."""
+    shipped = CoordinatewiseLSTM.from_pretrained("l2l-base")
+    made = CoordinatewiseLSTM(**shipped.options | {"max_update_rms": None})
+    made.load_flat_weights_(shipped.flat_weights())
+    return made
+
+
 def params(shapes: list[tuple[int, ...]]) -> list[Tensor]:
     """Parameters with gradients of mixed magnitude, so that both branches of the log_sign features are taken."""
     generator = torch.Generator().manual_seed(1)

@@ -20,7 +20,7 @@ import torch
 import cases
 import ours
 import rivals
-from l2l_fast import CoordinatewiseLSTM, LSTMOptimizer
+from l2l_fast import LSTMOptimizer
 
 PREDICTED = {
     ("small", "a CUDA graph"): "0.8 to 1.3 of fused Adam's",
@@ -88,9 +88,7 @@ def rule() -> None:
     """The default network's step, scaled over each tensor, of the MNIST network and of a transformer."""
     blocks = 12 if cases.device.type == "cuda" else 1
     block = [(768, 256), (768,), (256, 256), (256,), (1024, 256), (1024,), (256, 1024), (256,), (256,), (256,)]
-    shipped = CoordinatewiseLSTM.from_pretrained("l2l-base")
-    of_one_size = CoordinatewiseLSTM(**shipped.options | {"max_update_rms": None})
-    of_one_size.load_flat_weights_(shipped.flat_weights())
+    of_one_size = cases.of_one_size()
     models = {"16k": cases.SIZES["16k"], "9.5M" if blocks == 12 else "0.8M": block * blocks}
     ways = {
         "AdamW fused": lambda params: _adamw(params).step,

@@ -39,11 +39,6 @@ ESTIMATORS = {
 WINDOW = 100  # steps whose batches are drawn at once
 
 
-def rule_of(network: l2l.CoordinatewiseLSTM, weights: Tensor) -> Rule:
-    """``weights``: [W], or a network for each row of a trajectory, [B, W]."""
-    return Rule.of(network, weights)
-
-
 def start(task: Task, network: l2l.CoordinatewiseLSTM, seeds, rate: float, horizon: int, window: int, copies: int = 1):
     schedule = partial(warm_cosine, rate, horizon)
     return Trajectory(Instances(task, seeds), network.config, window=window, schedule=schedule, copies=copies)
@@ -53,7 +48,7 @@ def direction(task: Task, network: l2l.CoordinatewiseLSTM, name: str, rate: floa
     """Meta-gradients of the first and the last window, each of length 1."""
     make, window, horizon = ESTIMATORS[name]
     trajectory = start(task, network, seeds, rate, horizon, window)
-    estimator = make(rule_of(network, network.flat_weights().detach()), "log")
+    estimator = make(Rule.of(network), "log")
     found = [estimator.prepare(trajectory, window)().gradient for _ in range(horizon // window)]
     return found[0] / found[0].norm(), found[-1] / found[-1].norm()
 
@@ -68,7 +63,7 @@ def losses(
     trajectory = start(task, network, seeds, rate, horizon, WINDOW, copies=count + 1 - count % 2)
     rows = len(trajectory.theta) // len(seeds)
     candidates = torch.cat([candidates, candidates[:1].expand(rows - count, -1)])  # an odd number of copies
-    rule, found = rule_of(network, candidates.repeat_interleave(len(seeds), 0)), []
+    rule, found = Rule.of(network, candidates.repeat_interleave(len(seeds), 0)), []
     for first in range(0, horizon, WINDOW):
         length = min(WINDOW, horizon - first)
         peak = warm_cosine(1.0, horizon, max(first + length // 2, horizon // 20)) if falls else 1.0

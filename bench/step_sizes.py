@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 import l2l_fast as l2l
+from cases import of_one_size
 from general import RATES, SEEDS, TASKS
 from l2l_fast import normalize
 from l2l_fast.reproduce import workloads
 from l2l_fast.tasks import get
+from l2l_fast.tasks.workloads import WORKLOADS
 
-UPDATE_RMS = 0.2
 FORMS = ("constant", "tensor", "network", "adam", "damped")
 
 
@@ -37,6 +38,7 @@ class Sized:
 
     def __init__(self, params, lr: float, network: l2l.CoordinatewiseLSTM, form: argparse.Namespace) -> None:
         self.params, self.form, self.step_number = list(params), form, 0
+        self.unit = network.update_rms  # what a factor of 1 is
         self.inner = l2l.LSTMOptimizer(self.params, network, lr)
         self.param_groups = self.inner.param_groups
         self.momenta = [torch.zeros_like(param) for param in self.params]
@@ -57,7 +59,7 @@ class Sized:
             param.copy_(old + factor * (param - old) - lr * workloads.WEIGHT_DECAY * old)
 
     def _factors(self) -> list[Tensor]:
-        form, t = self.form, self.step_number
+        form, t, unit = self.form, self.step_number, self.unit
         noise = math.sqrt((1 - form.beta1) / (1 + form.beta1))  # RMS of a momentum of noise, in the noise's
         means, squares, recents = [], [], []
         for param, m, v, recent in zip(self.params, self.momenta, self.squares, self.recent, strict=True):
@@ -72,7 +74,7 @@ class Sized:
             return [torch.ones(())] * len(means)
         if form.form == "adam":
             pairs = zip(means, squares, strict=True)
-            found = [(m / (v.sqrt() + 1e-8)).square().mean().sqrt() / UPDATE_RMS for m, v in pairs]
+            found = [(m / (v.sqrt() + 1e-8)).square().mean().sqrt() / unit for m, v in pairs]
         elif form.form == "damped":
             pairs = zip(recents, squares, strict=True)
             found = [(recent / v.clamp_min(1e-37)).sqrt().clamp_max(1.0) for recent, v in pairs]
@@ -83,7 +85,7 @@ class Sized:
         else:
             pairs = zip(means, squares, strict=True)
             found = [m.square().mean().sqrt() / v.sqrt().clamp_min(1e-30) / noise for m, v in pairs]
-        return [form.factor * (one**form.power).clamp_max(form.most / UPDATE_RMS) for one in found]
+        return [form.factor * (one**form.power).clamp_max(form.most / unit) for one in found]
 
 
 def main() -> None:
@@ -98,13 +100,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--workload", nargs="+", default=[], help="in place of the four tasks")
+    parser.add_argument("--workload", nargs="+", default=[], choices=WORKLOADS, help="in place of the four tasks")
     form = parser.parse_args()
     torch.set_num_threads(1)
     normalize.LEARNED_SHARE = form.share
-    shipped = l2l.CoordinatewiseLSTM.from_pretrained("l2l-base")
-    network = l2l.CoordinatewiseLSTM(**shipped.options | {"update_rms": UPDATE_RMS, "max_update_rms": None})
-    network.load_flat_weights_(shipped.flat_weights())
+    network = of_one_size()
 
     def make(params, lr):
         return Sized(params, lr, network, form)

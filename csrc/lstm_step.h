@@ -44,7 +44,7 @@ struct StepArguments {
 void lstm_step_cpu(const StepArguments& arguments, const Parallel& parallel);
 
 // The root mean square r that the updates of a tensor are scaled to: `rms`. With `squares`, of networks with moments,
-// rms is for noise, and gradients that agree from step to step have more, at most `most` (normalize.update_sizes):
+// rms is for noise, and gradients that agree from step to step have more, at most `most` (normalize.update_sizes_):
 //   r = rms * sqrt((1 + beta1) / (1 - beta1)) * RMS(m / (1 - beta1^step)) / sqrt(v / (1 - b^step)),   b = 0.999
 struct UpdateSizes {
   double rms, most;
@@ -53,9 +53,8 @@ struct UpdateSizes {
 
 // The step with the updates of every tensor scaled to the root mean square r:
 //   theta <- theta + lr * (r * u / RMS(u) - weight_decay * theta)
-// The coordinates that are kept count as u = 0; where all of u is 0, only weight decay is
-// left. Needs one of the arithmetic's scalars a coordinate of the largest tensors while it runs. The sums are in a
-// fixed order.
+// The coordinates that are kept count as u = 0; where all of u is 0, only weight decay is left. Needs one of the
+// arithmetic's scalars a coordinate of the largest tensors while it runs. The sums are in a fixed order.
 void lstm_step_scaled_cpu(const StepArguments& arguments, const UpdateSizes& sizes, const Parallel& parallel);
 
 // The same on a GPU: data, weights and scalars in its memory, structs and strides in the host's, where they are needed
@@ -66,8 +65,8 @@ void lstm_step_scaled_cpu(const StepArguments& arguments, const UpdateSizes& siz
 int64_t lstm_step_cuda_workspace(const StepArguments& arguments);
 void lstm_step_cuda(const StepArguments& arguments, void* workspace, void* stream);
 
-// lstm_step_scaled_cpu's rule on a GPU for one r, in four launches for any number of tensors: scratch, step, sums of squares,
-// moves. Its workspace is one of the arithmetic's scalars a coordinate and some more.
+// lstm_step_scaled_cpu's rule on a GPU for one r, in four launches for any number of tensors: scratch, step, sums of
+// squares, moves. Its workspace is one of the arithmetic's scalars a coordinate and some more.
 int64_t lstm_step_scaled_cuda_workspace(const StepArguments& arguments);
 void lstm_step_scaled_cuda(const StepArguments& arguments, double rms, void* workspace, void* stream);
 

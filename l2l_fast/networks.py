@@ -56,7 +56,7 @@ class CoordinatewiseLSTM(nn.Module):
             gives u.
         max_update_rms: None: every update has that size. A number: r is what gradients of pure noise get, and the more
             a tensor's gradients agree from step to step, the larger is its update, up to this; with five times r, as
-            large as Adam's are (:func:`~l2l_fast.normalize.update_sizes`). Needs moments and ``update_rms``.
+            large as Adam's are (:func:`~l2l_fast.normalize.update_sizes_`). Needs moments and ``update_rms``.
         input_rms: None: the LSTM sees gradients as they are. A number c: c * d / sqrt(mean d^2), the mean being over
             the parameter's whole tensor and, with decay rate ``betas[1]``, over the steps so far. The loss may then be
             in any unit, and layers have gradients of any size. As ``update_rms`` it belongs to the step.

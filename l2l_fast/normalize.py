@@ -4,7 +4,7 @@ x <- input_rms * grad / sqrt(v),    v <- beta2 v + (1 - beta2) mean grad^2, with
 d, state <- m(x, state; phi)
 d <- d / (2 RMS(d)) - o / RMS(o) of a matrix,    o = NS(beta1 m + (1 - beta1) x), m being the state's running mean of x
 theta <- theta - lr * weight_decay * theta + lr * r * d / RMS(d)
-r = update_rms;   with max_update_rms: update_rms for noise, the more the gradients agree (:func:`update_sizes`)
+r = update_rms;   with max_update_rms: update_rms for noise, the more the gradients agree (:func:`update_sizes_`)
 
 Means and root mean squares are over a whole tensor; where they are 0, nothing moves. The kernels need not know of any
 of it: they step scratch tensors of zeros, which then hold d, and all else is passes over many tensors at once. Nothing
@@ -168,7 +168,7 @@ def _next_square(
     return v, torch.where(unbiased >= SMALLEST, scale / unbiased.clamp_min(SMALLEST).sqrt(), 0.0)
 
 
-def update_sizes(
+def update_sizes_(
     grads: Sequence[Tensor],
     states: Sequence[Tensor],
     squares: Sequence[Tensor],
@@ -177,7 +177,7 @@ def update_sizes(
     rms: float,
     max_rms: float,
     wholes: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """How far tensors move: as far as Adam would, which goes far where gradients agree from step to step.
 
     r = rms * sqrt((1 + beta1) / (1 - beta1)) * RMS(m / (1 - beta1^step)) / sqrt(v / (1 - b^step)), at most max_rms
@@ -190,7 +190,7 @@ def update_sizes(
     Args:
         grads: real tensors of this rank, what the network has seen.
         states: after the step, [..., S].
-        squares: v of each before the step, 0-dim; left as they are.
+        squares: v of each, 0-dim; moved on.
         steps: number of this step for each, 0-dim.
         config: for its ``beta1``.
         rms: ``update_rms``, also what a tensor has whose gradients were never finite.
@@ -198,15 +198,17 @@ def update_sizes(
         wholes: what ``grads`` are the local, real views of, in shape and placement.
 
     Returns:
-        r, and v after the step, both [K]; r is 0 where all gradients were, or smaller than a square can be. Of a tensor
-        with a gradient that is not finite, v is what it was, but for the bias towards the start.
+        r, [K]; 0 where all gradients were, or smaller than a square can be. Of a tensor with a gradient that is not
+        finite, v stays what it was, but for the bias towards the start.
     """
     wholes = grads if wholes is None else wholes
     v, step = torch.stack(list(squares)), torch.stack(list(steps)).to(squares[0].dtype)
     limit = gradient_limit(config, v.dtype, states[0].dtype)
     means, finite = _mean_squares(grads, wholes, limit, v.dtype)
     roots = torch.stack(root_mean_squares([state[..., 0] for state in states], wholes, v.dtype))
-    return _next_sizes(v, means, finite, roots, step, config, rms, max_rms)
+    sizes, v = _next_sizes(v, means, finite, roots, step, config, rms, max_rms)
+    torch._foreach_copy_(list(squares), list(v.unbind()))
+    return sizes
 
 
 def _next_sizes(
@@ -466,17 +468,16 @@ def relative_rows(grads: Tensor, v: Tensor, step: Tensor, sizes: Sequence[int], 
 
 def _mean_squares_of_rows(rows: Tensor, sizes: Sequence[int], limit: float) -> tuple[Tensor, Tensor]:
     """:func:`_mean_squares` of rows [..., N] that hold one tensor after another, [..., K] each; differentiable."""
-    sums = torch.stack([piece.square().sum(-1) for piece in rows.split(list(sizes), -1)], -1)
-    counts = [max(1, size) for size in sizes]
-    means = torch.stack([one / count for one, count in zip(sums.unbind(-1), counts, strict=True)], -1)
-    return means, sums < limit**2
+    sums = [piece.square().sum(-1) for piece in rows.split(list(sizes), -1)]
+    means = [one / max(1, size) for one, size in zip(sums, sizes, strict=True)]
+    return torch.stack(means, -1), torch.stack(sums, -1) < limit**2
 
 
 def size_rows(
     grads: Tensor, momenta: Tensor, v: Tensor, step: Tensor, sizes: Sequence[int], config: Config, rms: float,
     max_rms: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """:func:`update_sizes` of rows [..., N] that hold one tensor after another: r and v after the step, [..., K].
+    """:func:`update_sizes_` of rows [..., N] that hold one tensor after another: r and v after the step, [..., K].
 
     Args:
         grads: what the network has seen, [..., N].
@@ -489,7 +490,6 @@ def size_rows(
     Returns:
         both differentiable.
     """
-
     limit = gradient_limit(config, grads.dtype, momenta.dtype)
     means, finite = _mean_squares_of_rows(grads, sizes, limit)
     squares, _ = _mean_squares_of_rows(momenta, sizes, limit)

@@ -71,8 +71,7 @@ def _step_scaled(params, grads, states, weights, lr, steps, *args) -> None:
     op = torch.ops.l2l_fast.lstm_step_
     updates = normalize.raw_updates(op, params, grads, states, weights, lr, steps, *config, weight_decay, maximize)
     if slow_squares:
-        rms, moved = normalize.update_sizes(grads, states, slow_squares, steps, Config.of(*config), rms, max_rms)
-        torch._foreach_copy_(slow_squares, list(moved.unbind()))
+        rms = normalize.update_sizes_(grads, states, slow_squares, steps, Config.of(*config), rms, max_rms)
     normalize.move_(params, updates, lr, rms, weight_decay)
 
 

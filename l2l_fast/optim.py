@@ -281,12 +281,12 @@ class LSTMOptimizer(Optimizer):
     def _run(self, call: _Call) -> None:
         op = torch.ops.l2l_fast.lstm_step_reference_ if self.fused is False else torch.ops.l2l_fast.lstm_step_
         network, (tensors, grads, states, weights, lr, steps, *rest) = call.network, call.arguments
-        square = slow_square = updates = None
+        squares = updates = None
         ops.count_versions(call.params)
         torch._foreach_add_(steps, 1)
         try:
             if network.input_rms is not None:
-                grads, square = normalize.relative(
+                grads, squares = normalize.relative(
                     grads, call.squares["square"], steps, network.config, network.input_rms, call.params
                 )
             arguments = (tensors, grads, states, weights, lr, steps, *rest)
@@ -302,21 +302,20 @@ class LSTMOptimizer(Optimizer):
         except RuntimeError:
             torch._foreach_sub_(steps, 1)
             raise
+        if squares is not None:
+            torch._foreach_copy_(call.squares["square"], list(squares.unbind()))
         if updates is not None and network.update_rms is not None:
             weight_decay, maximize = rest[-2:]
             sizes: float | Tensor = network.update_rms
             if network.max_update_rms is not None:
-                bounds = network.update_rms, network.max_update_rms
-                sizes, slow_square = normalize.update_sizes(
-                    grads, states, call.squares["slow_square"], steps, network.config, *bounds, call.params
-                )
+                sizes = normalize.update_sizes_(
+                    grads, states, call.squares["slow_square"], steps, network.config, network.update_rms,
+                    network.max_update_rms, call.params,
+                )  # fmt: skip
             momenta = None
             if call.orthogonalize:
                 momenta = normalize.flat_momenta(updates, grads, states, network.config, maximize)
             normalize.move_(tensors, updates, lr, sizes, weight_decay, call.params, momenta)
-        for name, moved in {"square": square, "slow_square": slow_square}.items():
-            if moved is not None:
-                torch._foreach_copy_(call.squares[name], list(moved.unbind()))
 
     def _has_scaled_kernel(self, call: _Call) -> bool:
         """Whether one operator does it all: the step of whole tensors, and their updates scaled."""

@@ -106,22 +106,32 @@ double sum_of_squares(const T* u, int count) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Over all coordinates of a block, by their numbers in the parameter's memory order.
+// f(i, element) of coordinates first + i of one of a tensor's three, in the parameter's memory order.
 template <class F>
-void sum_strided(const Strided& of, const StepTensor& tensor, const Block& block, double& sum, F f) {
+void for_each_of(const Strided& of, const StepTensor& tensor, int64_t first, int count, F f) {
   with_dtype(of.dtype, [&](auto* null) {
-    const auto* data = static_cast<const std::remove_pointer_t<decltype(null)>*>(of.data);
+    using E = std::remove_pointer_t<decltype(null)>;
     if (tensor.dims == 1) {
-      for (int i = 0; i < block.count; ++i) sum += f(widen(data[(block.first + i) * of.strides[0]]));
-      return;
+      const int64_t stride = of.strides[0];
+      return for_each<E>({of.data, of.dtype, stride, nullptr}, first * stride, count, f);
     }
     int64_t offsets[256];
-    for (int at = 0; at < block.count; at += 256) {
-      const int some = std::min(256, block.count - at);
-      offsets_of(tensor.dims, tensor.sizes, of.strides, block.first + at, some, offsets);
-      for (int i = 0; i < some; ++i) sum += f(widen(data[offsets[i]]));
+    for (int at = 0; at < count; at += 256) {
+      const int some = std::min(256, count - at);
+      offsets_of(tensor.dims, tensor.sizes, of.strides, first + at, some, offsets);
+      for_each<E>({of.data, of.dtype, 1, offsets}, 0, some, [&](int i, E& x) { f(at + i, x); });
     }
   });
+}
+
+template <class T>
+double sum_of_squares(const Strided& of, const StepTensor& tensor, const Block& block) {
+  double sum = 0;
+  for_each_of(of, tensor, block.first, block.count, [&](int, const auto& element) {
+    const double x = double(T(widen(element)));
+    sum += x * x;
+  });
+  return sum;
 }
 
 // r of a tensor, from the means of grad^2 and of m^2; moves v on. What is not finite leaves v, but for its bias.
@@ -142,24 +152,11 @@ double next_size(
 // u is -0.0 where the step has not touched it, since the gradient is not finite: such a coordinate keeps its value.
 template <class T>
 void move_block(const StepTensor& tensor, const T* u, int64_t first, int count, T factor, T decay) {
-  with_dtype(tensor.param.dtype, [&](auto* null) {
-    using E = std::remove_pointer_t<decltype(null)>;
-    auto move = [&](T update, E& theta) {
-      if (update == 0 && std::signbit(update)) return;
-      const T change = decay == 0 ? factor * update : factor * update - decay * T(widen(theta));
-      narrow(widen(theta) + change, theta);
-    };
-    E* data = static_cast<E*>(tensor.param.data);
-    if (tensor.dims == 1 && tensor.param.strides[0] == 1) {
-      for (int i = 0; i < count; ++i) move(u[i], data[first + i]);
-      return;
-    }
-    int64_t offsets[256];
-    for (int at = 0; at < count; at += 256) {
-      const int some = std::min(256, count - at);
-      offsets_of(tensor.dims, tensor.sizes, tensor.param.strides, first + at, some, offsets);
-      for (int i = 0; i < some; ++i) move(u[at + i], data[offsets[i]]);
-    }
+  for_each_of(tensor.param, tensor, first, count, [&](int i, auto& theta) {
+    const T update = u[i];
+    if (update == 0 && std::signbit(update)) return;
+    const T change = decay == 0 ? factor * update : factor * update - decay * T(widen(theta));
+    narrow(widen(theta) + change, theta);
   });
 }
 
@@ -212,9 +209,8 @@ void step_scaled(
     parts[b].u = sum_of_squares(start(blocks[b]), blocks[b].count);
     if (!sizes.squares) return;
     const StepTensor& tensor = flats[blocks[b].tensor].tensor;
-    auto square = [](auto x) { return double(T(x)) * double(T(x)); };
-    sum_strided(tensor.grad, tensor, blocks[b], parts[b].grad, square);
-    sum_strided(tensor.state, tensor, blocks[b], parts[b].m, square);  // the first row: m
+    parts[b].grad = sum_of_squares<T>(tensor.grad, tensor, blocks[b]);
+    parts[b].m = sum_of_squares<T>(tensor.state, tensor, blocks[b]);  // the first row: m
   });
   for (size_t b = 0; b < blocks.size(); ++b) {
     Sums& sum = sums[blocks[b].tensor];

@@ -54,7 +54,7 @@ class Rule:
 
     @classmethod
     def of(cls, network: CoordinatewiseLSTM, weights: Tensor | None = None, lr=1.0, weight_decay=0.0) -> Rule:
-        """A network's, by its own weights unless others are given."""
+        """A network's, by its own weights unless others are given: [W], or [B, W] of as many networks as rows."""
         weights = network.flat_weights().detach() if weights is None else weights
         return cls(network.config, weights, lr, weight_decay, **{name: getattr(network, name) for name in SURROUNDINGS})
 
