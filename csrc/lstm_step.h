@@ -3,6 +3,7 @@
 
 #include "network.h"
 #include "parallel.h"
+#include "update_size.h"
 
 namespace l2l {
 
@@ -43,12 +44,10 @@ struct StepArguments {
 // A coordinate whose gradient is not finite keeps its value and its state.
 void lstm_step_cpu(const StepArguments& arguments, const Parallel& parallel);
 
-// The root mean square r that the updates of a tensor are scaled to: `rms`. With `squares`, of networks with moments,
-// rms is for noise, and gradients that agree from step to step have more, at most `most` (normalize.update_sizes_):
-//   r = rms * sqrt((1 + beta1) / (1 - beta1)) * RMS(m / (1 - beta1^step)) / sqrt(v / (1 - b^step)),   b = 0.999
+// The sizes of the updates of a group's tensors.
 struct UpdateSizes {
-  double rms, most;
-  void* const* squares;  // of each tensor v, in the weights' dtype, moved on to b v + (1 - b) mean grad^2; or nullptr
+  UpdateSize size;
+  void* const* squares;  // of each tensor v, in the weights' dtype, moved on; or nullptr: size.rms for all
 };
 
 // The step with the updates of every tensor scaled to the root mean square r:
@@ -65,9 +64,11 @@ void lstm_step_scaled_cpu(const StepArguments& arguments, const UpdateSizes& siz
 int64_t lstm_step_cuda_workspace(const StepArguments& arguments);
 void lstm_step_cuda(const StepArguments& arguments, void* workspace, void* stream);
 
-// lstm_step_scaled_cpu's rule on a GPU for one r, in four launches for any number of tensors: scratch, step, sums of
-// squares, moves. Its workspace is one of the arithmetic's scalars a coordinate and some more.
+// lstm_step_scaled_cpu's rule on a GPU, in five launches for any number of tensors: scratch, step, sums of squares,
+// sizes, moves. The squares are in its memory, the array of their addresses in the host's. Its workspace is one of the
+// arithmetic's scalars a coordinate and some more.
 int64_t lstm_step_scaled_cuda_workspace(const StepArguments& arguments);
-void lstm_step_scaled_cuda(const StepArguments& arguments, double rms, void* workspace, void* stream);
+void lstm_step_scaled_cuda(
+    const StepArguments& arguments, const UpdateSizes& sizes, void* workspace, void* stream);
 
 }  // namespace l2l

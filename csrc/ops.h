@@ -42,7 +42,7 @@ struct Ops {
     Backend::step_scaled(
         {net, weights.const_data_ptr(), networks_of(weights), dtype_of(weights, "weights"), tensors.data(),
          int64_t(tensors.size()), scalar(lr, "lr", weights), weight_decay, maximize},
-        {update_rms, max_update_rms, slow_squares.empty() ? nullptr : squares.data()}, weights);
+        {{update_rms, max_update_rms}, slow_squares.empty() ? nullptr : squares.data()}, weights);
   }
 
   static std::tuple<Tensor, Tensor> unroll(

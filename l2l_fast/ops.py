@@ -76,7 +76,7 @@ def _step_scaled(params, grads, states, weights, lr, steps, *args) -> None:
 
 
 # Of networks with update_rms, tensors that are whole: what normalize does around lstm_step_, or a kernel in two passes.
-# slow_squares: with max_update_rms, v of each tensor; otherwise none. On a GPU there is no kernel for these.
+# slow_squares: with max_update_rms, v of each tensor; otherwise none.
 _define(
     f"lstm_step_scaled_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor weights, Tensor lr, "
     f"Tensor[] steps, {_CONFIG}, float weight_decay, bool maximize, float update_rms, Tensor(c!)[] slow_squares, "

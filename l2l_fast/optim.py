@@ -319,9 +319,7 @@ class LSTMOptimizer(Optimizer):
 
     def _has_scaled_kernel(self, call: _Call) -> bool:
         """Whether one operator does it all: the step of whole tensors, and their updates scaled."""
-        if self.fused is False or call.orthogonalize or any(map(is_sharded, call.params)):
-            return False
-        return call.network.max_update_rms is None or call.arguments[0][0].device.type == "cpu"
+        return not (self.fused is False or call.orthogonalize or any(map(is_sharded, call.params)))
 
     @torch.compiler.assume_constant_result
     def _prepare(self) -> None:

@@ -79,7 +79,7 @@ void run_several(const Network& net, int64_t count, DType dtype, const Backend& 
 }
 
 // A Backend has the launchers step(StepArguments), step_scaled(StepArguments, UpdateSizes), unroll(UnrollArguments, updates, last)
-// and unroll_backward(UnrollArguments, UnrollGradients), and kSquares: whether a tensor's update can have its own size.
+// and unroll_backward(UnrollArguments, UnrollGradients).
 template <class T, class Backend>
 void run(const Network& net, int64_t count, int64_t horizon, DType dtype, const Backend& backend) {
   const int rows = net.state_rows();
@@ -110,10 +110,9 @@ void run(const Network& net, int64_t count, int64_t horizon, DType dtype, const 
     expect(param[i] == 0 && state[i] == before[i], "a gradient that is not finite changes nothing");
   T square = 0;
   void* const squares[] = {&square};
-  const bool own = Backend::kSquares && net.has_moments();
   backend.step_scaled(
       {net, weights.data(), 1, dtype, &tensor, 1, {&lr, Number::float32}, 0.1, false},
-      {0.6, 3, own ? squares : nullptr});
+      {{0.6, 3}, net.has_moments() ? squares : nullptr});
   expect(square >= 0 && square < T(INFINITY), "a mean square is finite");
   expect(finite(param) && finite(state), "a scaled step is finite");
   for (int64_t i = 1; count > 2 && i < 3; ++i)

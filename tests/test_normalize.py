@@ -604,6 +604,20 @@ def test_networks_that_an_earlier_version_pickled_have_no_largest_size():
     LSTMOptimizer([nn.Parameter(torch.ones(2))], again)
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.95])
+def test_sizes_in_float32_lose_no_digits_to_the_bias_of_early_steps(beta1):
+    config = CoordinatewiseLSTM("both", 2, 1, betas=(beta1, 0.95)).config
+    grads = [torch.randn(50) for _ in range(4)]
+    m, v, exact = torch.zeros(50, dtype=torch.float64), torch.zeros(()), torch.zeros((), dtype=torch.float64)
+    for step, grad in enumerate(grads, 1):
+        m = beta1 * m + (1 - beta1) * grad.double()
+        wanted, exact = reference.update_size(grad.double(), m, exact, step, config, RMS, 1e9)
+        call = [grad], [m.float()[:, None]], [v], [torch.tensor(float(step))]
+        found = normalize.update_sizes_(*call, config, RMS, 1e9)
+        torch.testing.assert_close(found[0].double(), wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(v.double(), exact, rtol=1e-6, atol=0)
+
+
 def test_steps_shrink_with_the_gradients_until_they_are_forgotten():
     torch.manual_seed(0)
     noise = torch.randn(6000, 200)

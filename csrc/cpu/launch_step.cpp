@@ -134,21 +134,6 @@ double sum_of_squares(const Strided& of, const StepTensor& tensor, const Block& 
   return sum;
 }
 
-// r of a tensor, from the means of grad^2 and of m^2; moves v on. What is not finite leaves v, but for its bias.
-template <class T>
-double next_size(
-    const UpdateSizes& sizes, T& v, double mean_square, bool finite, double momentum_square, double step, double beta) {
-  constexpr double kSlow = 0.999, kGrowth = 100;  // normalize.SLOW_BETA, MOST_GROWTH
-  const double bias_before = 1 - std::pow(kSlow, step - 1), bias = 1 - std::pow(kSlow, step);
-  const double before = bias_before > 0 ? double(v) / bias_before : 0;
-  if (before > 0) mean_square = std::min(mean_square, kGrowth * before);
-  v = T(kSlow * double(v) + (1 - kSlow) * (finite ? mean_square : before));
-  const double unbiased = double(v) / bias;
-  if (unbiased < 0x1p-126) return finite ? 0 : sizes.rms;  // reference.SMALLEST
-  const double noise = std::sqrt((1 - beta) / (1 + beta));  // RMS of a momentum of noise, in the noise's
-  return std::min(sizes.most, sizes.rms / noise * std::sqrt(momentum_square / unbiased) / (1 - std::pow(beta, step)));
-}
-
 // u is -0.0 where the step has not touched it, since the gradient is not finite: such a coordinate keeps its value.
 template <class T>
 void move_block(const StepTensor& tensor, const T* u, int64_t first, int count, T factor, T decay) {
@@ -221,11 +206,11 @@ void step_scaled(
   for (size_t i = 0; i < flats.size(); ++i) {
     const StepTensor& tensor = flats[i].tensor;
     const double n = double(tensor.count), beta = arguments.net.beta1;
-    double r = sizes.rms;
+    double r = sizes.size.rms;
     if (sizes.squares) {
       const double limit = arguments.net.gradient_limit(sizeof(T) == 8, tensor.state.dtype);
       const bool finite = std::sqrt(sums[i].grad) < limit;
-      r = next_size(sizes, *squares_of[i], sums[i].grad / n, finite, sums[i].m / n, read(tensor.step), beta);
+      r = sizes.size.next(*squares_of[i], sums[i].grad / n, finite, sums[i].m / n, read(tensor.step), beta);
     }
     const T root = T(std::sqrt(sums[i].u / n));
     factors[i] = root >= T(0x1p-126) ? lr * T(r) / root : T(0);  // reference.SMALLEST

@@ -47,10 +47,9 @@ struct Cuda {
   }
 
   static void step_scaled(const StepArguments& arguments, const UpdateSizes& sizes, const Tensor& weights) {
-    L2L_CHECK(!sizes.squares, "slow_squares must be empty on a GPU: normalize.update_sizes_ is what there is");
     const Place place(weights);
     Tensor workspace = workspace_of(lstm_step_scaled_cuda_workspace(arguments), weights);
-    lstm_step_scaled_cuda(arguments, sizes.rms, workspace.mutable_data_ptr(), place.stream());
+    lstm_step_scaled_cuda(arguments, sizes, workspace.mutable_data_ptr(), place.stream());
   }
 
   static void unroll(

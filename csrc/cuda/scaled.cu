@@ -1,5 +1,6 @@
-// The step with every tensor's update scaled to one root mean square: the step of the group onto scratch of -0.0, which
-// then holds u, and two launches for all of its tensors, whatever their number: sums of squares, and the moves.
+// The step with every tensor's update scaled to a root mean square of its own: the step of the group onto scratch of
+// -0.0, which then holds u, and three launches for all of its tensors, whatever their number: sums of squares, sizes, and
+// the moves.
 #include "../lstm_step.h"
 #include "table.h"
 #include "tile.cuh"
@@ -26,49 +27,94 @@ L2L_DEVICE double block_sum(double value) {
   return total;
 }
 
-// Scratch of -0.0, and the number 1, which is the step's lr.
+// Scratch of -0.0, sums of 0, and the number 1, which is the step's lr.
 template <class T>
-__global__ void __launch_bounds__(kThreads) fill_kernel(T* scratch, int64_t count, T* one) {
-  const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+__global__ void __launch_bounds__(kThreads)
+    fill_kernel(T* scratch, int64_t count, double* sums, int64_t sum_count, T* one) {
+  const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, stride = int64_t(gridDim.x) * blockDim.x;
   if (first == 0) *one = T(1);
-  for (int64_t i = first; i < count; i += int64_t(gridDim.x) * blockDim.x) scratch[i] = T(-0.0);
+  for (int64_t i = first; i < sum_count; i += stride) sums[i] = 0;
+  for (int64_t i = first; i < count; i += stride) scratch[i] = T(-0.0);
 }
 
-// Of each chunk its share of the tensor's mean square. entry.grad: u; entry.state: a double for each chunk.
+// Of every chunk of an array its sum of squares. entry.grad: the array; entry.state: a double for each chunk.
 template <class T, class Entry, int bytes>
 __global__ void __launch_bounds__(kThreads) square_kernel(const __grid_constant__ Table<Entry, bytes> table) {
   for (int64_t t = blockIdx.x; t < table.tiles; t += gridDim.x) {
     const Tile chunk = find_tile(table, t, kChunk);
-    const Entry& tensor = table.entries[chunk.entry];
-    const T* u = static_cast<const T*>(tensor.grad) + chunk.first;
+    const Entry& array = table.entries[chunk.entry];
     double sum = 0;
-    for (int i = threadIdx.x; i < chunk.count; i += blockDim.x) sum += double(u[i]) * double(u[i]);
+    for (int i = threadIdx.x; i < chunk.count; i += blockDim.x) {
+      const double x = double(load<T>(array.grad, array.grad_dtype, array.offsets(chunk.first + i).grad));
+      sum += x * x;
+    }
     sum = block_sum(sum);
-    if (threadIdx.x == 0) static_cast<double*>(tensor.state)[chunk.first / kChunk] = sum / double(tensor.count);
+    if (threadIdx.x == 0) static_cast<double*>(array.state)[chunk.first / kChunk] = sum;
+  }
+}
+
+// One tensor on its way from sums to a factor.
+struct SizeEntry {
+  const double* sums;  // of the chunks of u, then, with a square, of the gradient and of m: [3][chunks]
+  void* square;        // v, or nullptr
+  void* factor;        // written
+  const void* step;
+  int64_t coordinates, chunks;
+  int64_t count, first_tile;  // 1, and its place in the table
+  double limit;               // of the gradient's norm: from it on it counts as not finite
+  Number step_kind;
+};
+
+template <class T>
+struct Sizing {
+  Scalar lr;
+  UpdateSize size;
+  double beta1;
+};
+
+// Of every tensor the factor lr r / RMS(u).
+template <class T, int bytes>
+__global__ void __launch_bounds__(kThreads)
+    size_kernel(const __grid_constant__ Sizing<T> sizing, const __grid_constant__ Table<SizeEntry, bytes> table) {
+  for (int64_t t = blockIdx.x; t < table.tiles; t += gridDim.x) {
+    const SizeEntry& tensor = table.entries[t];
+    double sums[3] = {};
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      if (k > 0 && !tensor.square) break;
+      double sum = 0;
+      for (int64_t i = threadIdx.x; i < tensor.chunks; i += blockDim.x) sum += tensor.sums[k * tensor.chunks + i];
+      sums[k] = block_sum(sum);
+    }
+    if (threadIdx.x != 0) continue;
+    const double n = double(tensor.coordinates);
+    double r = sizing.size.rms;
+    if (tensor.square) {
+      const bool finite = std::sqrt(sums[1]) < tensor.limit;
+      const double step = read({tensor.step, tensor.step_kind});
+      r = sizing.size.next(*static_cast<T*>(tensor.square), sums[1] / n, finite, sums[2] / n, step, sizing.beta1);
+    }
+    const T root = T(std::sqrt(sums[0] / n));
+    // Not a comparison that NaN fails: a NaN in the weights must show. The smallest: reference.SMALLEST.
+    *static_cast<T*>(tensor.factor) = root < T(0x1p-126) ? T(0) : T(read(sizing.lr)) * T(r) / root;
   }
 }
 
 template <class T>
 struct Move {
   Scalar lr;
-  T rms, weight_decay;
+  T weight_decay;
 };
 
-// theta <- theta + lr (rms u / RMS(u) - weight_decay theta). entry.grad: u; entry.step: the shares of its tensor's mean
-// square, entry.state_row of them.
+// theta <- theta + factor u - lr weight_decay theta. entry.grad: u; entry.step: its tensor's factor.
 template <class T, class Entry, int bytes>
 __global__ void __launch_bounds__(kThreads)
     move_kernel(const __grid_constant__ Move<T> move, const __grid_constant__ Table<Entry, bytes> table) {
-  const T lr = T(read(move.lr)), decay = lr * move.weight_decay;
+  const T decay = T(read(move.lr)) * move.weight_decay;
   for (int64_t t = blockIdx.x; t < table.tiles; t += gridDim.x) {
     const Tile chunk = find_tile(table, t, kChunk);
     const Entry& tensor = table.entries[chunk.entry];
-    const double* shares = static_cast<const double*>(tensor.step);
-    double mean = 0;
-    for (int64_t i = threadIdx.x; i < tensor.state_row; i += blockDim.x) mean += shares[i];
-    const T root = T(std::sqrt(block_sum(mean)));
-    // Not a comparison that NaN fails: a NaN in the weights must show. The smallest: reference.SMALLEST.
-    const T factor = root < T(0x1p-126) ? T(0) : lr * move.rms / root;
+    const T factor = *static_cast<const T*>(tensor.step);
     for (int i = threadIdx.x; i < chunk.count; i += blockDim.x) {
       const Offsets at = tensor.offsets(chunk.first + i);
       const T u = static_cast<const T*>(tensor.grad)[at.grad];
@@ -81,62 +127,102 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---------------------------------------------------------------- host
 
+// At least as many chunks as an array of these sizes is cut into, whatever its strides: one of more dimensions than an
+// entry holds becomes several entries, at most one for each index of its shortest dimensions.
+int64_t most_chunks(const StepTensor& tensor) {
+  std::vector<int64_t> sizes(tensor.sizes, tensor.sizes + tensor.dims);
+  std::sort(sizes.begin(), sizes.end());
+  int64_t entries = 1;
+  for (int d = 0; d < tensor.dims - StridedEntry::kDims; ++d) entries *= sizes[d];
+  return tensor.count / kChunk + entries;
+}
+
 // Where things lie in the workspace, in bytes from its start.
 struct Layout {
-  int64_t shares, scratch, step, end;  // behind the number 1; the last is the step's own workspace
+  int64_t factors, sums, scratch, step, end;  // behind the number 1; the last is the step's own workspace
+  int64_t sum_count, coordinates;
 
-  Layout(const StepArguments& arguments) {
+  Layout(const StepArguments& arguments) : factors(kLine), sum_count(0), coordinates(0) {
     const int64_t scalar = arguments.weights_dtype == DType::float64 ? 8 : 4;
-    shares = scratch = kLine;
-    int64_t coordinates = 0;
     for (int64_t i = 0; i < arguments.tensor_count; ++i) {
-      scratch += chunks_of(arguments.tensors[i].count) * int64_t(sizeof(double));
-      coordinates += up_to(kLine / scalar, arguments.tensors[i].count);
+      const StepTensor& tensor = arguments.tensors[i];
+      if (tensor.count == 0) continue;
+      sum_count += 3 * most_chunks(tensor);
+      coordinates += up_to(kLine / scalar, tensor.count);
     }
-    scratch = up_to(kLine, scratch);
+    sums = up_to(kLine, factors + arguments.tensor_count * scalar);
+    scratch = up_to(kLine, sums + sum_count * int64_t(sizeof(double)));
     step = scratch + coordinates * scalar;
     end = step + lstm_step_cuda_workspace(arguments);
   }
 };
 
+// Gives every chunk of an array a place of its own for its sum: entry.step, the array's first, has become entry.state.
+template <class Entry>
+void give_places(std::vector<Entry>& entries) {
+  const void* array = nullptr;
+  double* next = nullptr;
+  for (Entry& entry : entries) {
+    if (entry.step != array) {
+      array = entry.step;
+      next = const_cast<double*>(static_cast<const double*>(array));
+    }
+    entry.state = next;
+    next += chunks_of(entry.count);
+  }
+}
+
 template <class T>
-void step_scaled(const StepArguments& arguments, double rms, void* workspace, cudaStream_t stream) {
+void step_scaled(const StepArguments& arguments, const UpdateSizes& sizes, void* workspace, cudaStream_t stream) {
   constexpr DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
   constexpr Number number = sizeof(T) == 8 ? Number::float64 : Number::float32;
   const Layout layout(arguments);
   char* start = static_cast<char*>(workspace);
   T *one = reinterpret_cast<T*>(start), *scratch = reinterpret_cast<T*>(start + layout.scratch);
-  double* shares = reinterpret_cast<double*>(start + layout.shares);
+  T* factor = reinterpret_cast<T*>(start + layout.factors);
+  double* const sums = reinterpret_cast<double*>(start + layout.sums);
 
   std::vector<Flat> flats;
   std::vector<std::vector<int64_t>> rows;
-  std::vector<StepTensor> onto, moved;
-  std::vector<DenseEntry> squared;
+  std::vector<StepTensor> onto, moved, squared;
+  std::vector<SizeEntry> sized;
   flats.reserve(arguments.tensor_count);
   rows.reserve(arguments.tensor_count);
-  int64_t coordinates = 0;
+  T* u_start = scratch;
+  double* places = sums;
   for (int64_t i = 0; i < arguments.tensor_count; ++i) {
-    if (arguments.tensors[i].count == 0) continue;
-    flats.emplace_back(arguments.tensors[i]);
+    const StepTensor& from = arguments.tensors[i];
+    if (from.count == 0) continue;
+    flats.emplace_back(from);
     const StepTensor& tensor = flats.back().tensor;
-    const int64_t count = tensor.count, chunks = chunks_of(count);
     rows.push_back(in_a_row(tensor.dims, tensor.sizes));
-    const Strided u = {scratch + coordinates, dtype, rows.back().data()};
+    const Strided u = {u_start, dtype, rows.back().data()};
     onto.push_back(tensor);
     onto.back().param = u;
-    moved.push_back({tensor.dims, tensor.sizes, count, tensor.param, u, u, chunks, {shares, Number::float64}, 0});
-    squared.push_back({nullptr, u.data, shares, nullptr, count, 0, 0, dtype, dtype, dtype, number});
-    coordinates += up_to(kLine / int64_t(sizeof(T)), count);
-    shares += chunks;
+    moved.push_back({tensor.dims, tensor.sizes, tensor.count, tensor.param, u, u, 0, {factor, number}, 0});
+
+    void* const square = sizes.squares ? sizes.squares[i] : nullptr;
+    const int64_t chunks = most_chunks(from);
+    auto sum_squares = [&](const Strided& array, int k) {
+      const Scalar place = {places + k * chunks, Number::float64};
+      squared.push_back({tensor.dims, tensor.sizes, tensor.count, array, array, array, 0, place, 0});
+    };
+    sum_squares(u, 0);
+    if (square) sum_squares(tensor.grad, 1), sum_squares(tensor.state, 2);  // the state's first row: m
+    sized.push_back({places, square, factor, tensor.step.data, tensor.count, chunks, 1, 0,
+                     arguments.net.gradient_limit(sizeof(T) == 8, tensor.state.dtype), tensor.step.kind});
+    u_start += up_to(kLine / int64_t(sizeof(T)), tensor.count);
+    places += 3 * chunks;
+    ++factor;
   }
 
   const int64_t most = int64_t(device::multiprocessors()) * kBlocksEach;
   auto run = [&](auto kernel, int64_t blocks, const auto&... parameters) {
     const dim3 grid(unsigned(std::max<int64_t>(1, std::min(blocks, most)))), block(kThreads);
-    const size_t sums = kThreads / device::kWarp * sizeof(double);
-    check(device::launch(kernel, grid, block, sums, stream, parameters...), "lstm_step_scaled_");
+    const size_t bytes = kThreads / device::kWarp * sizeof(double);
+    check(device::launch(kernel, grid, block, bytes, stream, parameters...), "lstm_step_scaled_");
   };
-  run(fill_kernel<T>, coordinates / kThreads, scratch, coordinates, one);
+  run(fill_kernel<T>, layout.coordinates / kThreads, scratch, layout.coordinates, sums, layout.sum_count, one);
 
   StepArguments step = arguments;
   step.tensors = onto.data();
@@ -145,32 +231,43 @@ void step_scaled(const StepArguments& arguments, double rms, void* workspace, cu
   step.weight_decay = 0;
   lstm_step_cuda(step, start + layout.step, stream);
 
-  for_each_table(squared, 1, kChunk, [&](const auto& table) {
+  auto entries_of = [&](const std::vector<StepTensor>& tensors) {
+    StepArguments with = arguments;
+    with.tensors = tensors.data();
+    with.tensor_count = int64_t(tensors.size());
+    return entries(with);
+  };
+  auto run_all = [&](Entries all, auto launch) {
+    for_each_table(all.dense, 1, kChunk, launch);
+    for_each_table(all.strided, 1, kChunk, launch);
+  };
+  Entries arrays = entries_of(squared);
+  give_places(arrays.dense);
+  give_places(arrays.strided);
+  run_all(arrays, [&](const auto& table) {
     using Entry = std::decay_t<decltype(table.entries[0])>;
     run(square_kernel<T, Entry, std::decay_t<decltype(table)>::kBytes>, table.tiles, table);
   });
-  const Move<T> move = {arguments.lr, T(rms), T(arguments.weight_decay)};
-  auto move_all = [&](const auto& table) {
+  const Sizing<T> sizing = {arguments.lr, sizes.size, arguments.net.beta1};
+  for_each_table(sized, 1, 1, [&](const auto& table) {
+    run(size_kernel<T, std::decay_t<decltype(table)>::kBytes>, table.tiles, sizing, table);
+  });
+  const Move<T> move = {arguments.lr, T(arguments.weight_decay)};
+  run_all(entries_of(moved), [&](const auto& table) {
     using Entry = std::decay_t<decltype(table.entries[0])>;
     run(move_kernel<T, Entry, std::decay_t<decltype(table)>::kBytes>, table.tiles, move, table);
-  };
-  StepArguments moves = arguments;
-  moves.tensors = moved.data();
-  moves.tensor_count = int64_t(moved.size());
-  moves.networks = 1;  // whose weights a tensor has is past
-  Entries all = entries(moves);
-  for_each_table(all.dense, 1, kChunk, move_all);
-  for_each_table(all.strided, 1, kChunk, move_all);
+  });
 }
 
 }  // namespace
 
 int64_t lstm_step_scaled_cuda_workspace(const StepArguments& arguments) { return Layout(arguments).end; }
 
-void lstm_step_scaled_cuda(const StepArguments& arguments, double rms, void* workspace, void* stream) {
+void lstm_step_scaled_cuda(
+    const StepArguments& arguments, const UpdateSizes& sizes, void* workspace, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  if (arguments.weights_dtype == DType::float64) return step_scaled<double>(arguments, rms, workspace, on);
-  step_scaled<float>(arguments, rms, workspace, on);
+  if (arguments.weights_dtype == DType::float64) return step_scaled<double>(arguments, sizes, workspace, on);
+  step_scaled<float>(arguments, sizes, workspace, on);
 }
 
 }  // namespace l2l

@@ -38,6 +38,7 @@ POINTS = 20  # of a curve
 HELD_OUT = 1024  # rows that validate
 TUNING_SEED, SEED = 0, 1000  # the first seed that is shown; others than any recipe was chosen by
 SWAP = "at AdamW's rate"
+SIZED = "Muon, sized"
 QUICK = ("tabular-regression", "deep-mlp")  # workloads of seconds
 METRICS = ("mean", "last", "validation")
 
@@ -51,12 +52,26 @@ class Muon(torch.optim.Optimizer):
     m <- 0.95 m + 0.05 g,   theta <- theta - lr (weight_decay theta + 0.2 o / RMS(o)),   o = NS(0.95 m + 0.05 g)
 
     The same five steps, and the same tensors, as ``LSTMOptimizer(orthogonalize=True)`` has.
+
+    Args:
+        params: what to train.
+        lr: the rate.
+        weight_decay: decoupled, per unit of lr.
+        sized_like: a network whose sizes of a matrix's step (:func:`~l2l_fast.normalize.update_sizes_`) are to be in
+            place of 0.2: what Muon gains by them without anything learned.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.0,
+        sized_like: CoordinatewiseLSTM | None = None,
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.sized_like = sized_like
         rest = [p for group in self.param_groups for p in group["params"] if not normalize.is_matrix(p)]
-        self.rest = torch.optim.AdamW(rest, lr, weight_decay=weight_decay)
+        self.rest = [torch.optim.AdamW(rest, lr, weight_decay=weight_decay)] if rest else []
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -65,12 +80,21 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[param]
                 if not state:
                     state["momentum"] = torch.zeros_like(param)
+                    state["square"], state["step"] = torch.zeros(2).unbind()
                 momentum = state["momentum"].lerp_(param.grad, 0.05)
                 o = normalize.unit(normalize.orthogonalize(param.grad.lerp(momentum, 0.95)))
-                param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(o, alpha=0.2 * group["lr"])
-            for other in self.rest.param_groups:
-                other["lr"] = group["lr"]
-        self.rest.step()
+                size = self._size(param.grad, state) if self.sized_like else 0.2
+                param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(size * o, alpha=group["lr"])
+            for rest in self.rest:
+                rest.param_groups[0]["lr"] = group["lr"]
+        for rest in self.rest:
+            rest.step()
+
+    def _size(self, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
+        like = self.sized_like
+        state["step"] += 1
+        given = [grad], [state["momentum"][..., None]], [state["square"]], [state["step"]]
+        return normalize.update_sizes_(*given, like.config._replace(beta1=0.95), like.update_rms, like.max_update_rms)
 
 
 def nothing_learned(like: CoordinatewiseLSTM) -> CoordinatewiseLSTM:
@@ -93,13 +117,13 @@ def _network(name: str) -> CoordinatewiseLSTM:
 
 
 def rivals(network: str = "l2l-base") -> dict[str, Rival]:
-    """AdamW, Nesterov, Muon, the control and the learned network.
+    """AdamW, Nesterov, Muon, the same with the learned network's sizes of a step, the control and the network.
 
     Args:
         network: a shipped name or a folder.
 
     Returns:
-        by name; "coordinatewise" means ``orthogonalize=False``.
+        by name; "coordinatewise" means ``orthogonalize=False``. "Muon, sized" needs ``max_update_rms``.
     """
     decay = {"weight_decay": WEIGHT_DECAY}
 
@@ -116,6 +140,7 @@ def rivals(network: str = "l2l-base") -> dict[str, Rival]:
             tuple(10 * rate for rate in RATES),
         ),
         "Muon": Rival(lambda params, lr: Muon(params, lr, **decay)),
+        SIZED: Rival(lambda params, lr: Muon(params, lr, **decay, sized_like=_network(network))),
         "control": Rival(partial(control, orthogonalize=True)),
         "control, coordinatewise": Rival(partial(control, orthogonalize=False)),
         "learned": Rival(partial(learned, orthogonalize=True)),
@@ -254,13 +279,16 @@ def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, i
         :func:`train` gives.
 
     Raises:
-        ValueError: the network has no ``update_rms``, so its rates would not be AdamW's.
+        ValueError: the network has no ``update_rms``, so its rates would not be AdamW's; or no ``max_update_rms``,
+            and its sizes are asked for.
     """
     network = _network(plan.network)
     if network.update_rms is None:
         raise ValueError(
             f"network must have update_rms, as l2l-base has it, to be in AdamW's place; got {plan.network!r}"
         )
+    if network.max_update_rms is None and SIZED in plan.rivals:
+        raise ValueError(f"rivals can have {SIZED!r} beside a network with max_update_rms; {plan.network!r} has none")
     folder.mkdir(parents=True, exist_ok=True)
     path, done = folder / "runs.jsonl", {}
     if path.exists():

@@ -12,10 +12,9 @@ struct Emulated {
     std::vector<char> workspace(lstm_step_cuda_workspace(arguments));
     lstm_step_cuda(arguments, workspace.data(), nullptr);
   }
-  static constexpr bool kSquares = false;
   void step_scaled(const StepArguments& arguments, const UpdateSizes& sizes) const {
     std::vector<double> aligned((lstm_step_scaled_cuda_workspace(arguments) + 7) / 8, NAN);
-    lstm_step_scaled_cuda(arguments, sizes.rms, aligned.data(), nullptr);
+    lstm_step_scaled_cuda(arguments, sizes, aligned.data(), nullptr);
   }
   void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last) const {
     std::vector<char> workspace(lstm_unroll_cuda_workspace(arguments));

@@ -1,4 +1,4 @@
-"""lstm_step_scaled_ on CUDA: four launches for a group, against the reference in float64."""
+"""lstm_step_scaled_ on CUDA: five launches for a group, against the reference in float64."""
 
 import pytest
 import torch
@@ -17,10 +17,13 @@ SLOW = 25 if EMULATED else 1
 def check(device, param, grad, state, config, rtol=2e-5, **options):
     wanted = expected(param, grad, state, config, **options)
     found = [placed(tensor, device) for tensor in (param, grad, state)]
-    step(*([tensor] for tensor in found), config, **options)
+    slow = [v.clone().to(device) for v in options.pop("slow", ())]
+    step(*([tensor] for tensor in found), config, slow=slow, **options)
     close(found[0], wanted[0], rtol=rtol, atol=4e-6)
     close(found[2], wanted[1])
-    return found
+    for v, after in zip(slow, wanted[2:], strict=True):
+        close(v, after)
+    return [*found, *slow]
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.3, "maximize": True}], ids=["plain", "decay"])
@@ -37,6 +40,49 @@ def test_a_tensor_of_several_chunks(device):
     check(device, torch.randn(size), make_grads(size), make_state(size, config), config, weight_decay=0.1)
 
 
+@pytest.mark.parametrize("before", [0.0, 1e-9, 3.0])
+@pytest.mark.parametrize("size", [*(size for size in SIZES if size), CHUNK // SLOW + 1])
+@pytest.mark.parametrize("config", [RNNPROP, LINEAR], ids=["rnnprop", "linear"])
+def test_sizes_of_updates_that_follow_the_gradients(device, config, size, before):
+    for most, maximize in ((2 * RMS, False), (6.0, True)):
+        options = {"slow": [torch.tensor(before)], "most": most, "maximize": maximize, "weight_decay": 0.1}
+        check(device, torch.randn(size), make_grads(size), make_state(size, config), config, **options)
+
+
+def test_they_follow_all_chunks_of_a_tensor(device):
+    config = RNNPROP._replace(hidden_size=1, num_layers=1)
+    size = 2 * CHUNK + 77
+    options = {"slow": [torch.tensor(1e-4)], "most": 6.0}
+    check(device, torch.randn(size), make_grads(size), make_state(size, config), config, **options)
+
+
+@pytest.mark.parametrize("canonical", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_they_follow_strided_gradients_of_any_dtype(device, layout, dtype, canonical):
+    param = LAYOUTS[layout]()
+    grad = torch.empty(param.shape).copy_(make_grads(*param.shape)).to(dtype)
+    state = ops.new_state(param, LINEAR) if canonical else torch.empty(*param.shape, state_size(LINEAR))
+    state.copy_(torch.empty(state.shape).uniform_(0, 0.9))
+    check(device, param, grad, state, LINEAR, slow=[torch.tensor(1e-3)], most=10.0)
+
+
+@pytest.mark.parametrize("worst", [float("nan"), float("inf")])
+def test_what_is_not_finite_leaves_what_the_gradients_were(device, worst):
+    grad, v = make_grads(70), torch.tensor(1e-3)
+    grad[::7] = worst
+    *_, after = check(device, torch.randn(70), grad, make_state(70, LINEAR), LINEAR, slow=[v], most=10.0)
+    torch.testing.assert_close(after.cpu() / (1 - 0.999**3), v / (1 - 0.999**2))
+
+
+def test_a_gradient_of_nothing_moves_nothing(device):
+    param = torch.randn(20)
+    options = {"slow": [torch.tensor(0.0)], "most": 10.0}
+    found, *_, v = check(device, param, torch.zeros(20), make_state(20, LINEAR), LINEAR, **options)
+    assert v == 0
+    assert torch.equal(found.cpu(), param)
+
+
 @pytest.mark.parametrize("canonical", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(device, layout, canonical):
@@ -47,12 +93,14 @@ def test_strides(device, layout, canonical):
     check(device, param, grad, state, PAPER, weight_decay=0.1)
 
 
-def test_more_dimensions_than_an_entry_holds(device):
-    """The moves are then of several entries; the root mean square is of the whole."""
+@pytest.mark.parametrize("slow", [[], [torch.tensor(1e-3)]], ids=["one size", "own sizes"])
+def test_more_dimensions_than_an_entry_holds(device, slow):
+    """The sums and moves are then of several entries; the root mean square is of the whole."""
     param = torch.randn(2, 3, 2, 3, 2, 3).permute(5, 1, 3, 0, 4, 2)[:, ::2, :, :, :, ::2]
     grad = make_grads(*param.shape)
-    state = make_state(param.numel(), PAPER).reshape(*param.shape, -1)
-    check(device, param, grad, state, PAPER, weight_decay=0.1)
+    grad = grad.permute(3, 1, 5, 0, 4, 2).contiguous().permute(3, 1, 5, 0, 4, 2)
+    state = make_state(param.numel(), LINEAR).reshape(*param.shape, -1)
+    check(device, param, grad, state, LINEAR, weight_decay=0.1, slow=slow, most=6.0)
 
 
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -102,7 +150,8 @@ def test_a_nan_in_the_weights_is_seen(device):
     assert param.isnan().all()
 
 
-def test_many_tensors_of_all_kinds_give_what_each_alone_does(device):
+@pytest.mark.parametrize("own_sizes", [False, True])
+def test_many_tensors_of_all_kinds_give_what_each_alone_does(device, own_sizes):
     """More than one table holds, with and without a common memory order; bit for bit, and again."""
     shapes = [(1 + i % 5, 3) for i in range(120 if EMULATED else 1200)] + [(0,), (), (7, 9)]
 
@@ -110,30 +159,39 @@ def test_many_tensors_of_all_kinds_give_what_each_alone_does(device):
         params = [torch.ones(shape, device=device) for shape in shapes]
         params[3::4] = [torch.ones(shape[::-1], device=device).T for shape in shapes[3::4]]
         grads = [placed(make_grads(*shape, seed=i), device) for i, shape in enumerate(shapes)]
-        return params, grads, [ops.new_state(param, RNNPROP) for param in params]
+        slow = [torch.tensor(0.0, device=device) for _ in params] if own_sizes else []
+        return params, grads, [ops.new_state(param, RNNPROP) for param in params], slow
 
-    params, grads, states = made()
-    step(params, grads, states, RNNPROP, weight_decay=0.1)
+    options = {"weight_decay": 0.1, "most": 2 * RMS}
+    *parts, slow = made()
+    step(*parts, RNNPROP, slow=slow, **options)
     for other in (True, False):
-        twins, grads, states = made()
+        *twins, squares = made()
         if other:
-            step(twins, grads, states, RNNPROP, weight_decay=0.1)
+            step(*twins, RNNPROP, slow=squares, **options)
         else:
-            for parts in zip(twins, grads, states, strict=True):
-                step(*([part] for part in parts), RNNPROP, weight_decay=0.1)
-        assert all(torch.equal(one, two) for one, two in zip(params, twins, strict=True))
+            for i, alone in enumerate(zip(*twins, strict=True)):
+                step(*([part] for part in alone), RNNPROP, slow=squares[i : i + 1], **options)
+        pairs = zip([*parts[0], *slow], [*twins[0], *squares], strict=True)
+        assert all(torch.equal(one, two) for one, two in pairs)
 
 
-def test_the_kernel_is_what_is_done_around_the_plain_step(device):
+@pytest.mark.parametrize("own_sizes", [False, True])
+def test_the_kernel_is_what_is_done_around_the_plain_step(device, own_sizes):
     params = [torch.randn(shape, device=device) for shape in [(3, 5), (7,), (), (40, 30)]]
     twins = [param.clone() for param in params]
     grads = [placed(make_grads(*param.shape), device) for param in params]
     states = [[ops.new_state(param, RNNPROP) for param in params] for _ in range(2)]
-    step(params, grads, states[0], RNNPROP, weight_decay=0.1)
+    squares = [[torch.full((), 1e-3, device=device) for _ in params] for _ in range(2)] if own_sizes else [[], []]
+    step(params, grads, states[0], RNNPROP, weight_decay=0.1, slow=squares[0], most=6.0)
     weights, lr = make_weights(RNNPROP).to(device), torch.tensor(0.7, device=device)
     steps = [torch.tensor(3.0, device=device)] * 4
     call = twins, grads, states[1], weights, lr, steps, *arguments.codes(RNNPROP), 0.1, False
     updates = normalize.raw_updates(torch.ops.l2l_fast.lstm_step_, *call)
-    normalize.move_(twins, updates, lr, RMS, 0.1)
-    for one, two in zip([*params, *states[0]], [*twins, *states[1]], strict=True):
+    sizes = RMS
+    if own_sizes:
+        sizes = normalize.update_sizes_(grads, states[1], squares[1], steps, RNNPROP, RMS, 6.0)
+    normalize.move_(twins, updates, lr, sizes, 0.1)
+    pairs = zip([*params, *states[0], *squares[0]], [*twins, *states[1], *squares[1]], strict=True)
+    for one, two in pairs:
         torch.testing.assert_close(one, two)

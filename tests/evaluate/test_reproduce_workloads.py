@@ -57,6 +57,24 @@ def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw():
     torch.testing.assert_close(bias, twin)
 
 
+def test_sized_muon_steps_as_far_as_its_momentum_agrees():
+    generator, like = torch.Generator().manual_seed(0), CoordinatewiseLSTM.from_pretrained("l2l-base")
+    matrix = torch.nn.Parameter(torch.zeros(9, 7))
+    optimizer = Muon([matrix], 0.1, sized_like=like)
+    m, v, sizes = torch.zeros(9, 7), 0.0, []
+    for step in range(1, 61):
+        matrix.grad = torch.randn(9, 7, generator=generator)
+        before = matrix.detach().clone()
+        optimizer.step()
+        sizes.append((matrix - before).square().mean().sqrt().item() / 0.1)
+        m = 0.95 * m + 0.05 * matrix.grad
+        v = 0.999 * v + 0.001 * matrix.grad.square().mean().item()
+        agreement = m.square().mean().sqrt().item() / (1 - 0.95**step) / math.sqrt(v / (1 - 0.999**step))
+        assert sizes[-1] == pytest.approx(min(1.0, 0.2 * math.sqrt(1.95 / 0.05) * agreement), rel=1e-3)
+    assert sizes[0] == pytest.approx(1, rel=1e-3)
+    assert 0.15 < sizes[-1] < 0.3  # of noise 0.2
+
+
 def test_the_control_is_adams_direction_in_the_same_rule():
     control = workloads.nothing_learned(CoordinatewiseLSTM.from_pretrained("l2l-base"))
     theta, twin = torch.nn.Parameter(torch.zeros(9)), torch.nn.Parameter(torch.zeros(9))
@@ -228,3 +246,12 @@ def test_rates_of_another_report_take_the_place_of_tuning(tmp_path):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match=r"rates_from must be a workloads.json of this command, which"):
             run(more, tmp_path / "out")
+
+
+def test_a_network_of_one_size_has_no_sizes_to_give(tmp_path):
+    network = CoordinatewiseLSTM(features="both", hidden_size=2, num_layers=1, update_rms=0.2)
+    network.save_pretrained(tmp_path / "network")
+    plan = dataclasses.replace(TINY, network=str(tmp_path / "network"), rivals=("Muon, sized",))
+    with pytest.raises(ValueError, match="max_update_rms"):
+        run(plan, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

@@ -23,7 +23,6 @@ struct TwoThreads {
   Parallel parallel = {2, run_threads};
 
   void step(const StepArguments& arguments) const { lstm_step_cpu(arguments, parallel); }
-  static constexpr bool kSquares = true;
   void step_scaled(const StepArguments& arguments, const UpdateSizes& sizes) const {
     lstm_step_scaled_cpu(arguments, sizes, parallel);
   }

@@ -168,7 +168,7 @@ def test_many_tensors_and_any_threads_give_what_each_alone_does():
 
 
 def test_the_kernel_is_what_is_done_around_the_plain_step():
-    """The same rule where there is no kernel of it, as on a GPU."""
+    """The same rule where there is no kernel of it, as for parts of sharded tensors."""
     params = [torch.randn(shape) for shape in [(3, 5), (7,), (), (40, 30)]]
     twins = [param.clone() for param in params]
     grads = [make_grads(*param.shape) for param in params]
