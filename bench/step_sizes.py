@@ -20,11 +20,9 @@ from torch import Tensor
 
 import l2l_fast as l2l
 from cases import of_one_size
-from general import RATES, SEEDS, TASKS
+from general import add_options, judge
 from l2l_fast import normalize
 from l2l_fast.reproduce import workloads
-from l2l_fast.tasks import get
-from l2l_fast.tasks.workloads import WORKLOADS
 
 FORMS = ("constant", "tensor", "network", "adam", "damped")
 
@@ -97,35 +95,11 @@ def main() -> None:
     parser.add_argument("--power", type=float, default=1.0, help="of the ratio")
     parser.add_argument("--factor", type=float, default=1.0)
     parser.add_argument("--share", type=float, default=normalize.LEARNED_SHARE, help="learned part beside Muon's")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--workload", nargs="+", default=[], choices=WORKLOADS, help="in place of the four tasks")
+    add_options(parser)
     form = parser.parse_args()
-    torch.set_num_threads(1)
     normalize.LEARNED_SHARE = form.share
     network = of_one_size()
-
-    def make(params, lr):
-        return Sized(params, lr, network, form)
-
-    def metrics(task, lr: float, seed: int) -> list[float]:
-        run = workloads.train(task, make, lr, seed, form.steps)
-        return [run[metric] for metric in workloads.METRICS]
-
-    for name in form.workload:
-        for lr in form.rates:
-            for seed in form.seeds:
-                print(name, lr, seed, *(f"{value:.4g}" for value in metrics(name, lr, seed)), flush=True)
-    if form.workload:
-        return
-    whole = torch.zeros(3)
-    for label, (name, options) in TASKS.items():
-        task = get(name, **options)
-        logs = torch.tensor([[metrics(task, lr, seed) for seed in form.seeds] for lr in form.rates]).log().mean(1)
-        whole += logs.mean(0) / len(TASKS)
-        print(label, *("/".join(f"{value:.3f}" for value in row) for row in logs), flush=True)
-    print("all", " / ".join(f"{value:.4f}" for value in whole))
+    judge(lambda params, lr: Sized(params, lr, network, form), form)
 
 
 if __name__ == "__main__":

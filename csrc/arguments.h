@@ -188,11 +188,11 @@ inline std::vector<StepTensor> step_tensors(
   return parts;
 }
 
-// The mean squares of UpdateSizes: a number for each parameter, or nothing at all.
+// The mean squares of UpdateSizes: a number for each parameter, or nothing at all unless they are needed.
 inline std::vector<void*> squares_of(
-    const std::vector<Tensor>& squares, size_t count, const Network& net, const Tensor& weights) {
+    const std::vector<Tensor>& squares, size_t count, const Network& net, const Tensor& weights, bool needed = false) {
   std::vector<void*> places;
-  if (squares.empty()) return places;
+  if (squares.empty() && !needed) return places;
   L2L_CHECK(
       squares.size() == count, "slow_squares must be empty or have one for each of the ", count, " parameters, got ",
       squares.size());

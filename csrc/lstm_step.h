@@ -56,6 +56,12 @@ struct UpdateSizes {
 // arithmetic's scalars a coordinate of the largest tensors while it runs. The sums are in a fixed order.
 void lstm_step_scaled_cpu(const StepArguments& arguments, const UpdateSizes& sizes, const Parallel& parallel);
 
+// r of every tensor, of networks with moments, after their step: reads gradients, states and step numbers.
+//   sizes: with squares.
+//   found: [tensor_count], written, in the weights' dtype; 0 of what has no coordinates.
+void lstm_update_sizes_cpu(
+    const StepArguments& arguments, const UpdateSizes& sizes, void* found, const Parallel& parallel);
+
 // The same on a GPU: data, weights and scalars in its memory, structs and strides in the host's, where they are needed
 // until the return only. Queued on the stream (a cudaStream_t) without waiting for it, so that a CUDA graph can capture
 // it. Throws std::runtime_error when a launch fails.
@@ -70,5 +76,10 @@ void lstm_step_cuda(const StepArguments& arguments, void* workspace, void* strea
 int64_t lstm_step_scaled_cuda_workspace(const StepArguments& arguments);
 void lstm_step_scaled_cuda(
     const StepArguments& arguments, const UpdateSizes& sizes, void* workspace, void* stream);
+
+// lstm_update_sizes_cpu's on a GPU, in three launches: sums of 0, sums of squares, sizes.
+int64_t lstm_update_sizes_cuda_workspace(const StepArguments& arguments);
+void lstm_update_sizes_cuda(
+    const StepArguments& arguments, const UpdateSizes& sizes, void* found, void* workspace, void* stream);
 
 }  // namespace l2l

@@ -13,7 +13,7 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "multiply_adds", &l2l::multiply_adds, pybind11::arg("rounds"), pybind11::call_guard<pybind11::gil_scoped_release>(),
       "Make float32 multiply-adds on registers alone and return how many: the ceiling that benches measure.");
-  module.attr("ops_version") = 6;  // VERSION in l2l_fast/ops.py: of the arguments that the kernels take
+  module.attr("ops_version") = 7;  // VERSION in l2l_fast/ops.py: of the arguments that the kernels take
   module.attr("torch_version") = L2L_TORCH_VERSION;
 #ifdef L2L_NO_CUDA
   module.attr("cuda_version") = pybind11::none();

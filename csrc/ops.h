@@ -1,6 +1,7 @@
 // The ops over a backend's launchers: checks, outputs, launch. The schemas are in l2l_fast/ops.py.
 //
 // A Backend has static functions step(StepArguments, weights), step_scaled(StepArguments, UpdateSizes, weights),
+// update_sizes(StepArguments, UpdateSizes, found),
 // unroll(UnrollArguments, updates, last, weights) and unroll_backward(UnrollArguments, UnrollGradients, weights), where
 // weights tells the device.
 #pragma once
@@ -43,6 +44,25 @@ struct Ops {
         {net, weights.const_data_ptr(), networks_of(weights), dtype_of(weights, "weights"), tensors.data(),
          int64_t(tensors.size()), scalar(lr, "lr", weights), weight_decay, maximize},
         {{update_rms, max_update_rms}, slow_squares.empty() ? nullptr : squares.data()}, weights);
+  }
+
+  static Tensor update_sizes(
+      std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor weights,
+      std::vector<Tensor> steps, int64_t features, int64_t hidden_size, int64_t num_layers, bool projection,
+      int64_t output, double output_scale, double preprocess_p, double beta1, double beta2, double eps,
+      bool linear_path, double update_rms, std::vector<Tensor> slow_squares, double max_update_rms) {
+    const Network net = network(
+        features, hidden_size, num_layers, projection, output, output_scale, preprocess_p, beta1, beta2, eps,
+        linear_path);
+    weights = checked_weights(weights, net);
+    const std::vector<StepTensor> tensors = step_tensors(params, grads, states, steps, net, weights);
+    const std::vector<void*> squares = squares_of(slow_squares, params.size(), net, weights, true);
+    Tensor found = torch::stable::new_empty(weights, {int64_t(params.size())});
+    Backend::update_sizes(
+        {net, weights.const_data_ptr(), 1, dtype_of(weights, "weights"), tensors.data(), int64_t(tensors.size()), {},
+         0, false},
+        {{update_rms, max_update_rms}, squares.data()}, found);
+    return found;
   }
 
   static std::tuple<Tensor, Tensor> unroll(

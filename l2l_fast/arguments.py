@@ -97,8 +97,7 @@ def _check_network(weights: Tensor, config: Config, several: bool = False) -> No
         )
 
 
-def check_step(params, grads, states, weights, lr, steps, *args) -> None:
-    config = _config(*args[:-2])
+def _check_tensors(params, grads, states, weights, steps, config: Config) -> None:
     _check_network(weights, config, several=True)
     if not len(params) == len(grads) == len(states) == len(steps):
         raise RuntimeError(
@@ -128,21 +127,35 @@ def check_step(params, grads, states, weights, lr, steps, *args) -> None:
         _check_own_memory(param, "a parameter")
         _check_own_memory(state, "a state")
         _check_number(step, "a step", weights)
+
+
+def check_step(params, grads, states, weights, lr, steps, *args) -> None:
+    _check_tensors(params, grads, states, weights, steps, _config(*args[:-2]))
     _check_number(lr, "lr", weights)
 
 
 def check_step_scaled(params, grads, states, weights, lr, steps, *args) -> None:
     *plain, _, squares, _ = args
     check_step(params, grads, states, weights, lr, steps, *plain)
-    if not squares:
-        return
+    if squares:
+        _check_squares(squares, params, weights, _config(*plain[:-2]))
+
+
+def check_update_sizes(params, grads, states, weights, steps, *args) -> None:
+    *fields, _, squares, _ = args
+    config = _config(*fields)
+    _check_tensors(params, grads, states, weights, steps, config)
+    _check_squares(squares, params, weights, config)
+
+
+def _check_squares(squares, params, weights: Tensor, config: Config) -> None:
     if len(squares) != len(params):
         raise RuntimeError(
             f"slow_squares must be empty or have one for each of the {len(params)} parameters, got {len(squares)}"
         )
     if weights.dim() == 2:
         raise RuntimeError("slow_squares must be empty for several networks at once")
-    if not has_moments(_config(*plain[:-2])):
+    if not has_moments(config):
         raise RuntimeError("slow_squares must be empty for a network whose features are no moments")
     for square in squares:
         _check(square, "a slow_square", weights, _FLOATING)

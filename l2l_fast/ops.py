@@ -22,7 +22,7 @@ _CONFIG = (
     "float output_scale, float preprocess_p, float beta1, float beta2, float eps, bool linear_path"
 )
 # Of the schemas; csrc/module.cpp has it too. Kernels of another version would read their arguments as others.
-VERSION = 6
+VERSION = 7
 _LIBRARY = torch.library.Library("l2l_fast", "DEF")
 REFERENCE: dict[str, Callable] = {}  # by op: what runs where there is no kernel
 
@@ -84,6 +84,21 @@ _define(
     arguments.check_step_scaled,
     _step_scaled,
     lambda *args: None,
+)
+
+
+def _update_sizes(params, grads, states, weights, steps, *args) -> Tensor:
+    *config, rms, slow_squares, max_rms = args
+    return normalize.update_sizes_(grads, states, slow_squares, steps, Config.of(*config), rms, max_rms)
+
+
+# r of each tensor, after its lstm_step_: normalize.update_sizes_, or a kernel. Of params only the shapes matter.
+_define(
+    f"lstm_update_sizes_(Tensor[] params, Tensor[] grads, Tensor[] states, Tensor weights, Tensor[] steps, {_CONFIG}, "
+    f"float update_rms, Tensor(a!)[] slow_squares, float max_update_rms) -> Tensor",
+    arguments.check_update_sizes,
+    _update_sizes,
+    lambda params, grads, states, weights, *args: weights.new_empty(len(params)),
 )
 
 

@@ -308,10 +308,7 @@ class LSTMOptimizer(Optimizer):
             weight_decay, maximize = rest[-2:]
             sizes: float | Tensor = network.update_rms
             if network.max_update_rms is not None:
-                sizes = normalize.update_sizes_(
-                    grads, states, call.squares["slow_square"], steps, network.config, network.update_rms,
-                    network.max_update_rms, call.params,
-                )  # fmt: skip
+                sizes = self._update_sizes(call, grads)
             momenta = None
             if call.orthogonalize:
                 momenta = normalize.flat_momenta(updates, grads, states, network.config, maximize)
@@ -319,7 +316,24 @@ class LSTMOptimizer(Optimizer):
 
     def _has_scaled_kernel(self, call: _Call) -> bool:
         """Whether one operator does it all: the step of whole tensors, and their updates scaled."""
-        return not (self.fused is False or call.orthogonalize or any(map(is_sharded, call.params)))
+        return not call.orthogonalize and self._has_kernel(call)
+
+    def _has_kernel(self, call: _Call) -> bool:
+        """Whether one may look at whole tensors: there is the whole of each, and kernels are wanted."""
+        return self.fused is not False and not any(map(is_sharded, call.params))
+
+    def _update_sizes(self, call: _Call, grads: list[Tensor]) -> Tensor:
+        """How far each tensor moves; grads: as the network has seen them."""
+        network, squares = call.network, call.squares["slow_square"]
+        rms, most = network.update_rms, network.max_update_rms
+        assert rms is not None
+        assert most is not None
+        tensors, _, states, weights, _, steps, *fields, _, _ = call.arguments
+        if self._has_kernel(call):
+            return torch.ops.l2l_fast.lstm_update_sizes_(
+                tensors, grads, states, weights, steps, *fields, rms, squares, most
+            )
+        return normalize.update_sizes_(grads, states, squares, steps, network.config, rms, most, call.params)
 
     @torch.compiler.assume_constant_result
     def _prepare(self) -> None:

@@ -194,7 +194,7 @@ def update_size(
     gradient is not finite, v is what it was, but for its bias. m is the state's after the step. Where v is 0, r is, or
     ``rms`` if that is for want of finite gradients. :mod:`l2l_fast.normalize` is how it is computed.
     """
-    mean = grad.square().mean() if grad.numel() else grad.new_zeros(())
+    mean, momentum = (x.square().mean() if x.numel() else x.new_zeros(()) for x in (grad, m))
     finite = grad.norm() < gradient_limit(config, grad.dtype, m.dtype)
     before = v / (1 - beta ** (step - 1)) if step > 1 else torch.zeros_like(mean)
     if before > 0:
@@ -204,7 +204,7 @@ def update_size(
     if unbiased < SMALLEST:
         return torch.full_like(v, 0.0 if finite else rms), v
     noise = math.sqrt((1 - config.beta1) / (1 + config.beta1))  # RMS of a momentum of noise, in the noise's
-    agreed = m.square().mean().sqrt() / (1 - config.beta1**step) / unbiased.sqrt()
+    agreed = momentum.sqrt() / (1 - config.beta1**step) / unbiased.sqrt()
     return (rms * agreed / noise).clamp_max(max_rms), v
 
 

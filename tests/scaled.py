@@ -34,3 +34,13 @@ def expected(param, grad, state, config, *, lr=0.7, weights=None, weight_decay=0
         size, *after = reference.update_size(g, last[..., 0], slow[0].double(), 3, config, RMS, most)
     moved = theta - lr * weight_decay * theta + lr * reference.scale_to_rms(updates.view(param.shape), size)
     return torch.where(held, theta, moved), last.view(state.shape), *after
+
+
+def sizes(params, grads, states, config, slow, most):
+    """r of all of them, after their third step."""
+    weights, steps = (
+        make_weights(config).to(params[0].device),
+        [torch.tensor(3.0, device=params[0].device)] * len(params),
+    )
+    fields = *arguments.codes(config), RMS, slow, most
+    return torch.ops.l2l_fast.lstm_update_sizes_(params, grads, states, weights, steps, *fields)

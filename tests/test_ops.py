@@ -39,6 +39,8 @@ def test_step_passes_opcheck(features):
     opcheck(OPS.lstm_step_scaled_, (*args, 0.6, [], 0.6))
     if has_moments(config):
         opcheck(OPS.lstm_step_scaled_, (*args, 0.6, [torch.tensor(0.0)], 1.0))
+        fields = *arguments.codes(config), 0.6, [torch.tensor(0.0)], 1.0
+        opcheck(OPS.lstm_update_sizes_, ([params], [grads[0]], [state], weights, steps, *fields))
     several = [params.expand(2, 6).clone()], [grads[:2]], [state.expand(2, *state.shape).clone()]
     rest = weights.expand(2, -1).contiguous(), lr, steps, *arguments.codes(config), 0.01, False
     for op, more in ((OPS.lstm_step_, ()), (OPS.lstm_step_reference_, ()), (OPS.lstm_step_scaled_, (0.6, [], 0.6))):

@@ -134,6 +134,50 @@ double sum_of_squares(const Strided& of, const StepTensor& tensor, const Block& 
   return sum;
 }
 
+std::vector<Block> blocks_of(const std::vector<Flat>& flats) {
+  std::vector<Block> blocks;
+  for (size_t i = 0; i < flats.size(); ++i)
+    for (int64_t first = 0, count = flats[i].tensor.count; first < count; first += kBlock)
+      blocks.push_back({int64_t(i), first, int(std::min(kBlock, count - first))});
+  return blocks;
+}
+
+// f(b) of all blocks, a worker for eight of them or more.
+template <class F>
+void for_each_block(const Parallel& parallel, const std::vector<Block>& blocks, const F& f) {
+  const int workers = int(std::clamp<int64_t>(int64_t(blocks.size()) / 8, 1, parallel.threads));
+  share(parallel, workers, int64_t(blocks.size()), 4, [&](int, int64_t b) { f(b); });
+}
+
+// r of each tensor, whose squares stand in the same order; moves these on.
+template <class T>
+std::vector<double> update_sizes(
+    const Network& net, const std::vector<Flat>& flats, const UpdateSize& size, const std::vector<T*>& squares,
+    const Parallel& parallel) {
+  const std::vector<Block> blocks = blocks_of(flats);
+  struct Sums {
+    double grad = 0, m = 0;
+  };
+  std::vector<Sums> parts(blocks.size()), sums(flats.size());
+  for_each_block(parallel, blocks, [&](int64_t b) {
+    const StepTensor& tensor = flats[blocks[b].tensor].tensor;
+    parts[b].grad = sum_of_squares<T>(tensor.grad, tensor, blocks[b]);
+    parts[b].m = sum_of_squares<T>(tensor.state, tensor, blocks[b]);  // the first row: m
+  });
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    Sums& sum = sums[blocks[b].tensor];
+    sum.grad += parts[b].grad, sum.m += parts[b].m;
+  }
+  std::vector<double> found(flats.size());
+  for (size_t i = 0; i < flats.size(); ++i) {
+    const StepTensor& tensor = flats[i].tensor;
+    const double n = std::max(1.0, double(tensor.count)), limit = net.gradient_limit(sizeof(T) == 8, tensor.state.dtype);
+    const bool finite = std::sqrt(sums[i].grad) < limit;
+    found[i] = size.next(*squares[i], sums[i].grad / n, finite, sums[i].m / n, read(tensor.step), net.beta1);
+  }
+  return found;
+}
+
 // u is -0.0 where the step has not touched it, since the gradient is not finite: such a coordinate keeps its value.
 template <class T>
 void move_block(const StepTensor& tensor, const T* u, int64_t first, int count, T factor, T decay) {
@@ -154,7 +198,6 @@ void step_scaled(
   std::vector<T*> squares_of;
   std::vector<StepTensor> raw;
   std::vector<int64_t> starts;
-  std::vector<Block> blocks;
   int64_t coordinates = 0;
   flats.reserve(count);
   onto.reserve(count);
@@ -163,8 +206,6 @@ void step_scaled(
     flats.emplace_back(from[i]);
     if (sizes.squares) squares_of.push_back(static_cast<T*>(sizes.squares[i]));
     starts.push_back(coordinates);
-    for (int64_t first = 0; first < from[i].count; first += kBlock)
-      blocks.push_back({int64_t(flats.size()) - 1, first, int(std::min(kBlock, from[i].count - first))});
     coordinates += from[i].count;
   }
   const T one = 1;
@@ -184,38 +225,21 @@ void step_scaled(
   step_arguments.weight_decay = 0;
   step<T>(step_arguments, parallel);
 
-  const int workers = int(std::clamp<int64_t>(coordinates / (8 * kBlock), 1, parallel.threads));
-  struct Sums {
-    double u = 0, grad = 0, m = 0;
-  };
-  std::vector<Sums> parts(blocks.size()), sums(flats.size());
+  std::vector<double> size(flats.size(), sizes.size.rms);
+  if (sizes.squares) size = update_sizes(arguments.net, flats, sizes.size, squares_of, parallel);
+
+  const std::vector<Block> blocks = blocks_of(flats);
+  std::vector<double> parts(blocks.size()), sums(flats.size());
   auto start = [&](const Block& block) { return updates.data() + starts[block.tensor] + block.first; };
-  share(parallel, workers, int64_t(blocks.size()), 4, [&](int, int64_t b) {
-    parts[b].u = sum_of_squares(start(blocks[b]), blocks[b].count);
-    if (!sizes.squares) return;
-    const StepTensor& tensor = flats[blocks[b].tensor].tensor;
-    parts[b].grad = sum_of_squares<T>(tensor.grad, tensor, blocks[b]);
-    parts[b].m = sum_of_squares<T>(tensor.state, tensor, blocks[b]);  // the first row: m
-  });
-  for (size_t b = 0; b < blocks.size(); ++b) {
-    Sums& sum = sums[blocks[b].tensor];
-    sum.u += parts[b].u, sum.grad += parts[b].grad, sum.m += parts[b].m;
-  }
+  for_each_block(parallel, blocks, [&](int64_t b) { parts[b] = sum_of_squares(start(blocks[b]), blocks[b].count); });
+  for (size_t b = 0; b < blocks.size(); ++b) sums[blocks[b].tensor] += parts[b];
   std::vector<T> factors(flats.size());
   const T lr = T(read(arguments.lr)), decay = lr * T(arguments.weight_decay);
   for (size_t i = 0; i < flats.size(); ++i) {
-    const StepTensor& tensor = flats[i].tensor;
-    const double n = double(tensor.count), beta = arguments.net.beta1;
-    double r = sizes.size.rms;
-    if (sizes.squares) {
-      const double limit = arguments.net.gradient_limit(sizeof(T) == 8, tensor.state.dtype);
-      const bool finite = std::sqrt(sums[i].grad) < limit;
-      r = sizes.size.next(*squares_of[i], sums[i].grad / n, finite, sums[i].m / n, read(tensor.step), beta);
-    }
-    const T root = T(std::sqrt(sums[i].u / n));
-    factors[i] = root >= T(0x1p-126) ? lr * T(r) / root : T(0);  // reference.SMALLEST
+    const T root = T(std::sqrt(sums[i] / double(flats[i].tensor.count)));
+    factors[i] = root >= T(0x1p-126) ? lr * T(size[i]) / root : T(0);  // reference.SMALLEST
   }
-  share(parallel, workers, int64_t(blocks.size()), 4, [&](int, int64_t b) {
+  for_each_block(parallel, blocks, [&](int64_t b) {
     const Block& block = blocks[b];
     const StepTensor& tensor = flats[block.tensor].tensor;
     move_block(tensor, start(block), block.first, block.count, factors[block.tensor], decay);
@@ -234,7 +258,27 @@ void step_scaled(const StepArguments& arguments, const UpdateSizes& sizes, const
   }
 }
 
+template <class T>
+void update_sizes(const StepArguments& arguments, const UpdateSizes& sizes, T* found, const Parallel& parallel) {
+  std::vector<Flat> flats;
+  std::vector<T*> squares;
+  flats.reserve(arguments.tensor_count);
+  for (int64_t i = 0; i < arguments.tensor_count; ++i) {
+    flats.emplace_back(arguments.tensors[i]);
+    squares.push_back(static_cast<T*>(sizes.squares[i]));
+  }
+  const std::vector<double> size = update_sizes(arguments.net, flats, sizes.size, squares, parallel);
+  for (size_t i = 0; i < size.size(); ++i) found[i] = T(size[i]);
+}
+
 }  // namespace
+
+void lstm_update_sizes_cpu(
+    const StepArguments& arguments, const UpdateSizes& sizes, void* found, const Parallel& parallel) {
+  if (arguments.weights_dtype == DType::float64)
+    return update_sizes(arguments, sizes, static_cast<double*>(found), parallel);
+  update_sizes(arguments, sizes, static_cast<float*>(found), parallel);
+}
 
 void lstm_step_scaled_cpu(const StepArguments& arguments, const UpdateSizes& sizes, const Parallel& parallel) {
   if (arguments.weights_dtype == DType::float64) return step_scaled<double>(arguments, sizes, parallel);

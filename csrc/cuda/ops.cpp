@@ -52,6 +52,13 @@ struct Cuda {
     lstm_step_scaled_cuda(arguments, sizes, workspace.mutable_data_ptr(), place.stream());
   }
 
+  static void update_sizes(const StepArguments& arguments, const UpdateSizes& sizes, Tensor& found) {
+    const Place place(found);
+    Tensor workspace = workspace_of(lstm_update_sizes_cuda_workspace(arguments), found);
+    lstm_update_sizes_cuda(
+        arguments, sizes, found.mutable_data_ptr(), workspace.mutable_data_ptr(), place.stream());
+  }
+
   static void unroll(
       const UnrollArguments& arguments, const Matrix& updates, const Matrix& last, const Tensor& weights) {
     const Place place(weights);
@@ -74,6 +81,7 @@ STABLE_TORCH_LIBRARY_IMPL(l2l_fast, L2L_DISPATCH_KEY, m) {
   using Ops = l2l::Ops<l2l::Cuda>;
   m.impl("lstm_step_", TORCH_BOX(&Ops::step));
   m.impl("lstm_step_scaled_", TORCH_BOX(&Ops::step_scaled));
+  m.impl("lstm_update_sizes_", TORCH_BOX(&Ops::update_sizes));
   m.impl("lstm_unroll", TORCH_BOX(&Ops::unroll));
   m.impl("lstm_unroll_backward", TORCH_BOX(&Ops::unroll_backward));
 }

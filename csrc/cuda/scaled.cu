@@ -53,11 +53,11 @@ __global__ void __launch_bounds__(kThreads) square_kernel(const __grid_constant_
   }
 }
 
-// One tensor on its way from sums to a factor.
+// One tensor on its way from sums to a factor, or to r.
 struct SizeEntry {
   const double* sums;  // of the chunks of u, then, with a square, of the gradient and of m: [3][chunks]
   void* square;        // v, or nullptr
-  void* factor;        // written
+  void* found;         // written
   const void* step;
   int64_t coordinates, chunks;
   int64_t count, first_tile;  // 1, and its place in the table
@@ -67,12 +67,12 @@ struct SizeEntry {
 
 template <class T>
 struct Sizing {
-  Scalar lr;
+  Scalar lr;  // or without data: r is what is wanted
   UpdateSize size;
   double beta1;
 };
 
-// Of every tensor the factor lr r / RMS(u).
+// Of every tensor the factor lr r / RMS(u), or r.
 template <class T, int bytes>
 __global__ void __launch_bounds__(kThreads)
     size_kernel(const __grid_constant__ Sizing<T> sizing, const __grid_constant__ Table<SizeEntry, bytes> table) {
@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kThreads)
       sums[k] = block_sum(sum);
     }
     if (threadIdx.x != 0) continue;
-    const double n = double(tensor.coordinates);
+    T& found = *static_cast<T*>(tensor.found);
+    const double n = tensor.coordinates > 0 ? double(tensor.coordinates) : 1;
     double r = sizing.size.rms;
     if (tensor.square) {
       const bool finite = std::sqrt(sums[1]) < tensor.limit;
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     const T root = T(std::sqrt(sums[0] / n));
     // Not a comparison that NaN fails: a NaN in the weights must show. The smallest: reference.SMALLEST.
-    *static_cast<T*>(tensor.factor) = root < T(0x1p-126) ? T(0) : T(read(sizing.lr)) * T(r) / root;
+    found = !sizing.lr.data ? T(r) : root < T(0x1p-126) ? T(0) : T(read(sizing.lr)) * T(r) / root;
   }
 }
 
@@ -137,21 +138,23 @@ int64_t most_chunks(const StepTensor& tensor) {
   return tensor.count / kChunk + entries;
 }
 
+int64_t sums_of(const StepArguments& arguments) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < arguments.tensor_count; ++i) count += 3 * most_chunks(arguments.tensors[i]);
+  return count;
+}
+
 // Where things lie in the workspace, in bytes from its start.
 struct Layout {
   int64_t factors, sums, scratch, step, end;  // behind the number 1; the last is the step's own workspace
-  int64_t sum_count, coordinates;
+  int64_t coordinates;
 
-  Layout(const StepArguments& arguments) : factors(kLine), sum_count(0), coordinates(0) {
+  Layout(const StepArguments& arguments) : factors(kLine), coordinates(0) {
     const int64_t scalar = arguments.weights_dtype == DType::float64 ? 8 : 4;
-    for (int64_t i = 0; i < arguments.tensor_count; ++i) {
-      const StepTensor& tensor = arguments.tensors[i];
-      if (tensor.count == 0) continue;
-      sum_count += 3 * most_chunks(tensor);
-      coordinates += up_to(kLine / scalar, tensor.count);
-    }
+    for (int64_t i = 0; i < arguments.tensor_count; ++i)
+      coordinates += up_to(kLine / scalar, arguments.tensors[i].count);
     sums = up_to(kLine, factors + arguments.tensor_count * scalar);
-    scratch = up_to(kLine, sums + sum_count * int64_t(sizeof(double)));
+    scratch = up_to(kLine, sums + sums_of(arguments) * int64_t(sizeof(double)));
     step = scratch + coordinates * scalar;
     end = step + lstm_step_cuda_workspace(arguments);
   }
@@ -172,57 +175,98 @@ void give_places(std::vector<Entry>& entries) {
   }
 }
 
+// Launches over tables of tensors.
+struct Launcher {
+  cudaStream_t stream;
+  const char* op;
+
+  template <class Kernel, class... Parameters>
+  void run(Kernel kernel, int64_t blocks, const Parameters&... parameters) const {
+    const int64_t most = int64_t(device::multiprocessors()) * kBlocksEach;
+    const dim3 grid(unsigned(std::max<int64_t>(1, std::min(blocks, most)))), block(kThreads);
+    const size_t bytes = kThreads / device::kWarp * sizeof(double);
+    check(device::launch(kernel, grid, block, bytes, stream, parameters...), op);
+  }
+
+  template <class Launch>
+  void run_all(const Entries& all, const Launch& launch) const {
+    for_each_table(all.dense, 1, kChunk, launch);
+    for_each_table(all.strided, 1, kChunk, launch);
+  }
+};
+
+// The arrays of a group whose squares are summed, and what becomes of the sums.
+template <class T>
+struct Sums {
+  std::vector<StepTensor> arrays;
+  std::vector<SizeEntry> sized;
+  double* next;  // place in the workspace
+
+  // from: as the caller has it; tensor: the same with few dimensions; u: its update, or none.
+  void add(const StepArguments& arguments, const StepTensor& from, const StepTensor& tensor, const Strided* u,
+           void* square, T* found) {
+    const int64_t chunks = most_chunks(from);
+    auto sum = [&](const Strided& array, int k) {
+      const Scalar place = {next + k * chunks, Number::float64};
+      arrays.push_back({tensor.dims, tensor.sizes, tensor.count, array, array, array, 0, place, 0});
+    };
+    if (u) sum(*u, 0);
+    if (square && tensor.count > 0) sum(tensor.grad, 1), sum(tensor.state, 2);  // the state's first row: m
+    sized.push_back({next, square, found, tensor.step.data, tensor.count, chunks, 1, 0,
+                     arguments.net.gradient_limit(sizeof(T) == 8, tensor.state.dtype), tensor.step.kind});
+    next += 3 * chunks;
+  }
+
+  void launch(const StepArguments& arguments, const Sizing<T>& sizing, const Launcher& launcher) const {
+    StepArguments with = arguments;
+    with.tensors = arrays.data();
+    with.tensor_count = int64_t(arrays.size());
+    Entries all = entries(with);
+    give_places(all.dense);
+    give_places(all.strided);
+    launcher.run_all(all, [&](const auto& table) {
+      using Entry = std::decay_t<decltype(table.entries[0])>;
+      launcher.run(square_kernel<T, Entry, std::decay_t<decltype(table)>::kBytes>, table.tiles, table);
+    });
+    for_each_table(sized, 1, 1, [&](const auto& table) {
+      launcher.run(size_kernel<T, std::decay_t<decltype(table)>::kBytes>, table.tiles, sizing, table);
+    });
+  }
+};
+
 template <class T>
 void step_scaled(const StepArguments& arguments, const UpdateSizes& sizes, void* workspace, cudaStream_t stream) {
   constexpr DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
   constexpr Number number = sizeof(T) == 8 ? Number::float64 : Number::float32;
+  const Launcher launcher = {stream, "lstm_step_scaled_"};
   const Layout layout(arguments);
   char* start = static_cast<char*>(workspace);
   T *one = reinterpret_cast<T*>(start), *scratch = reinterpret_cast<T*>(start + layout.scratch);
   T* factor = reinterpret_cast<T*>(start + layout.factors);
-  double* const sums = reinterpret_cast<double*>(start + layout.sums);
+  double* const first_sum = reinterpret_cast<double*>(start + layout.sums);
 
   std::vector<Flat> flats;
   std::vector<std::vector<int64_t>> rows;
-  std::vector<StepTensor> onto, moved, squared;
-  std::vector<SizeEntry> sized;
+  std::vector<StepTensor> onto, moved;
+  Sums<T> sums = {{}, {}, first_sum};
   flats.reserve(arguments.tensor_count);
   rows.reserve(arguments.tensor_count);
   T* u_start = scratch;
-  double* places = sums;
-  for (int64_t i = 0; i < arguments.tensor_count; ++i) {
+  for (int64_t i = 0; i < arguments.tensor_count; ++i, ++factor) {
     const StepTensor& from = arguments.tensors[i];
     if (from.count == 0) continue;
     flats.emplace_back(from);
     const StepTensor& tensor = flats.back().tensor;
     rows.push_back(in_a_row(tensor.dims, tensor.sizes));
     const Strided u = {u_start, dtype, rows.back().data()};
+    u_start += up_to(kLine / int64_t(sizeof(T)), tensor.count);
     onto.push_back(tensor);
     onto.back().param = u;
     moved.push_back({tensor.dims, tensor.sizes, tensor.count, tensor.param, u, u, 0, {factor, number}, 0});
-
-    void* const square = sizes.squares ? sizes.squares[i] : nullptr;
-    const int64_t chunks = most_chunks(from);
-    auto sum_squares = [&](const Strided& array, int k) {
-      const Scalar place = {places + k * chunks, Number::float64};
-      squared.push_back({tensor.dims, tensor.sizes, tensor.count, array, array, array, 0, place, 0});
-    };
-    sum_squares(u, 0);
-    if (square) sum_squares(tensor.grad, 1), sum_squares(tensor.state, 2);  // the state's first row: m
-    sized.push_back({places, square, factor, tensor.step.data, tensor.count, chunks, 1, 0,
-                     arguments.net.gradient_limit(sizeof(T) == 8, tensor.state.dtype), tensor.step.kind});
-    u_start += up_to(kLine / int64_t(sizeof(T)), tensor.count);
-    places += 3 * chunks;
-    ++factor;
+    sums.add(arguments, from, tensor, &u, sizes.squares ? sizes.squares[i] : nullptr, factor);
   }
-
-  const int64_t most = int64_t(device::multiprocessors()) * kBlocksEach;
-  auto run = [&](auto kernel, int64_t blocks, const auto&... parameters) {
-    const dim3 grid(unsigned(std::max<int64_t>(1, std::min(blocks, most)))), block(kThreads);
-    const size_t bytes = kThreads / device::kWarp * sizeof(double);
-    check(device::launch(kernel, grid, block, bytes, stream, parameters...), "lstm_step_scaled_");
-  };
-  run(fill_kernel<T>, layout.coordinates / kThreads, scratch, layout.coordinates, sums, layout.sum_count, one);
+  launcher.run(
+      fill_kernel<T>, layout.coordinates / kThreads, scratch, layout.coordinates, first_sum, sums_of(arguments), one);
 
   StepArguments step = arguments;
   step.tensors = onto.data();
@@ -231,32 +275,34 @@ void step_scaled(const StepArguments& arguments, const UpdateSizes& sizes, void*
   step.weight_decay = 0;
   lstm_step_cuda(step, start + layout.step, stream);
 
-  auto entries_of = [&](const std::vector<StepTensor>& tensors) {
-    StepArguments with = arguments;
-    with.tensors = tensors.data();
-    with.tensor_count = int64_t(tensors.size());
-    return entries(with);
-  };
-  auto run_all = [&](Entries all, auto launch) {
-    for_each_table(all.dense, 1, kChunk, launch);
-    for_each_table(all.strided, 1, kChunk, launch);
-  };
-  Entries arrays = entries_of(squared);
-  give_places(arrays.dense);
-  give_places(arrays.strided);
-  run_all(arrays, [&](const auto& table) {
-    using Entry = std::decay_t<decltype(table.entries[0])>;
-    run(square_kernel<T, Entry, std::decay_t<decltype(table)>::kBytes>, table.tiles, table);
-  });
-  const Sizing<T> sizing = {arguments.lr, sizes.size, arguments.net.beta1};
-  for_each_table(sized, 1, 1, [&](const auto& table) {
-    run(size_kernel<T, std::decay_t<decltype(table)>::kBytes>, table.tiles, sizing, table);
-  });
+  sums.launch(arguments, {arguments.lr, sizes.size, arguments.net.beta1}, launcher);
   const Move<T> move = {arguments.lr, T(arguments.weight_decay)};
-  run_all(entries_of(moved), [&](const auto& table) {
+  StepArguments moves = arguments;
+  moves.tensors = moved.data();
+  moves.tensor_count = int64_t(moved.size());
+  launcher.run_all(entries(moves), [&](const auto& table) {
     using Entry = std::decay_t<decltype(table.entries[0])>;
-    run(move_kernel<T, Entry, std::decay_t<decltype(table)>::kBytes>, table.tiles, move, table);
+    launcher.run(move_kernel<T, Entry, std::decay_t<decltype(table)>::kBytes>, table.tiles, move, table);
   });
+}
+
+template <class T>
+void update_sizes(
+    const StepArguments& arguments, const UpdateSizes& sizes, void* found, void* workspace, cudaStream_t stream) {
+  const Launcher launcher = {stream, "lstm_update_sizes_"};
+  T* const one = static_cast<T*>(workspace);
+  double* const first_sum = reinterpret_cast<double*>(static_cast<char*>(workspace) + kLine);
+  std::vector<Flat> flats;
+  flats.reserve(arguments.tensor_count);
+  Sums<T> sums = {{}, {}, first_sum};
+  for (int64_t i = 0; i < arguments.tensor_count; ++i) {
+    flats.emplace_back(arguments.tensors[i]);
+    T* const to = static_cast<T*>(found) + i;
+    sums.add(arguments, arguments.tensors[i], flats.back().tensor, nullptr, sizes.squares[i], to);
+  }
+  const int64_t count = sums_of(arguments);
+  launcher.run(fill_kernel<T>, count / kThreads, one, int64_t(0), first_sum, count, one);
+  sums.launch(arguments, {{nullptr, Number::float64}, sizes.size, arguments.net.beta1}, launcher);
 }
 
 }  // namespace
@@ -268,6 +314,17 @@ void lstm_step_scaled_cuda(
   const auto on = static_cast<cudaStream_t>(stream);
   if (arguments.weights_dtype == DType::float64) return step_scaled<double>(arguments, sizes, workspace, on);
   step_scaled<float>(arguments, sizes, workspace, on);
+}
+
+int64_t lstm_update_sizes_cuda_workspace(const StepArguments& arguments) {
+  return kLine + sums_of(arguments) * int64_t(sizeof(double));
+}
+
+void lstm_update_sizes_cuda(
+    const StepArguments& arguments, const UpdateSizes& sizes, void* found, void* workspace, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (arguments.weights_dtype == DType::float64) return update_sizes<double>(arguments, sizes, found, workspace, on);
+  update_sizes<float>(arguments, sizes, found, workspace, on);
 }
 
 }  // namespace l2l

@@ -150,7 +150,7 @@ def rivals(network: str = "l2l-base") -> dict[str, Rival]:
 
 LEARNED = ("learned", "learned, coordinatewise")  # those that are shown at AdamW's rate as well
 # What a report has unless it is asked for more.
-DEFAULT = ("AdamW", "Nesterov", "Muon", "control", *LEARNED)
+DEFAULT = ("AdamW", "Nesterov", "Muon", SIZED, "control", *LEARNED)
 
 
 # ---------------------------------------------------------------- one run
@@ -287,7 +287,7 @@ def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, i
         raise ValueError(
             f"network must have update_rms, as l2l-base has it, to be in AdamW's place; got {plan.network!r}"
         )
-    if network.max_update_rms is None and SIZED in plan.rivals:
+    if network.max_update_rms is None and SIZED in plan.rivals and plan.rivals != DEFAULT:
         raise ValueError(f"rivals can have {SIZED!r} beside a network with max_update_rms; {plan.network!r} has none")
     folder.mkdir(parents=True, exist_ok=True)
     path, done = folder / "runs.jsonl", {}
@@ -301,6 +301,8 @@ def run(plan: Plan, folder: Path, jobs: int = 1, progress: Callable[[str, int, i
     table, chosen = rivals(plan.network), ["AdamW", *(name for name in plan.rivals if name != "AdamW")]
     if normalize.no_momentum(network.config, network.update_rms):
         chosen = [name for name in chosen if name not in ("control", "learned")]
+    if network.max_update_rms is None:
+        chosen = [name for name in chosen if name != SIZED]
     job = partial(Job, steps=plan.steps)
 
     identity = {"network": plan.network, "digest": digest(network)}
@@ -440,10 +442,10 @@ def bars(found: dict, steps: int = 1000) -> list[Bar]:
             share_of_steps(rows, "learned") for rows in found.values()
         )),
     ]  # fmt: skip
-    for rival, metric, most in (("Muon", "last", 1.0), ("control", "mean", 0.93)):
+    names = {"Muon": "Muon's", "control": "the control's", SIZED: "Muon's with its sizes"}
+    for rival, metric, most in (("Muon", "last", 1.0), ("control", "mean", 0.93), (SIZED, "mean", 0.93)):
         if rival in rows:
-            judged.append(Bar(f"{metric} loss in {'the control' if rival == 'control' else rival}'s", most,
-                              mean(metric, rival=rival)))  # fmt: skip
+            judged.append(Bar(f"{metric} loss in {names[rival]}", most, mean(metric, rival=rival)))
     return judged
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from problems import LAYOUTS, LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
-from scaled import RMS, expected, step
+from scaled import RMS, expected, sizes, step
 from test_parity import EMULATED, SIZES, close, placed
 
-from l2l_fast import arguments, normalize, ops
+from l2l_fast import arguments, normalize, ops, reference
 from l2l_fast.config import state_size
 
 pytestmark = [] if EMULATED else [pytest.mark.cuda]
@@ -81,6 +81,24 @@ def test_a_gradient_of_nothing_moves_nothing(device):
     found, *_, v = check(device, param, torch.zeros(20), make_state(20, LINEAR), LINEAR, **options)
     assert v == 0
     assert torch.equal(found.cpu(), param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_alone_are_those_of_the_scaled_step(device, dtype):
+    """Of tensors of all kinds at once; what a step leaves alone is looked at again, and states are read only."""
+    params = [LAYOUTS[layout]() for layout in LAYOUTS] + [torch.zeros(0, 3), torch.tensor(1.0), torch.zeros(9000)]
+    grads = [make_grads(*param.shape, seed=i).to(dtype) for i, param in enumerate(params)]
+    grads[2][0] = float("nan")
+    states = [ops.new_state(param, LINEAR).copy_(torch.rand(*param.shape, state_size(LINEAR))) for param in params]
+    slow = [torch.tensor(1e-3 * i) for i in range(len(params))]
+    pairs = zip(grads, states, slow, strict=True)
+    wanted = [
+        reference.update_size(g.double(), s[..., 0].double(), v.double(), 3, LINEAR, RMS, 9.0) for g, s, v in pairs
+    ]
+    placed_ones = [[placed(tensor, device) for tensor in tensors] for tensors in (params, grads, states)]
+    slow = [v.clone().to(device) for v in slow]
+    close(sizes(*placed_ones, LINEAR, slow, 9.0), torch.stack([size for size, _ in wanted]))
+    close(torch.stack(slow), torch.stack([v for _, v in wanted]))
 
 
 @pytest.mark.parametrize("canonical", [True, False])

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from problems import LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
-from scaled import RMS, expected, step
+from scaled import RMS, expected, sizes, step
 from test_native_step import LAYOUTS, SIZES, close
 
-from l2l_fast import arguments, normalize, ops
+from l2l_fast import arguments, normalize, ops, reference
 from l2l_fast.config import state_size
 
 
@@ -43,6 +43,24 @@ def test_they_follow_strided_gradients_of_any_dtype(layout, canonical, dtype):
     check(param, grad, state, LINEAR, slow=[torch.tensor(1e-3)], most=10.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_alone_are_those_of_the_scaled_step(dtype):
+    """Of tensors of all kinds at once; what a step leaves alone is looked at again, and states are read only."""
+    params = [LAYOUTS[layout]() for layout in LAYOUTS] + [torch.zeros(0, 3), torch.tensor(1.0), torch.zeros(9000)]
+    grads = [make_grads(*param.shape, seed=i).to(dtype) for i, param in enumerate(params)]
+    grads[1], grads[2][0] = grads[1].mean().expand(grads[1].shape), float("nan")
+    states = [ops.new_state(param, LINEAR).copy_(torch.rand(*param.shape, state_size(LINEAR))) for param in params]
+    slow = [torch.tensor(1e-3 * i) for i in range(len(params))]
+    pairs = zip(grads, states, slow, strict=True)
+    wanted = [
+        reference.update_size(g.double(), s[..., 0].double(), v.double(), 3, LINEAR, RMS, 9.0) for g, s, v in pairs
+    ]
+    before = [state.clone() for state in states]
+    close(sizes(params, grads, states, LINEAR, slow, 9.0), torch.stack([size for size, _ in wanted]))
+    close(torch.stack(slow), torch.stack([v for _, v in wanted]))
+    assert all(torch.equal(one, two) for one, two in zip(states, before, strict=True))
+
+
 @pytest.mark.parametrize("worst", [float("nan"), float("inf")])
 def test_what_is_not_finite_leaves_what_the_gradients_were(isa, worst):
     param, grad, state, v = torch.randn(70), make_grads(70), make_state(70, LINEAR), torch.tensor(1e-3)
@@ -73,6 +91,20 @@ def test_bad_squares_are_refused_before_anything_changes(native, squares, config
     with pytest.raises(RuntimeError, match=message):
         op(params, [torch.ones(3)] * 2, states, make_weights(config), *rest)
     assert not torch.stack(params).any()
+    op = torch.ops.l2l_fast.lstm_update_sizes_ if native else ops.REFERENCE["lstm_update_sizes_"]
+    for given, text in ((squares, message), ([], "slow_squares must be empty or have one for each of the 2")):
+        with pytest.raises(RuntimeError, match=text):
+            op(
+                params,
+                [torch.ones(3)] * 2,
+                states,
+                make_weights(config),
+                steps,
+                *arguments.codes(config),
+                RMS,
+                given,
+                1.0,
+            )
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.3, "maximize": True}], ids=["plain", "decay"])
