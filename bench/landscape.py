@@ -93,6 +93,8 @@ def main() -> None:
     network = l2l.CoordinatewiseLSTM.from_pretrained(arguments.network)
     weights = network.flat_weights().detach()
     told = json.loads(arguments.recipe.read_text())["tasks"]
+    if not set(arguments.tasks) <= set(range(len(told))):
+        parser.error(f"argument --tasks: numbers from 0 to {len(told) - 1}, which {arguments.recipe} has")
     tasks = [task_of(told[number], "mnist") for number in arguments.tasks[: 2 if arguments.quick else None]]
     horizon = 60 if arguments.quick else arguments.horizon
     judge = partial(losses, network=network, seeds=range(900, 904), rate=arguments.rate, horizon=horizon)

@@ -80,7 +80,9 @@ def meta_train(
         str | None, Choice(help="Of es or pes beside backpropagation: 0 to 1, or variance.", show_default="0.5")
     ] = None,
     init_scale: Annotated[str | None, Choice(help="Start std of classifiers: 0.01, or LOW:HIGH.")] = None,
-    checkpoint_every: Annotated[int | None, Choice(help="Meta-steps between checkpoints.", show_default="100")] = None,
+    checkpoint_every: Annotated[
+        int | None, Choice(help="Meta-steps between checkpoints; at most a minute.", show_default="100")
+    ] = None,
     tensorboard: Annotated[bool, Choice("--tensorboard", help="Write logs for TensorBoard.")] = False,
     device: Device = "cpu",
     seed: Seed = 0,

@@ -198,7 +198,7 @@ class AdaptiveTrainer:
                     raise
                 if self.meta_step % options.validate_every == 0 or self.meta_step == meta_steps:
                     self.validate()
-                if self._folder is not None and self.meta_step % options.checkpoint_every == 0:
+                if self._folder is not None and self._folder.due(self.meta_step, options.checkpoint_every):
                     self._save()
                 show(self.meta_step, self.history.meta_losses[-1], self.history.best_score)
                 if on_step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from l2l_fast.meta.identity import differences
 
 FORMAT_VERSION = 3  # 1 knew tasks by their plain options alone, 2 optimizers and teachers by their class or not at all
 NAMED = 5  # differences that the refusal of a checkpoint names
+SECONDS = 60.0  # that a kill may cost, where meta-steps are long
 
 
 class CheckpointFolder:
@@ -29,6 +31,7 @@ class CheckpointFolder:
     def __init__(self, folder: str | os.PathLike, device: torch.device) -> None:
         self.folder, self.path, self.device = Path(folder), Path(folder) / "trainer.pt", device
         self._ours: tuple | None = None  # what the file was like when this run last read or wrote it
+        self._written = time.monotonic()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -49,6 +52,7 @@ class CheckpointFolder:
                 except (ValueError, RuntimeError, OSError) as error:
                     refusal = error
             ranks.raise_together(refusal, self.device)
+            self._written = time.monotonic()
             yield
 
     def read(self, settings: dict) -> dict | None:
@@ -68,6 +72,11 @@ class CheckpointFolder:
         ranks.raise_together(refusal, self.device)
         self._ours = self._signature()
         return saved
+
+    def due(self, meta_step: int, every: int) -> bool:
+        """Whether to write one after this meta-step: every so many, or as the last was long ago on any rank."""
+        late = time.monotonic() - self._written > SECONDS
+        return meta_step % every == 0 or ranks.any_rank(late, self.device)
 
     def write(self, saved: dict | None) -> None:
         """Put a checkpoint in the place of the last one: a kill leaves one of them, whole. All ranks wait for it.
@@ -91,6 +100,7 @@ class CheckpointFolder:
                 failure = error
             self._ours = self._signature()
         ranks.raise_together(failure, self.device)
+        self._written = time.monotonic()
 
     def _make(self) -> None:
         try:

@@ -13,8 +13,8 @@ from l2l_fast.meta.live import in_notebook, live_picture
 @contextmanager
 def progress_bar(
     shown: bool, total: int, losses: list[float], validations: list[tuple[int, float]]
-) -> Iterator[Callable[[int, float, float], None]]:
-    """Yields ``update(meta_step, loss, best)``.
+) -> Iterator[Callable[..., None]]:
+    """Yields ``update(meta_step, loss, best, doing="")``.
 
     Args:
         shown: False shows nothing.
@@ -31,21 +31,22 @@ def progress_bar(
     except ImportError:
         shown = False
     if not shown:
-        yield lambda meta_step, loss, best: None
+        yield lambda meta_step, loss, best, doing="": None
         return
     columns = (
         TextColumn("meta-training"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4g}  best {task.fields[best]:.4g}  {task.fields[speed]:.1f}/s"),
+        TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=total, loss=float("nan"), best=float("inf"), speed=0.0)
+        bar = progress.add_task("", total=total, text="")
 
-        def update(meta_step: int, loss: float, best: float) -> None:
+        def update(meta_step: int, loss: float, best: float, doing: str = "") -> None:
             speed = progress.tasks[0].speed or 0.0
-            progress.update(bar, completed=meta_step, loss=loss, best=best, speed=speed)
+            text = doing or f"loss {loss:.4g}  best {best:.4g}  {speed:.1f}/s"
+            progress.update(bar, completed=meta_step, text=text)
 
         yield update
 

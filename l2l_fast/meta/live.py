@@ -28,7 +28,7 @@ def in_notebook() -> bool:
 def live_picture(
     total: int, losses: list[float], validations: list[tuple[int, float]]
 ) -> Iterator[Callable[[int, float, float], None]]:
-    """Displays a :class:`LivePicture`, and yields ``update(meta_step, loss, best)``.
+    """Displays a :class:`LivePicture`, and yields ``update(meta_step, loss, best, doing="")``.
 
     The last state stays in the notebook, however the training ends.
     """
@@ -38,7 +38,7 @@ def live_picture(
     handle = display(picture, display_id=True)
     shown = time.monotonic()
 
-    def update(meta_step: int, loss: float, best: float) -> None:
+    def update(meta_step: int, loss: float, best: float, doing: str = "") -> None:
         nonlocal shown
         if time.monotonic() - shown >= INTERVAL:
             handle.update(picture)

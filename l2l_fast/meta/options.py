@@ -227,7 +227,7 @@ class TrainerOptions:
         same: the tasks and every option but {free}. One run uses a folder at a time.""",
         decides=False,
     )  # fmt: skip
-    checkpoint_every: int = option(100, COUNT, "meta-steps between checkpoints.", decides=False)
+    checkpoint_every: int = option(100, COUNT, "meta-steps between checkpoints, at most a minute.", decides=False)
     log_dir: str | PathLike | None = option(None, _or_none(FOLDER), "folder for TensorBoard.", decides=False)
     seed: int = option(0, COUNT_FROM_0, "of everything random.")
     device: torch.device | str = option("cpu", DEVICE, "where to train; for each rank a GPU of its own.", decides=False)

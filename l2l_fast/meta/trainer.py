@@ -188,8 +188,13 @@ class MetaTrainer:
         bar = progress_bar(options.progress and leads, meta_steps, history.meta_losses, history.validations)
         logs = tensorboard(options.log_dir if leads else None, self.meta_step)
         with DeferredInterrupt() as interrupt, logs as log, bar as show:
+
+            def tell(doing: str) -> None:
+                losses = self.history.meta_losses
+                show(self.meta_step, losses[-1] if losses else math.nan, self.history.best_score, doing)
+
             if self._due(meta_steps):  # one that an exception has prevented
-                self.validate()
+                self.validate(tell)
             while self.meta_step < meta_steps:
                 if ranks.any_rank(interrupt.requested or time.monotonic() > deadline, self.device):
                     break
@@ -199,10 +204,10 @@ class MetaTrainer:
                     self.streams.end_all()  # some have gone on, one of them stands within its window
                     raise
                 if due := self._due(meta_steps):
-                    self.validate()
+                    self.validate(tell)
                 loss = self.history.meta_losses[-1]
                 log(self.meta_step, loss, self.history.validations[-1][1] if due else None)
-                if self._folder is not None and self.meta_step % options.checkpoint_every == 0:
+                if self._folder is not None and self._folder.due(self.meta_step, options.checkpoint_every):
                     self.run.save(self._folder)
                 show(self.meta_step, loss, self.history.best_score)
                 if on_step:
@@ -232,10 +237,14 @@ class MetaTrainer:
             cure = "lower lr, meta_lr, scaling or horizon, or mend the loss of the task"
             warnings.warn(f"the network is as it was before training: {what}; {cure}", stacklevel=3)
 
-    def validate(self) -> None:
-        """Score the averaged weights and keep them if they are the best; :meth:`fit` does when it is time."""
+    def validate(self, tell: Callable[[str], None] = lambda doing: None) -> None:
+        """Score the averaged weights and keep them if they are the best; :meth:`fit` does when it is time.
+
+        Args:
+            tell: is told what is being done.
+        """
         self.update.weights.copy_(self.weights.averaged)
-        score = self.validation()
+        score = self.validation(tell)
         self.history.validations.append((self.meta_step, score))
         if score < self.history.best_score:
             self.history.best_score = score

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from l2l_fast.meta import seeds
@@ -27,9 +27,15 @@ class Validation:
         self.tasks, self.options, self.pool = tasks, options, pool
         self._ratios = pool.rule.weights.new_zeros(options.validation_instances)  # sums of f_t / f_0
 
-    def __call__(self) -> float:
-        """The mean of f_t / f_0 over the horizon, the instances and the tasks; infinite where it is not finite."""
-        scores = [self.score(index) for index in range(len(self.tasks))]
+    def __call__(self, tell: Callable[[str], None] = lambda doing: None) -> float:
+        """The mean of f_t / f_0 over the horizon, the instances and the tasks; infinite where it is not finite.
+
+        tell: is told which task it is at.
+        """
+        scores = []
+        for index in range(len(self.tasks)):
+            tell(f"validating, {index + 1} of {len(self.tasks)}")
+            scores.append(self.score(index))
         score = sum(scores) / len(scores)
         return score if math.isfinite(score) else math.inf
 

@@ -18,7 +18,7 @@ import torch
 
 import l2l_fast as l2l
 from l2l_fast import files
-from l2l_fast.meta import Horizon, LogUniform, MetaTrainer
+from l2l_fast.meta import Horizon, LogUniform, MetaTrainer, checkpoints
 from l2l_fast.meta.identity import describe_optimizer, differences
 
 SMALL = {"instances": 2, "unroll": 5, "horizon": 10, "validate_every": 4, "validation_instances": 1, "progress": False}
@@ -407,6 +407,18 @@ def test_a_run_goes_on_from_a_whole_checkpoint_whenever_it_is_killed(tmp_path, m
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= moments
+
+
+def test_long_meta_steps_are_saved_by_the_clock(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    trainer = make_trainer(tmp_path, checkpoint_every=10**6)
+    trainer.fit(3, on_step=lambda step: written.append((tmp_path / "trainer.pt").stat().st_ino))
+    assert len(written) == 3
+    monkeypatch.setattr(checkpoints, "SECONDS", 3600.0)
+    trainer.fit(6, on_step=lambda step: written.append((tmp_path / "trainer.pt").stat().st_ino))
+    assert written[3] == written[4] == written[5]
+    assert losses(9, tmp_path) == losses(9)
 
 
 # ---------------------------------------------------------------- Ctrl-C

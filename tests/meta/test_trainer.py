@@ -492,3 +492,11 @@ def test_horizon_object_and_int_are_the_same():
 def test_instances_report_their_coordinates():
     trajectory = Trajectory(Instances(Quadratic(3), [1, 2]), make_network().config)
     assert trajectory.state.shape == (2, 3, 8)
+
+
+def test_a_validation_says_which_task_it_is_at():
+    told = []
+    trainer = MetaTrainer(l2l.CoordinatewiseLSTM("moments", 4, 1), ["quadratic"] * 2, horizon=20, progress=False)
+    trainer.validate(told.append)
+    assert told == ["validating, 1 of 2", "validating, 2 of 2"]
+    assert len(trainer.history.validations) == 1
