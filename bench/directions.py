@@ -34,7 +34,7 @@ FORMS = {
     "signs": "the learned part's signs alone",
     "agreeing": "the learned part only where Muon's has its sign",
     "descending": "the learned part only where it goes against the gradient",
-    "cautious": "no coordinate up its gradient, the others the longer",
+    "cautious": "no coordinate against its gradient, the others the longer",
     "cautious-decay": "weight decay only where the step goes the same way",
 }
 BETA = 0.95  # of what runs
