@@ -169,7 +169,7 @@ inline std::vector<StepTensor> step_tensors(
     const std::vector<Tensor>& steps, const Network& net, const Tensor& weights) {
   L2L_CHECK(
       grads.size() == params.size() && states.size() == params.size() && steps.size() == params.size(),
-      "lstm_step_ needs one gradient, state and step for each of the ", params.size(), " parameters, got ",
+      "there must be one gradient, state and step for each of the ", params.size(), " parameters, got ",
       grads.size(), ", ", states.size(), " and ", steps.size());
   std::vector<StepTensor> tensors;
   tensors.reserve(params.size());

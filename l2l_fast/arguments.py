@@ -101,7 +101,7 @@ def _check_tensors(params, grads, states, weights, steps, config: Config) -> Non
     _check_network(weights, config, several=True)
     if not len(params) == len(grads) == len(states) == len(steps):
         raise RuntimeError(
-            f"lstm_step_ needs one gradient, state and step for each of the {len(params)} parameters, got "
+            f"there must be one gradient, state and step for each of the {len(params)} parameters, got "
             f"{len(grads)}, {len(states)} and {len(steps)}"
         )
     size = state_size(config)

@@ -6,9 +6,9 @@ d <- d / (2 RMS(d)) - o / RMS(o) of a matrix,    o = NS(beta1 m + (1 - beta1) x)
 theta <- theta - lr * weight_decay * theta + lr * r * d / RMS(d)
 r = update_rms;   with max_update_rms: update_rms for noise, the more the gradients agree (:func:`update_sizes_`)
 
-Means and root mean squares are over a whole tensor; where they are 0, nothing moves. The kernels need not know of any
-of it: they step scratch tensors of zeros, which then hold d, and all else is passes over many tensors at once. Nothing
-here waits for the device.
+Means and root mean squares are over a whole tensor; where they are 0, nothing moves. Here the kernels need not know of
+any of it: they step scratch tensors of zeros, which then hold d, and all else is passes over many tensors at once.
+Nothing waits for the device. ``lstm_step_scaled_`` and ``lstm_update_sizes_`` are kernels of parts of it.
 
 A coordinate whose gradient is not finite has d = 0, counts as 0 in the mean and keeps its value; v stays what it was.
 The scratch says which these are: it begins as -0.0, and the step, which adds to every other coordinate, makes +0.0 of

@@ -89,6 +89,8 @@ _define(
 
 def _update_sizes(params, grads, states, weights, steps, *args) -> Tensor:
     *config, rms, slow_squares, max_rms = args
+    if not params:
+        return weights.new_empty(0)
     return normalize.update_sizes_(grads, states, slow_squares, steps, Config.of(*config), rms, max_rms)
 
 

@@ -370,7 +370,7 @@ class LSTMOptimizer(Optimizer):
                 )
         orthogonalize = network.orthogonalize if group["orthogonalize"] is None else bool(group["orthogonalize"])
         by_kind: dict[tuple[torch.device, bool], tuple] = {}
-        names, last = _square_names(network), None
+        names, last, arithmetic = _square_names(network), None, self._arithmetic
         for param, grad in pairs:
             device = param.device
             kind = device, orthogonalize and normalize.is_matrix(param)
@@ -398,8 +398,8 @@ class LSTMOptimizer(Optimizer):
             steps.append(step)
             for name in names:
                 square = state[name]
-                if not isinstance(square, Tensor) or square.device != device:
-                    square = state[name] = _number(square, self._arithmetic, device)
+                if not isinstance(square, Tensor) or square.device != device or square.dtype != arithmetic:
+                    square = state[name] = _number(square, arithmetic, device)
                 squares[name].append(square)
         return [
             _Call(columns[0], self._arguments(group, device, *columns), network, matrices, squares)

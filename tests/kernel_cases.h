@@ -78,8 +78,74 @@ void run_several(const Network& net, int64_t count, DType dtype, const Backend& 
   expect(same, "several networks at once are each by itself");
 }
 
-// A Backend has the launchers step(StepArguments), step_scaled(StepArguments, UpdateSizes), unroll(UnrollArguments, updates, last)
-// and unroll_backward(UnrollArguments, UnrollGradients).
+// Sizes, and a step of such sizes, of tensors of which one is empty and one has six dimensions that no two of can be
+// taken as one, its gradient expanded along the first.
+template <class T, class Backend>
+void run_sizes(const Network& net, DType dtype, const Backend& backend) {
+  constexpr int kDims = 6, kTensors = 3;
+  const int64_t sizes[kDims] = {2, 3, 2, 3, 2, 3}, none[] = {0}, few[] = {5}, one[] = {1}, gap = 2;
+  int64_t strides[kDims], grad_strides[kDims], span = 1, count = 1;
+  for (int d = kDims - 1; d >= 0; --d) {
+    strides[d] = grad_strides[d] = span * gap;
+    span += (sizes[d] - 1) * strides[d];
+    count *= sizes[d];
+  }
+  grad_strides[0] = 0;
+  const int rows = net.state_rows();
+  const auto weights = random<T>(WeightLayout{net}.count(), 0.3);
+  auto params = random<T>(span + few[0], 1), grads = random<T>(span - strides[0] + few[0], 1);
+  auto states = random<T>((span + few[0]) * rows, 0.5);
+  for (int64_t i = 0; i < span; ++i) states[span + i] = std::fabs(states[span + i]);
+  for (int64_t i = 0; i < few[0]; ++i) {
+    T& v = states[span * rows + few[0] + i];
+    v = std::fabs(v);
+  }
+  const double number = 4;
+  const float lr = 0.5;
+  const Scalar step = {&number, Number::float64};
+  const StepTensor tensors[kTensors] = {
+      {kDims, sizes, count, {params.data(), dtype, strides}, {grads.data(), dtype, grad_strides},
+       {states.data(), dtype, strides}, span, step, 0},
+      {1, none, 0, {params.data(), dtype, one}, {grads.data(), dtype, one}, {states.data(), dtype, one}, 1, step, 0},
+      {1, few, few[0], {params.data() + span, dtype, one}, {grads.data() + span - strides[0], dtype, one},
+       {states.data() + span * rows, dtype, one}, few[0], step, 0}};
+  const StepArguments arguments = {net, weights.data(), 1, dtype, tensors, kTensors, {&lr, Number::float32}, 0, false};
+  const UpdateSize size = {0.6, 3};
+  T squares[] = {T(0.1), T(0), T(0.2)};
+  void* const places[] = {&squares[0], &squares[1], &squares[2]};
+  double wanted[kTensors];
+  T after[] = {squares[0], squares[1], squares[2]};
+  for (int t = 0; t < kTensors; ++t) {
+    const StepTensor& tensor = tensors[t];
+    double grad = 0, m = 0;
+    for (int64_t i = 0; i < tensor.count; ++i) {
+      int64_t rest = i, at = 0, grad_at = 0;
+      for (int d = tensor.dims - 1; d >= 0; rest /= tensor.sizes[d], --d) {
+        at += rest % tensor.sizes[d] * tensor.state.strides[d];
+        grad_at += rest % tensor.sizes[d] * tensor.grad.strides[d];
+      }
+      const double g = static_cast<const T*>(tensor.grad.data)[grad_at], x = static_cast<const T*>(tensor.state.data)[at];
+      grad += g * g, m += x * x;
+    }
+    const double n = tensor.count > 0 ? double(tensor.count) : 1;
+    wanted[t] = size.next(after[t], grad / n, true, m / n, number, net.beta1);
+  }
+  std::vector<T> found = unwritten<T>(kTensors);
+  backend.update_sizes(arguments, {size, places}, found.data());
+  bool same = true;
+  for (int t = 0; t < kTensors; ++t)
+    same &= std::fabs(found[t] - wanted[t]) <= 1e-5 && std::fabs(squares[t] - after[t]) <= 1e-6;
+  expect(same, "sizes of strided, empty and few");
+  std::vector<T> before = params;
+  backend.step_scaled(arguments, {size, places});
+  double moved = 0;
+  for (int64_t i = 0; i < span; ++i) moved += double(params[i] - before[i]) * double(params[i] - before[i]);
+  const double root = std::sqrt(moved / double(count));
+  expect(root > 0 && root <= 0.5 * 3 * 1.001, "a strided tensor moves as far as it may");
+}
+
+// A Backend has the launchers step(StepArguments), step_scaled(StepArguments, UpdateSizes), update_sizes(StepArguments,
+// UpdateSizes, found), unroll(UnrollArguments, updates, last) and unroll_backward(UnrollArguments, UnrollGradients).
 template <class T, class Backend>
 void run(const Network& net, int64_t count, int64_t horizon, DType dtype, const Backend& backend) {
   const int rows = net.state_rows();
@@ -119,6 +185,7 @@ void run(const Network& net, int64_t count, int64_t horizon, DType dtype, const 
     expect(param[i] == 0 && state[i] == before[i], "a gradient that is not finite changes nothing of a scaled step");
 
   run_several<T>(net, count, dtype, backend);
+  if (net.has_moments()) run_sizes<T>(net, dtype, backend);
 
   std::vector<T> grads = random<T>(horizon * count, 1e-2), updates = unwritten<T>(horizon * count);
   std::vector<T> last = unwritten<T>(count * rows);

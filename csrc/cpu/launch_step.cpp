@@ -142,10 +142,12 @@ std::vector<Block> blocks_of(const std::vector<Flat>& flats) {
   return blocks;
 }
 
-// f(b) of all blocks, a worker for eight of them or more.
+// f(b) of all blocks, a worker for as many coordinates as eight whole ones have.
 template <class F>
 void for_each_block(const Parallel& parallel, const std::vector<Block>& blocks, const F& f) {
-  const int workers = int(std::clamp<int64_t>(int64_t(blocks.size()) / 8, 1, parallel.threads));
+  int64_t coordinates = 0;
+  for (const Block& block : blocks) coordinates += block.count;
+  const int workers = int(std::clamp<int64_t>(coordinates / (8 * kBlock), 1, parallel.threads));
   share(parallel, workers, int64_t(blocks.size()), 4, [&](int, int64_t b) { f(b); });
 }
 

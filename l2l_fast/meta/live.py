@@ -27,7 +27,7 @@ def in_notebook() -> bool:
 @contextmanager
 def live_picture(
     total: int, losses: list[float], validations: list[tuple[int, float]]
-) -> Iterator[Callable[[int, float, float], None]]:
+) -> Iterator[Callable[..., None]]:
     """Displays a :class:`LivePicture`, and yields ``update(meta_step, loss, best, doing="")``.
 
     The last state stays in the notebook, however the training ends.

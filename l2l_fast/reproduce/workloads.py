@@ -80,11 +80,11 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[param]
                 if not state:
                     state["momentum"] = torch.zeros_like(param)
-                    state["square"], state["step"] = torch.zeros(2).unbind()
+                    state["square"], state["step"] = param.new_zeros(()), param.new_zeros(())
                 momentum = state["momentum"].lerp_(param.grad, 0.05)
                 o = normalize.unit(normalize.orthogonalize(param.grad.lerp(momentum, 0.95)))
-                size = self._size(param.grad, state) if self.sized_like else 0.2
-                param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(size * o, alpha=group["lr"])
+                o = o.mul_(self._size(param.grad, state) / 0.2) if self.sized_like else o
+                param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(o, alpha=0.2 * group["lr"])
             for rest in self.rest:
                 rest.param_groups[0]["lr"] = group["lr"]
         for rest in self.rest:

@@ -16,6 +16,10 @@ struct Emulated {
     std::vector<double> aligned((lstm_step_scaled_cuda_workspace(arguments) + 7) / 8, NAN);
     lstm_step_scaled_cuda(arguments, sizes, aligned.data(), nullptr);
   }
+  void update_sizes(const StepArguments& arguments, const UpdateSizes& sizes, void* found) const {
+    std::vector<double> aligned(lstm_update_sizes_cuda_workspace(arguments) / 8, NAN);
+    lstm_update_sizes_cuda(arguments, sizes, found, aligned.data(), nullptr);
+  }
   void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last) const {
     std::vector<char> workspace(lstm_unroll_cuda_workspace(arguments));
     lstm_unroll_cuda(arguments, updates, last, workspace.data(), nullptr);

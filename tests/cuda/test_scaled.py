@@ -97,7 +97,12 @@ def test_sizes_alone_are_those_of_the_scaled_step(device, dtype):
     ]
     placed_ones = [[placed(tensor, device) for tensor in tensors] for tensors in (params, grads, states)]
     slow = [v.clone().to(device) for v in slow]
+    placed_ones[1][0] = placed_ones[1][0].mean().expand(params[0].shape)
+    wanted[0] = reference.update_size(
+        placed_ones[1][0].double().cpu(), states[0][..., 0].double(), slow[0].double().cpu(), 3, LINEAR, RMS, 9.0
+    )
     close(sizes(*placed_ones, LINEAR, slow, 9.0), torch.stack([size for size, _ in wanted]))
+    assert all(torch.equal(one.cpu(), two) for one, two in zip(placed_ones[2], states, strict=True))
     close(torch.stack(slow), torch.stack([v for _, v in wanted]))
 
 

@@ -26,6 +26,9 @@ struct TwoThreads {
   void step_scaled(const StepArguments& arguments, const UpdateSizes& sizes) const {
     lstm_step_scaled_cpu(arguments, sizes, parallel);
   }
+  void update_sizes(const StepArguments& arguments, const UpdateSizes& sizes, void* found) const {
+    lstm_update_sizes_cpu(arguments, sizes, found, parallel);
+  }
   void unroll(const UnrollArguments& arguments, const Matrix& updates, const Matrix& last) const {
     lstm_unroll_cpu(arguments, updates, last, parallel);
   }
