@@ -618,6 +618,27 @@ def test_sizes_in_float32_lose_no_digits_to_the_bias_of_early_steps(beta1):
         torch.testing.assert_close(v.double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("orthogonalize", [True, False])
+def test_a_mean_square_that_came_back_in_another_dtype_goes_on(orthogonalize):
+    network, found = CoordinatewiseLSTM("both", 4, 1, update_rms=0.2, max_update_rms=1.0), []
+    for dtype in (torch.float32, torch.float64):
+        param = nn.Parameter(torch.ones(5, 4))
+        optimizer = LSTMOptimizer([param], network, lr=0.1, orthogonalize=orthogonalize)
+        for seed in range(3):
+            param.grad = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+            optimizer.state[param]["slow_square"] = optimizer.state[param]["slow_square"].to(dtype)
+        found.append(param.detach())
+    torch.testing.assert_close(*found)
+
+
+def test_there_are_no_sizes_of_no_tensors():
+    config, weights = CoordinatewiseLSTM("both", 4, 1).config, CoordinatewiseLSTM("both", 4, 1).flat_weights().detach()
+    call = [], [], [], weights, [], *optim.arguments.codes(config), 0.2, [], 1.0
+    for op in (torch.ops.l2l_fast.lstm_update_sizes_, ops.REFERENCE["lstm_update_sizes_"]):
+        assert op(*call).shape == (0,)
+
+
 def test_steps_shrink_with_the_gradients_until_they_are_forgotten():
     torch.manual_seed(0)
     noise = torch.randn(6000, 200)
