@@ -1,9 +1,9 @@
 """lstm_step_scaled_ and the rule that it is held to, for the tests of every backend."""
 
 import torch
-from problems import make_weights
+from problems import LAYOUTS, make_grads, make_weights
 
-from l2l_fast import arguments, reference
+from l2l_fast import arguments, ops, reference
 from l2l_fast.config import gradient_limit
 
 RMS = 0.6
@@ -38,9 +38,28 @@ def expected(param, grad, state, config, *, lr=0.7, weights=None, weight_decay=0
 
 def sizes(params, grads, states, config, slow, most):
     """r of all of them, after their third step."""
-    weights, steps = (
-        make_weights(config).to(params[0].device),
-        [torch.tensor(3.0, device=params[0].device)] * len(params),
-    )
+    device = params[0].device
+    steps = [torch.tensor(3.0, device=device) for _ in params]
     fields = *arguments.codes(config), RMS, slow, most
-    return torch.ops.l2l_fast.lstm_update_sizes_(params, grads, states, weights, steps, *fields)
+    return torch.ops.l2l_fast.lstm_update_sizes_(params, grads, states, make_weights(config).to(device), steps, *fields)
+
+
+def expected_sizes(grads, states, config, slow, most):
+    """r of all of them, and v after the step, in float64."""
+    found = [
+        reference.update_size(grad.double().cpu(), state[..., 0].double().cpu(), v.double().cpu(), 3, config, RMS, most)
+        for grad, state, v in zip(grads, states, slow, strict=True)
+    ]
+    return map(torch.stack, zip(*found, strict=True))
+
+
+def of_all_kinds(config, dtype):
+    """Params, gradients, states and mean squares of tensors in any layout, an empty one and one of several blocks;
+    one gradient is not finite."""
+    params = [make() for make in LAYOUTS.values()] + [torch.zeros(0, 3), torch.tensor(1.0), torch.zeros(9000)]
+    grads = [make_grads(*param.shape, seed=i).to(dtype) for i, param in enumerate(params)]
+    grads[2][0] = float("nan")
+    states = [ops.new_state(param, config) for param in params]
+    for state in states:
+        state.copy_(torch.rand(state.shape))
+    return params, grads, states, [torch.tensor(1e-3 * i) for i in range(len(params))]

@@ -154,9 +154,8 @@ void for_each_block(const Parallel& parallel, const std::vector<Block>& blocks, 
 // r of each tensor, whose squares stand in the same order; moves these on.
 template <class T>
 std::vector<double> update_sizes(
-    const Network& net, const std::vector<Flat>& flats, const UpdateSize& size, const std::vector<T*>& squares,
-    const Parallel& parallel) {
-  const std::vector<Block> blocks = blocks_of(flats);
+    const Network& net, const std::vector<Flat>& flats, const std::vector<Block>& blocks, const UpdateSize& size,
+    const std::vector<T*>& squares, const Parallel& parallel) {
   struct Sums {
     double grad = 0, m = 0;
   };
@@ -227,10 +226,9 @@ void step_scaled(
   step_arguments.weight_decay = 0;
   step<T>(step_arguments, parallel);
 
-  std::vector<double> size(flats.size(), sizes.size.rms);
-  if (sizes.squares) size = update_sizes(arguments.net, flats, sizes.size, squares_of, parallel);
-
   const std::vector<Block> blocks = blocks_of(flats);
+  std::vector<double> size(flats.size(), sizes.size.rms);
+  if (sizes.squares) size = update_sizes(arguments.net, flats, blocks, sizes.size, squares_of, parallel);
   std::vector<double> parts(blocks.size()), sums(flats.size());
   auto start = [&](const Block& block) { return updates.data() + starts[block.tensor] + block.first; };
   for_each_block(parallel, blocks, [&](int64_t b) { parts[b] = sum_of_squares(start(blocks[b]), blocks[b].count); });
@@ -269,7 +267,7 @@ void update_sizes(const StepArguments& arguments, const UpdateSizes& sizes, T* f
     flats.emplace_back(arguments.tensors[i]);
     squares.push_back(static_cast<T*>(sizes.squares[i]));
   }
-  const std::vector<double> size = update_sizes(arguments.net, flats, sizes.size, squares, parallel);
+  const std::vector<double> size = update_sizes(arguments.net, flats, blocks_of(flats), sizes.size, squares, parallel);
   for (size_t i = 0; i < size.size(); ++i) found[i] = T(size[i]);
 }
 

@@ -175,6 +175,12 @@ void give_places(std::vector<Entry>& entries) {
   }
 }
 
+StepArguments with_tensors(StepArguments arguments, const std::vector<StepTensor>& tensors) {
+  arguments.tensors = tensors.data();
+  arguments.tensor_count = int64_t(tensors.size());
+  return arguments;
+}
+
 // Launches over tables of tensors.
 struct Launcher {
   cudaStream_t stream;
@@ -218,10 +224,7 @@ struct Sums {
   }
 
   void launch(const StepArguments& arguments, const Sizing<T>& sizing, const Launcher& launcher) const {
-    StepArguments with = arguments;
-    with.tensors = arrays.data();
-    with.tensor_count = int64_t(arrays.size());
-    Entries all = entries(with);
+    Entries all = entries(with_tensors(arguments, arrays));
     give_places(all.dense);
     give_places(all.strided);
     launcher.run_all(all, [&](const auto& table) {
@@ -268,19 +271,14 @@ void step_scaled(const StepArguments& arguments, const UpdateSizes& sizes, void*
   launcher.run(
       fill_kernel<T>, layout.coordinates / kThreads, scratch, layout.coordinates, first_sum, sums_of(arguments), one);
 
-  StepArguments step = arguments;
-  step.tensors = onto.data();
-  step.tensor_count = int64_t(onto.size());
+  StepArguments step = with_tensors(arguments, onto);
   step.lr = {one, number};
   step.weight_decay = 0;
   lstm_step_cuda(step, start + layout.step, stream);
 
   sums.launch(arguments, {arguments.lr, sizes.size, arguments.net.beta1}, launcher);
   const Move<T> move = {arguments.lr, T(arguments.weight_decay)};
-  StepArguments moves = arguments;
-  moves.tensors = moved.data();
-  moves.tensor_count = int64_t(moved.size());
-  launcher.run_all(entries(moves), [&](const auto& table) {
+  launcher.run_all(entries(with_tensors(arguments, moved)), [&](const auto& table) {
     using Entry = std::decay_t<decltype(table.entries[0])>;
     launcher.run(move_kernel<T, Entry, std::decay_t<decltype(table)>::kBytes>, table.tiles, move, table);
   });
@@ -290,18 +288,15 @@ template <class T>
 void update_sizes(
     const StepArguments& arguments, const UpdateSizes& sizes, void* found, void* workspace, cudaStream_t stream) {
   const Launcher launcher = {stream, "lstm_update_sizes_"};
-  T* const one = static_cast<T*>(workspace);
-  double* const first_sum = reinterpret_cast<double*>(static_cast<char*>(workspace) + kLine);
   std::vector<Flat> flats;
   flats.reserve(arguments.tensor_count);
-  Sums<T> sums = {{}, {}, first_sum};
+  Sums<T> sums = {{}, {}, static_cast<double*>(workspace)};
   for (int64_t i = 0; i < arguments.tensor_count; ++i) {
     flats.emplace_back(arguments.tensors[i]);
     T* const to = static_cast<T*>(found) + i;
     sums.add(arguments, arguments.tensors[i], flats.back().tensor, nullptr, sizes.squares[i], to);
   }
-  const int64_t count = sums_of(arguments);
-  launcher.run(fill_kernel<T>, count / kThreads, one, int64_t(0), first_sum, count, one);
+  check(cudaMemsetAsync(workspace, 0, lstm_update_sizes_cuda_workspace(arguments), stream), launcher.op);
   sums.launch(arguments, {{nullptr, Number::float64}, sizes.size, arguments.net.beta1}, launcher);
 }
 
@@ -317,7 +312,7 @@ void lstm_step_scaled_cuda(
 }
 
 int64_t lstm_update_sizes_cuda_workspace(const StepArguments& arguments) {
-  return kLine + sums_of(arguments) * int64_t(sizeof(double));
+  return sums_of(arguments) * int64_t(sizeof(double));
 }
 
 void lstm_update_sizes_cuda(

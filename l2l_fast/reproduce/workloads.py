@@ -80,7 +80,6 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[param]
                 if not state:
                     state["momentum"] = torch.zeros_like(param)
-                    state["square"], state["step"] = param.new_zeros(()), param.new_zeros(())
                 momentum = state["momentum"].lerp_(param.grad, 0.05)
                 o = normalize.unit(normalize.orthogonalize(param.grad.lerp(momentum, 0.95)))
                 o = o.mul_(self._size(param.grad, state) / 0.2) if self.sized_like else o
@@ -92,6 +91,8 @@ class Muon(torch.optim.Optimizer):
 
     def _size(self, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
         like = self.sized_like
+        if "square" not in state:
+            state["square"], state["step"] = grad.new_zeros(()), grad.new_zeros(())
         state["step"] += 1
         given = [grad], [state["momentum"][..., None]], [state["square"]], [state["step"]]
         return normalize.update_sizes_(*given, like.config._replace(beta1=0.95), like.update_rms, like.max_update_rms)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from problems import LAYOUTS, LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
-from scaled import RMS, expected, sizes, step
+from scaled import RMS, expected, expected_sizes, of_all_kinds, sizes, step
 from test_parity import EMULATED, SIZES, close, placed
 
-from l2l_fast import arguments, normalize, ops, reference
+from l2l_fast import arguments, normalize, ops
 from l2l_fast.config import state_size
 
 pytestmark = [] if EMULATED else [pytest.mark.cuda]
@@ -85,25 +85,15 @@ def test_a_gradient_of_nothing_moves_nothing(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_alone_are_those_of_the_scaled_step(device, dtype):
-    """Of tensors of all kinds at once; what a step leaves alone is looked at again, and states are read only."""
-    params = [LAYOUTS[layout]() for layout in LAYOUTS] + [torch.zeros(0, 3), torch.tensor(1.0), torch.zeros(9000)]
-    grads = [make_grads(*param.shape, seed=i).to(dtype) for i, param in enumerate(params)]
-    grads[2][0] = float("nan")
-    states = [ops.new_state(param, LINEAR).copy_(torch.rand(*param.shape, state_size(LINEAR))) for param in params]
-    slow = [torch.tensor(1e-3 * i) for i in range(len(params))]
-    pairs = zip(grads, states, slow, strict=True)
-    wanted = [
-        reference.update_size(g.double(), s[..., 0].double(), v.double(), 3, LINEAR, RMS, 9.0) for g, s, v in pairs
-    ]
-    placed_ones = [[placed(tensor, device) for tensor in tensors] for tensors in (params, grads, states)]
-    slow = [v.clone().to(device) for v in slow]
-    placed_ones[1][0] = placed_ones[1][0].mean().expand(params[0].shape)
-    wanted[0] = reference.update_size(
-        placed_ones[1][0].double().cpu(), states[0][..., 0].double(), slow[0].double().cpu(), 3, LINEAR, RMS, 9.0
-    )
-    close(sizes(*placed_ones, LINEAR, slow, 9.0), torch.stack([size for size, _ in wanted]))
-    assert all(torch.equal(one.cpu(), two) for one, two in zip(placed_ones[2], states, strict=True))
-    close(torch.stack(slow), torch.stack([v for _, v in wanted]))
+    """Of tensors of all kinds at once, one with an expanded gradient; states are read only."""
+    given = [[placed(tensor, device) for tensor in tensors] for tensors in of_all_kinds(LINEAR, dtype)]
+    params, grads, states, slow = given
+    grads[0] = grads[0].mean().expand(grads[0].shape)
+    before = [state.clone() for state in states]
+    wanted, after = expected_sizes(grads, states, LINEAR, slow, 9.0)
+    close(sizes(params, grads, states, LINEAR, slow, 9.0), wanted)
+    close(torch.stack(slow), after)
+    assert all(torch.equal(one, two) for one, two in zip(states, before, strict=True))
 
 
 @pytest.mark.parametrize("canonical", [True, False])

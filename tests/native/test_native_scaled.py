@@ -3,10 +3,10 @@
 import pytest
 import torch
 from problems import LINEAR, PAPER, RNNPROP, make_grads, make_state, make_weights
-from scaled import RMS, expected, sizes, step
+from scaled import RMS, expected, expected_sizes, of_all_kinds, sizes, step
 from test_native_step import LAYOUTS, SIZES, close
 
-from l2l_fast import arguments, normalize, ops, reference
+from l2l_fast import arguments, normalize, ops
 from l2l_fast.config import state_size
 
 
@@ -45,19 +45,13 @@ def test_they_follow_strided_gradients_of_any_dtype(layout, canonical, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_alone_are_those_of_the_scaled_step(dtype):
-    """Of tensors of all kinds at once; what a step leaves alone is looked at again, and states are read only."""
-    params = [LAYOUTS[layout]() for layout in LAYOUTS] + [torch.zeros(0, 3), torch.tensor(1.0), torch.zeros(9000)]
-    grads = [make_grads(*param.shape, seed=i).to(dtype) for i, param in enumerate(params)]
-    grads[1], grads[2][0] = grads[1].mean().expand(grads[1].shape), float("nan")
-    states = [ops.new_state(param, LINEAR).copy_(torch.rand(*param.shape, state_size(LINEAR))) for param in params]
-    slow = [torch.tensor(1e-3 * i) for i in range(len(params))]
-    pairs = zip(grads, states, slow, strict=True)
-    wanted = [
-        reference.update_size(g.double(), s[..., 0].double(), v.double(), 3, LINEAR, RMS, 9.0) for g, s, v in pairs
-    ]
+    """Of tensors of all kinds at once, one with an expanded gradient; states are read only."""
+    params, grads, states, slow = of_all_kinds(LINEAR, dtype)
+    grads[1] = grads[1].mean().expand(grads[1].shape)
     before = [state.clone() for state in states]
-    close(sizes(params, grads, states, LINEAR, slow, 9.0), torch.stack([size for size, _ in wanted]))
-    close(torch.stack(slow), torch.stack([v for _, v in wanted]))
+    wanted, after = expected_sizes(grads, states, LINEAR, slow, 9.0)
+    close(sizes(params, grads, states, LINEAR, slow, 9.0), wanted)
+    close(torch.stack(slow), after)
     assert all(torch.equal(one, two) for one, two in zip(states, before, strict=True))
 
 
